@@ -1,0 +1,108 @@
+"""Weight files and checkpoints: atomic writing, strict loading, latest and best."""
+import glob
+import os
+import re
+
+import numpy as np
+import paddle
+
+from utils import UserError
+
+LATEST, BEST = 'latest.pdparams', 'best.pdparams'
+CLASSIFIER = ('fc.weight', 'fc.bias')
+
+
+def save(state, path):
+    """Write nested dictionaries of tensors, arrays and plain numbers to `path`, whole or not at all."""
+    partial = f'{path}.partial'
+    try:
+        paddle.save(to_arrays(state), partial)
+        with open(partial, 'rb') as file:
+            os.fsync(file.fileno())
+        os.replace(partial, path)
+    except OSError as error:
+        raise UserError(f'{path}: cannot write ({error.strerror}); free the disk or choose another folder') from None
+    finally:
+        if os.path.exists(partial):
+            os.remove(partial)
+
+
+def to_arrays(state):
+    """The same nested dictionaries with NumPy arrays in place of tensors."""
+    if isinstance(state, dict):
+        return {key: to_arrays(value) for key, value in state.items()}
+    return state.numpy() if isinstance(state, paddle.Tensor) else state
+
+
+def load(path):
+    """What `save` or `paddle.save` wrote, with NumPy arrays. Raises: UserError for an unreadable file."""
+    if not os.path.isfile(path):
+        raise UserError(f'{path}: no such weight file; give a .pdparams file')
+    try:
+        return paddle.load(path, return_numpy=True)
+    except Exception as error:  # unpickling a broken file raises nearly every type
+        raise UserError(f'{path}: not a .pdparams file ({type(error).__name__}: '
+                        f'{" ".join(str(error).split())[:200]})') from None
+
+
+def load_weights(path):
+    """The weights in a released .pdparams or in a checkpoint of training.
+
+    Returns: ({name: array}, what they are): 'EMA weights of a checkpoint' if it has some, else 'weights of a
+    checkpoint', or 'weights' for a flat file.
+    Raises: UserError for a file that holds neither.
+    """
+    state = load(path)
+    kind = 'weights'
+    if isinstance(state, dict) and isinstance(state.get('model'), dict):
+        ema = state.get('model_ema')
+        state, kind = (ema, 'EMA weights of a checkpoint') if ema else (state['model'], 'weights of a checkpoint')
+    if not isinstance(state, dict):
+        raise UserError(f'{path}: holds {type(state).__name__}, not a dictionary of weights')
+    state = {key: np.asarray(value) for key, value in state.items() if key != 'StructuredToParameterName@@'}
+    if not any(key.startswith('stages.') for key in state):
+        raise UserError(f'{path}: holds no MobileOne weights (no key starts with "stages."); official PyTorch files '
+                        'are converted by load_pytorch_weights.py')
+    return state, kind
+
+
+def is_fused(weights):
+    """Whether the names are those of a fused network."""
+    return not any('_blocks.' in name for name in weights)
+
+
+def load_into(model, weights, path, allow_other_classifier=False):
+    """Load weights into a model; every tensor must be there, with its shape, and no other.
+
+    allow_other_classifier: leave out `fc.*` if its shape differs (another NUM_CLASSES).
+    Returns: names that were left out.
+    Raises: UserError that names the tensors which do not match, and `path`.
+    """
+    expected = {name: list(tensor.shape) for name, tensor in model.state_dict().items()}
+    found = {name: list(value.shape) for name, value in weights.items()}
+    left_out = []
+    if allow_other_classifier:
+        left_out = [name for name in CLASSIFIER if name in found and found[name] != expected[name]]
+        expected = {name: shape for name, shape in expected.items() if name not in left_out}
+        weights = {name: value for name, value in weights.items() if name not in left_out}
+    problems = [f'missing {name}' for name in expected if name not in found]
+    problems += [f'unexpected {name}' for name in weights if name not in expected]
+    problems += [f'{name} is {found[name]}, not {expected[name]}' for name in expected
+                 if name in found and found[name] != expected[name]]
+    if problems:
+        more = f' and {len(problems) - 5} more' if len(problems) > 5 else ''
+        raise UserError(f'{path}: does not fit the network of the config: {"; ".join(problems[:5])}{more}; '
+                        'give the -cfg (and MODEL.NUM_CLASSES) that these weights belong to')
+    for name, tensor in model.state_dict().items():
+        if name not in left_out:
+            tensor.set_value(weights[name].astype(tensor.numpy().dtype))
+    return left_out
+
+
+def prune(folder, keep):
+    """Remove all but the newest `keep` epoch_N.pdparams of a folder; 0 keeps all."""
+    pattern = re.compile(r'epoch_(\d+)\.pdparams')
+    epochs = {int(match[1]): path for path in glob.glob(os.path.join(glob.escape(folder), 'epoch_*.pdparams'))
+              for match in [pattern.fullmatch(os.path.basename(path))] if match}
+    for epoch in sorted(epochs)[:-keep] if keep else []:
+        os.remove(epochs[epoch])

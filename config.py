@@ -1,0 +1,430 @@
+"""Configuration of MobileOne: defaults, YAML files, command-line flags and the checks that need several keys.
+
+The order of precedence is: defaults below < files named in BASE < the YAML file < flags < `-opts`.
+Nothing here imports Paddle, so a wrong command line is answered at once.
+"""
+import argparse
+import ast
+import copy
+import difflib
+import math
+import os
+import re
+
+import yaml
+from yacs.config import CfgNode as CN
+
+from utils import UserError
+
+_C = CN()
+# YAML files, relative to this one, that are merged before it
+_C.BASE = ['']
+
+_C.DATA = CN()
+# images per step and device, training
+_C.DATA.BATCH_SIZE = 32
+# images per step and device, evaluation; 0: as BATCH_SIZE
+_C.DATA.BATCH_SIZE_EVAL = 0
+# folder that holds train_list.txt and val_list.txt; their paths are relative to it
+_C.DATA.DATA_PATH = '/dataset/imagenet/'
+# layout of the data set: imagenet2012 (list files)
+_C.DATA.DATASET = 'imagenet2012'
+# side of the square that the network sees, in pixels
+_C.DATA.IMAGE_SIZE = 224
+# channels that the network expects; images are read as RGB, so a run needs 3
+_C.DATA.IMAGE_CHANNELS = 3
+# evaluation resizes the shorter side to IMAGE_SIZE / CROP_PCT, then crops the centre
+_C.DATA.CROP_PCT = 0.875
+# resampling filter in training and evaluation: nearest, bilinear, bicubic or lanczos
+_C.DATA.INTERPOLATION = 'bicubic'
+# smallest and largest share of the image's area that a random crop of training covers
+_C.DATA.CROP_SCALE = [0.08, 1.0]
+# processes that read images; 0: read in the main process
+_C.DATA.NUM_WORKERS = 2
+# mean and standard deviation per channel (R, G, B) of pixels in [0, 1]
+_C.DATA.IMAGENET_MEAN = [0.485, 0.456, 0.406]
+_C.DATA.IMAGENET_STD = [0.229, 0.224, 0.225]
+
+_C.MODEL = CN()
+# the only architecture here: MobileOne
+_C.MODEL.TYPE = 'MobileOne'
+# label of the run's folder and of the log
+_C.MODEL.NAME = 'mobileone_s0'
+# weights to start from or to evaluate: a released .pdparams or a checkpoint of this project
+_C.MODEL.PRETRAINED = ''
+_C.MODEL.NUM_CLASSES = 1000
+# five entries each: the stem, then four stages of (depthwise 3x3, pointwise 1x1) pairs
+_C.MODEL.NUM_BLOCKS = [1, 2, 8, 10, 1]
+_C.MODEL.CHANNELS = [64, 64, 128, 256, 512]
+# stride of the first block of each stage
+_C.MODEL.STRIDES = [2, 2, 2, 2, 2]
+# width of a stage is int(CHANNELS * EXPANSIONS)
+_C.MODEL.EXPANSIONS = [0.75, 0.75, 1.0, 1.0, 2.0]
+# k, the parallel conv branches of a stage's layers; entry 0 has no effect: the stem always has one
+_C.MODEL.NUM_BRANCHES = [4, 4, 4, 4, 4]
+# evaluation: fuse the branches into plain convolutions after the weights are loaded
+_C.MODEL.DEPLOY = False
+# squeeze-and-excitation on the last half of stage 3's blocks and on all of stage 4's
+_C.MODEL.USE_SE = False
+
+_C.TRAIN = CN()
+# epochs that count as done: the run starts with the next, at its place in the schedules
+_C.TRAIN.LAST_EPOCH = 0
+_C.TRAIN.NUM_EPOCHS = 300
+# the lr rises linearly for this many epochs
+_C.TRAIN.WARMUP_EPOCHS = 5
+# decay of weights with two or more dimensions; none on batch norm and biases
+_C.TRAIN.WEIGHT_DECAY = 1e-4
+# the lr after the warm-up, before its first step, and after the last step
+_C.TRAIN.BASE_LR = 0.1
+_C.TRAIN.WARMUP_START_LR = 0.0002
+_C.TRAIN.END_LR = 0.0002
+# total batch that the three lrs are meant for: they are scaled by total batch / this; 0: no scaling
+_C.TRAIN.LINEAR_SCALED_LR = 256
+# evaluate and save an exponential moving average of the weights
+_C.TRAIN.MODEL_EMA = True
+# share of the old average kept at each optimizer step (ramped up over the first steps)
+_C.TRAIN.MODEL_EMA_DECAY = 0.9995
+# keep the average in main memory: saves device memory, costs a transfer per step
+_C.TRAIN.MODEL_EMA_FORCE_CPU = False
+# label smoothing of the training loss
+_C.TRAIN.SMOOTHING = 0.1
+
+_C.TRAIN.OPTIMIZER = CN()
+# SGD or AdamW
+_C.TRAIN.OPTIMIZER.NAME = 'SGD'
+# SGD: momentum, and whether it is Nesterov's
+_C.TRAIN.OPTIMIZER.MOMENTUM = 0.9
+_C.TRAIN.OPTIMIZER.NESTEROV = False
+# AdamW: epsilon and betas
+_C.TRAIN.OPTIMIZER.EPS = 1e-8
+_C.TRAIN.OPTIMIZER.BETAS = [0.9, 0.999]
+
+# the run's folder; '': output/<MODEL.NAME>-<time>
+_C.SAVE = ''
+# epochs between epoch_N.pdparams files; 0: none (latest and best are always written)
+_C.SAVE_FREQ = 10
+# how many epoch_N.pdparams stay, newest first; 0: all
+_C.KEEP_CHECKPOINTS = 3
+# steps between log lines
+_C.REPORT_FREQ = 50
+# epochs between evaluations (the last epoch is always evaluated)
+_C.VALIDATE_FREQ = 1
+# with the epoch and the index of an image, decides every random choice of a run
+_C.SEED = 0
+# evaluate MODEL.PRETRAINED and stop
+_C.EVAL = False
+
+# keys of older YAML files whose feature was never there: False is ignored, anything else an error
+_UNSUPPORTED = ('TRAIN.MULTI_SCALE_SAMPLER_DDP', 'TRAIN.RANDOM_ERASE_SPLIT')
+
+# `null` of older YAML files, for the keys where "none" means something
+_NULL = {
+    'DATA.BATCH_SIZE_EVAL': 0,
+    'MODEL.PRETRAINED': '',
+    'TRAIN.LINEAR_SCALED_LR': 0,
+    'SAVE': '',
+}
+
+# inclusive bounds of numbers, and of each number in a list; None: no bound
+_RANGE = {
+    'DATA.BATCH_SIZE': (1, None),
+    'DATA.BATCH_SIZE_EVAL': (0, None),
+    'DATA.IMAGE_SIZE': (1, None),
+    'DATA.IMAGE_CHANNELS': (1, None),
+    'DATA.CROP_PCT': (0.01, 1),
+    'DATA.CROP_SCALE': (1e-4, 1),
+    'DATA.NUM_WORKERS': (0, None),
+    'DATA.IMAGENET_STD': (1e-6, None),
+    'MODEL.NUM_CLASSES': (1, None),
+    'TRAIN.LAST_EPOCH': (0, None),
+    'TRAIN.NUM_EPOCHS': (1, None),
+    'TRAIN.WARMUP_EPOCHS': (0, None),
+    'TRAIN.WEIGHT_DECAY': (0, None),
+    'TRAIN.BASE_LR': (0, None),
+    'TRAIN.WARMUP_START_LR': (0, None),
+    'TRAIN.END_LR': (0, None),
+    'TRAIN.LINEAR_SCALED_LR': (0, None),
+    'TRAIN.MODEL_EMA_DECAY': (0, 1),
+    'TRAIN.SMOOTHING': (0, 1),
+    'TRAIN.OPTIMIZER.MOMENTUM': (0, 1),
+    'TRAIN.OPTIMIZER.EPS': (0, None),
+    'TRAIN.OPTIMIZER.BETAS': (0, 1),
+    'SAVE_FREQ': (0, None),
+    'KEEP_CHECKPOINTS': (0, None),
+    'REPORT_FREQ': (1, None),
+    'VALIDATE_FREQ': (1, None),
+    'SEED': (0, 2 ** 32 - 1),
+}
+
+# what a string may be, compared without regard to case
+_CHOICES = {
+    'DATA.DATASET': ['imagenet2012'],
+    'DATA.INTERPOLATION': ['nearest', 'bilinear', 'bicubic', 'lanczos'],
+    'MODEL.TYPE': ['MobileOne'],
+    'TRAIN.OPTIMIZER.NAME': ['SGD', 'AdamW'],
+}
+
+# how many entries a list has
+_LENGTH = {
+    'DATA.CROP_SCALE': 2,
+    'DATA.IMAGENET_MEAN': 3,
+    'DATA.IMAGENET_STD': 3,
+    'TRAIN.OPTIMIZER.BETAS': 2,
+}
+
+
+def _leaves(node, prefix=''):
+    """Yield (dotted name, value) of every key below a config node."""
+    for name, value in node.items():
+        if isinstance(value, CN):
+            yield from _leaves(value, f'{prefix}{name}.')
+        else:
+            yield prefix + name, value
+
+
+_DEFAULTS = dict(_leaves(_C))
+_SECTIONS = {key[:dot.start()] for key in _DEFAULTS for dot in re.finditer(r'\.', key)}
+
+
+def _coerce(value, default, key, source):
+    """`value` as the type of `default`, or a UserError that names `key`.
+
+    Text is read as a Python literal where a number, a list or a truth value is meant: PyYAML takes `1e-4` for
+    text, and `-opts` has nothing else.
+    """
+    def fail():
+        kind = f'a list of {type(default[0]).__name__}' if isinstance(default, list) else type(default).__name__
+        return UserError(f'{source}: {key} is {value!r}, but must be {kind}, like {default!r}')
+
+    if value is None or (isinstance(value, str) and value.lower() in ('null', 'none', '~')):
+        if key in _NULL:
+            return _NULL[key]
+        raise fail()
+    if isinstance(default, str):
+        if isinstance(value, (dict, list, tuple, bool)):
+            raise fail()
+        return str(value)
+    if isinstance(value, str):
+        literal = value.strip()
+        try:
+            value = ast.literal_eval({'true': 'True', 'false': 'False'}.get(literal.lower(), literal))
+        except (ValueError, SyntaxError, MemoryError, RecursionError):
+            raise fail() from None
+    if isinstance(default, list):
+        if not isinstance(value, (list, tuple)):
+            raise fail()
+        return [_coerce(item, default[0], key, source) for item in value]
+    if isinstance(default, bool) or isinstance(value, bool):
+        if type(value) is not type(default):
+            raise fail()
+        return value
+    if isinstance(default, float) and isinstance(value, (int, float)):
+        try:
+            value = float(value)
+        except OverflowError:
+            raise fail() from None
+        if not math.isfinite(value):
+            raise fail()
+        return value
+    if type(value) is not type(default):
+        raise fail()
+    return value
+
+
+def _set(config, key, value, source):
+    """Set one dotted key, checked against the defaults."""
+    if key in _UNSUPPORTED:
+        if value not in (False, 'False', 'false'):
+            raise UserError(f'{source}: {key} is {value!r}, but is not supported: remove it')
+        return
+    if key == 'BASE':
+        raise UserError(f'{source}: BASE is {value!r}, but takes effect only at the top of a YAML file')
+    if key not in _DEFAULTS:
+        nearest = difflib.get_close_matches(key, _DEFAULTS, n=1, cutoff=0)[0]
+        raise UserError(f'{source}: unknown key {key}; the nearest known key is {nearest}')
+    value = _coerce(value, _DEFAULTS[key], key, source)
+    node = config
+    *parents, leaf = key.split('.')
+    for parent in parents:
+        node = node[parent]
+    node[leaf] = value
+
+
+def _merge(config, tree, source, prefix=''):
+    """Merge a dictionary read from YAML into config."""
+    for name, value in tree.items():
+        key = f'{prefix}{name}'
+        if key in _SECTIONS:
+            value = {} if value is None else value
+            if not isinstance(value, dict):
+                raise UserError(f'{source}: {key} is {value!r}, but is a section: write its keys below it')
+            _merge(config, value, source, f'{key}.')
+        else:
+            _set(config, key, value, source)
+
+
+def _merge_file(config, path, parents=()):
+    """Merge a YAML file into config, the files of its BASE first."""
+    if os.path.realpath(path) in parents:
+        raise UserError(f'{path}: BASE leads back to this file; remove the circle')
+    try:
+        with open(path, encoding='utf-8') as file:
+            tree = yaml.safe_load(file)
+    except OSError as error:
+        raise UserError(f'{path}: cannot read the config file ({error.strerror}); give one with -cfg') from None
+    except (yaml.YAMLError, UnicodeDecodeError) as error:
+        raise UserError(f'{path}: not a YAML file ({" ".join(str(error).split())})') from None
+    tree = {} if tree is None else tree
+    if not isinstance(tree, dict):
+        raise UserError(f'{path}: holds {tree!r}, but a config file is a mapping of keys to values')
+    base = tree.pop('BASE', None) or []
+    base = [base] if isinstance(base, str) else base
+    if not isinstance(base, list) or not all(isinstance(name, str) for name in base):
+        raise UserError(f'{path}: BASE is {base!r}, but must be a list of file names')
+    for name in filter(None, base):
+        _merge_file(config, os.path.join(os.path.dirname(path), name), (*parents, os.path.realpath(path)))
+    _merge(config, tree, path)
+
+
+def get_config(path=None):
+    """The default config, merged with the YAML file at `path` if given.
+
+    Returns: CfgNode, not frozen: edit it, then give it to `build_mobileone`.
+    Raises: UserError for an unreadable file, an unknown key or a value of the wrong type.
+    """
+    config = _C.clone()
+    if path:
+        _merge_file(config, path)
+    return config
+
+
+# flag -> key; the flags take their types from the keys
+_FLAGS = {
+    'dataset': 'DATA.DATASET',
+    'data_path': 'DATA.DATA_PATH',
+    'output': 'SAVE',
+    'batch_size': 'DATA.BATCH_SIZE',
+    'batch_size_eval': 'DATA.BATCH_SIZE_EVAL',
+    'image_size': 'DATA.IMAGE_SIZE',
+    'pretrained': 'MODEL.PRETRAINED',
+    'last_epoch': 'TRAIN.LAST_EPOCH',
+    'eval': 'EVAL',
+    'deploy': 'MODEL.DEPLOY',
+}
+
+
+def update_config(config, args):
+    """Merge parsed flags (those of `get_parser`; missing ones do not count) into config, in place; returns it.
+
+    `-cfg` is merged first, `-opts` last. `-batch_size` sets the evaluation's batch too, unless
+    `-batch_size_eval` is given. Values of 0 count.
+    """
+    config.defrost()
+    if getattr(args, 'cfg', None):
+        _merge_file(config, args.cfg)
+    if getattr(args, 'batch_size', None) is not None:
+        _set(config, 'DATA.BATCH_SIZE_EVAL', args.batch_size, '-batch_size')
+    for flag, key in _FLAGS.items():
+        value = getattr(args, flag, None)
+        if value is not None and value is not False:
+            _set(config, key, value, f'-{flag}')
+    for pairs in getattr(args, 'opts', None) or []:
+        if len(pairs) % 2:
+            raise UserError(f'-opts: {" ".join(pairs)}: no value after {pairs[-1]}; give pairs KEY VALUE')
+        for key, value in zip(pairs[::2], pairs[1::2]):
+            _set(config, key, value, '-opts')
+    return config
+
+
+class ArgumentParser(argparse.ArgumentParser):
+    """argparse with exact single-dash flags, values that may start with a minus, and errors of one line."""
+
+    def __init__(self, **kwargs):
+        kwargs.setdefault('formatter_class', argparse.RawDescriptionHelpFormatter)
+        super().__init__(allow_abbrev=False, **kwargs)
+
+    def _get_option_tuples(self, option_string):
+        """No abbreviations: `allow_abbrev=False` spares only double-dash flags (Python 3.9 to 3.13)."""
+        return []
+
+    def _parse_optional(self, arg_string):
+        """What starts with a minus and is a number or a list of numbers is a value, `-1e-5` too, never a flag."""
+        try:
+            float(arg_string.strip('[](),').split(',')[0])
+            return None
+        except ValueError:
+            return super()._parse_optional(arg_string)
+
+    def error(self, message):
+        self.exit(2, f'{self.prog}: error: {" ".join(message.split())} (-h explains)\n')
+
+
+def get_parser(description):
+    """The flags that every program taking a whole config understands. description: str, shown by -h."""
+    parser = ArgumentParser(description=description)
+    parser.add_argument('-cfg', metavar='FILE', help='YAML config file (configs/*.yaml)')
+    parser.add_argument('-dataset', metavar='NAME', help='layout of the data set: imagenet2012')
+    parser.add_argument('-data_path', metavar='DIR', help='folder with train_list.txt and val_list.txt')
+    parser.add_argument('-output', metavar='DIR', help='folder of the run (default: output/<name>-<time>)')
+    parser.add_argument('-batch_size', metavar='N', help='images per step and device (evaluation too)')
+    parser.add_argument('-batch_size_eval', metavar='N', help='images per step and device in evaluation')
+    parser.add_argument('-image_size', metavar='N', help='side of the square that the network sees, in pixels')
+    parser.add_argument('-pretrained', metavar='FILE', help='weights to start from or to evaluate (.pdparams)')
+    parser.add_argument('-last_epoch', metavar='N', help='epochs that count as done; the run starts with the next')
+    parser.add_argument('-eval', action='store_true', help='evaluate -pretrained on the val list, then stop')
+    parser.add_argument('-deploy', action='store_true', help='evaluate the fused network')
+    parser.add_argument('-opts', metavar='KEY VALUE', nargs='*', action='append',
+                        help='set any key of config.py, e.g. -opts TRAIN.BASE_LR 0.05 SEED 1 (repeatable)')
+    return parser
+
+
+def check_config(config):
+    """Raise a UserError for a value out of its range or a combination that cannot run.
+
+    Called once by a run, before any file of the data set is opened.
+    """
+    leaves = dict(_leaves(config))
+    for key, value in leaves.items():
+        items = value if isinstance(value, list) else [value]
+        low, high = _RANGE.get(key, (None, None))
+        for item in items:
+            if (low is not None and item < low) or (high is not None and item > high):
+                bounds = f'at least {low}' if high is None else f'between {low} and {high}'
+                raise UserError(f'{key} is {value}, but must be {bounds}')
+        if key in _CHOICES and value.lower() not in map(str.lower, _CHOICES[key]):
+            raise UserError(f'{key} is {value!r}, but must be one of {", ".join(_CHOICES[key])}')
+        if key in _LENGTH and len(value) != _LENGTH[key]:
+            raise UserError(f'{key} is {value}, but must have {_LENGTH[key]} entries')
+    _check_combinations(config)
+
+
+def _check_combinations(config):
+    data, train = config.DATA, config.TRAIN
+    if data.IMAGE_CHANNELS != 3:
+        raise UserError(f'DATA.IMAGE_CHANNELS is {data.IMAGE_CHANNELS}, but images are read as RGB: a run needs 3')
+    if data.CROP_SCALE[0] > data.CROP_SCALE[1]:
+        raise UserError(f'DATA.CROP_SCALE is {data.CROP_SCALE}, but the smaller share comes first')
+    if config.EVAL:
+        if not config.MODEL.PRETRAINED:
+            raise UserError('EVAL without weights would measure a random network: give them with -pretrained')
+        return
+    if config.MODEL.DEPLOY:
+        raise UserError('MODEL.DEPLOY is for evaluation: a fused network cannot be trained; add -eval or drop -deploy')
+    if train.LAST_EPOCH >= train.NUM_EPOCHS:
+        raise UserError(f'TRAIN.LAST_EPOCH is {train.LAST_EPOCH}, but must be below TRAIN.NUM_EPOCHS, '
+                        f'{train.NUM_EPOCHS}: nothing is left to train')
+    if train.WARMUP_EPOCHS >= train.NUM_EPOCHS:
+        raise UserError(f'TRAIN.WARMUP_EPOCHS is {train.WARMUP_EPOCHS}, but must be below TRAIN.NUM_EPOCHS, '
+                        f'{train.NUM_EPOCHS}')
+    if train.OPTIMIZER.NESTEROV and train.OPTIMIZER.MOMENTUM == 0:
+        raise UserError('TRAIN.OPTIMIZER.NESTEROV needs TRAIN.OPTIMIZER.MOMENTUM above 0')
+
+
+def frozen(config):
+    """A frozen copy of a config, its BASE emptied: one file that says everything about a run."""
+    config = copy.deepcopy(config)
+    config.defrost()
+    config.BASE = ['']
+    config.freeze()
+    return config

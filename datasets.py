@@ -1,0 +1,152 @@
+"""ImageNet in list files, the samplers that decide which image comes when, and the loaders.
+
+A sample's index is a pair (epoch, index). Whatever is random about it is a function of (SEED, epoch, index), so workers
+hold no state: any number of them gives the same batches.
+"""
+import os
+import zlib  # noqa: F401  before Paddle: see utils.py
+
+import numpy as np
+from paddle.io import DataLoader, Dataset
+from PIL import Image
+
+from transforms import EvalTransform, TrainTransform
+from utils import UserError
+
+
+def read_list(path, num_classes):
+    """Read a list file: a line per image, its path, a blank, its label. The path may hold blanks.
+
+    Returns: (list of relative paths, int64 array of labels).
+    Raises: UserError, naming file and line, for a missing list, a malformed line or a label outside num_classes.
+    """
+    try:
+        with open(path, encoding='utf-8') as file:
+            lines = file.read().rstrip().split('\n')
+    except OSError as error:
+        raise UserError(f'{path}: cannot read the list ({error.strerror}); DATA.DATA_PATH is the folder that holds '
+                        'it, see README.md or python -m tools.make_list -h') from None
+    except UnicodeDecodeError as error:
+        raise UserError(f'{path}: not UTF-8 text ({error.reason} at byte {error.start}); save the list as UTF-8') from None
+    if lines == ['']:
+        raise UserError(f'{path}: the list is empty; write a line "path label" per image')
+    paths, labels = [], np.empty(len(lines), dtype='int64')
+    for number, line in enumerate(lines, 1):
+        name, label = (line.rsplit(maxsplit=1) + ['', ''])[:2]
+        if not (label.isascii() and label.isdigit() and len(label) < 19):
+            raise UserError(f'{path}:{number}: {line!r} is not "path label", the label a whole number from 0')
+        paths.append(name)
+        labels[number - 1] = int(label)
+    outside = np.flatnonzero(labels >= num_classes)
+    if len(outside):
+        raise UserError(f'{path}:{outside[0] + 1}: label {labels[outside[0]]} is outside MODEL.NUM_CLASSES '
+                        f'{num_classes}; {labels.max() + 1} would fit this list')
+    return paths, labels
+
+
+class ImageNet2012Dataset(Dataset):
+    """The images of a list file. Item (epoch, index) -> (uint8 [H, W, 3], label).
+
+    transform: callable (RGB image, NumPy generator) -> uint8 array.
+    seed: with epoch and index, the seed of an item's generator.
+    """
+
+    def __init__(self, data_path, list_name, num_classes, transform, seed=0):
+        super().__init__()
+        self.data_path = data_path
+        self.paths, self.labels = read_list(os.path.join(data_path, list_name), num_classes)
+        self.transform = transform
+        self.seed = seed
+
+    def __len__(self):
+        return len(self.paths)
+
+    def __getitem__(self, item):
+        epoch, index = item
+        image = read_image(os.path.join(self.data_path, self.paths[index]))
+        return self.transform(image, np.random.default_rng([self.seed, epoch, index])), self.labels[index]
+
+
+def read_image(path):
+    """The RGB image in a file. Raises: UserError that names the file when it is missing or unreadable."""
+    try:
+        with Image.open(path) as image:
+            return image.convert('RGB')
+    except Exception as error:  # Pillow's readers raise nearly every type on a broken file
+        reason = getattr(error, 'strerror', None) or ' '.join(str(error).split())
+        raise UserError(f'{path}: cannot read the image ({reason}); mend the file or its line in the list') from None
+
+
+class TrainSampler:
+    """Batches of (epoch, index) in an order that depends on (seed, epoch) alone, and every rank's share of them.
+
+    A step takes batch_size * world_size images of the order, rank r the r-th part: two ranks with batch b see what
+    one with 2b sees. The last partial step is dropped, unless it is the only one.
+    """
+
+    def __init__(self, length, batch_size, seed, rank=0, world_size=1):
+        if length < world_size:
+            raise UserError(f'{length} training images are too few for {world_size} processes')
+        self.length = length
+        self.total_batch = batch_size * world_size
+        self.seed = seed
+        self.rank = rank
+        self.world_size = world_size
+        self.epoch = 1
+
+    def set_epoch(self, epoch):
+        """epoch: counted from 1."""
+        self.epoch = epoch
+
+    def __iter__(self):
+        order = np.random.default_rng([self.seed, self.epoch]).permutation(self.length)
+        for step in range(len(self)):
+            total = order[step * self.total_batch:(step + 1) * self.total_batch]
+            yield [(self.epoch, int(index)) for index in np.array_split(total, self.world_size)[self.rank]]
+
+    def __len__(self):
+        return max(1, self.length // self.total_batch)
+
+
+class EvalSampler:
+    """Batches of (0, index) that together name every image once over all ranks: no padding, the last may be partial."""
+
+    def __init__(self, length, batch_size, rank=0, world_size=1):
+        self.indices = range(rank, length, world_size)
+        self.batch_size = batch_size
+
+    def __iter__(self):
+        for start in range(0, len(self.indices), self.batch_size):
+            yield [(0, index) for index in self.indices[start:start + self.batch_size]]
+
+    def __len__(self):
+        return -(-len(self.indices) // self.batch_size)
+
+
+def get_dataset(config, is_train=True):
+    """The training or validation set of a config (DATA.*, MODEL.NUM_CLASSES, SEED).
+
+    Raises: UserError for an unknown DATA.DATASET, and for the reasons of `read_list`.
+    """
+    data = config.DATA
+    if data.DATASET.lower() != 'imagenet2012':
+        raise UserError(f'DATA.DATASET is {data.DATASET!r}, but must be imagenet2012')
+    if is_train:
+        transform = TrainTransform(data.IMAGE_SIZE, data.CROP_SCALE, data.INTERPOLATION)
+    else:
+        transform = EvalTransform(data.IMAGE_SIZE, data.CROP_PCT, data.INTERPOLATION)
+    return ImageNet2012Dataset(data.DATA_PATH, 'train_list.txt' if is_train else 'val_list.txt',
+                               config.MODEL.NUM_CLASSES, transform, config.SEED)
+
+
+def get_dataloader(config, dataset, is_train=True, rank=0, world_size=1):
+    """Loader of (uint8 [N, H, W, 3], int64 [N]) tensors: this rank's share.
+
+    Before each epoch of training call `loader.batch_sampler.set_epoch(epoch)`, epochs counted from 1.
+    """
+    data = config.DATA
+    if is_train:
+        sampler = TrainSampler(len(dataset), data.BATCH_SIZE, config.SEED, rank, world_size)
+    else:
+        sampler = EvalSampler(len(dataset), data.BATCH_SIZE_EVAL or data.BATCH_SIZE, rank, world_size)
+    return DataLoader(dataset, batch_sampler=sampler, num_workers=data.NUM_WORKERS)

@@ -1,0 +1,23 @@
+"""Train or evaluate MobileOne on one device: the first GPU, or the CPU where there is none.
+
+  python main_single_gpu.py -cfg configs/mobileone_s0.yaml -data_path /dataset/imagenet
+  python main_single_gpu.py -cfg configs/mobileone_s0.yaml -data_path /dataset/imagenet -eval -pretrained s0.pdparams
+
+The run's folder (-output) gets config.yaml, log.txt, log.jsonl, latest.pdparams, best.pdparams and epoch_N.pdparams.
+"""
+from config import get_config, get_parser, update_config
+from utils import prepare_runtime, run_program
+
+
+def main():
+    config = update_config(get_config(), get_parser(__doc__).parse_args())
+    prepare_runtime()
+    import paddle
+
+    import engine
+    paddle.set_device('gpu:0' if paddle.device.cuda.device_count() else 'cpu')
+    engine.run(config)
+
+
+if __name__ == '__main__':
+    run_program(main)

@@ -1,0 +1,238 @@
+"""MobileOne in PaddlePaddle: "An Improved One millisecond Mobile Backbone", arXiv 2206.04040.
+
+A layer trains with parallel branches (section 3.2, figure 3: k convolutions, a 1x1 "scale" and a batch-norm "skip",
+summed) and is fused into one convolution with a bias for use.
+"""
+import copy
+
+import paddle
+import paddle.nn as nn
+import paddle.nn.functional as F
+
+
+class ConvNorm(nn.Sequential):
+    """Convolution and batch norm of one branch; with `norm=False` the fused convolution, which has a bias.
+
+    [N, in_channels, H, W] -> [N, out_channels, H / stride, W / stride]
+    """
+
+    def __init__(self, in_channels, out_channels, kernel_size, stride=1, groups=1, norm=True):
+        conv = nn.Conv2D(in_channels, out_channels, kernel_size, stride=stride, padding=kernel_size // 2,
+                         groups=groups, bias_attr=False if norm else None,
+                         weight_attr=paddle.ParamAttr(initializer=nn.initializer.KaimingUniform()))
+        layers = [('conv', conv)]
+        if norm:
+            layers.append(('norm', nn.BatchNorm2D(out_channels)))
+        super().__init__(*layers)
+
+
+class SEBlock(nn.Layer):
+    """Squeeze and excitation (arXiv 1709.01507): scales each channel by a gate computed from the channels' means.
+
+    [N, channels, H, W] -> the same shape. `ratio`: width of the bottleneck as a share of the channels.
+    """
+
+    def __init__(self, channels, ratio=1 / 16):
+        super().__init__()
+        # at least one, so that networks narrower than the paper's can have SE
+        bottleneck = max(1, int(channels * ratio))
+        self.pool = nn.AdaptiveAvgPool2D(1)
+        self.reduce = nn.Conv2D(channels, bottleneck, 1)
+        self.relu = nn.ReLU()
+        self.expand = nn.Conv2D(bottleneck, channels, 1)
+        self.sigmoid = nn.Sigmoid()
+
+    def forward(self, x):
+        return x * self.sigmoid(self.expand(self.relu(self.reduce(self.pool(x)))))
+
+
+class MobileOneBlock(nn.Layer):
+    """A depthwise 3x3 layer and a pointwise 1x1 layer, each a sum of branches, then SE if any, then ReLU.
+
+    [N, in_channels, H, W] -> [N, out_channels, H / stride, W / stride]
+
+    The two layers' branches are attributes of the block (`dw_...` and `pw_...`), as the released weights name them:
+    `num_branches` convolutions with batch norm, on the 3x3 layer a 1x1 "scale" convolution with batch norm, and a
+    batch norm "skip" where input and output have the same shape.
+
+    deploy: build the fused block, one convolution with a bias per layer.
+    use_pw: False for the stem, which is a dense 3x3 layer alone.
+    """
+
+    def __init__(self, in_channels, out_channels, num_branches=1, stride=1, use_se=False, deploy=False, use_pw=True):
+        super().__init__()
+        self.deploy = deploy
+        self.act = nn.ReLU()
+        dw_channels = in_channels if use_pw else out_channels
+        # name of a layer -> its convolution's shape
+        self.convs = {'dw_3x3': dict(in_channels=in_channels, out_channels=dw_channels, kernel_size=3, stride=stride,
+                                     groups=in_channels if use_pw else 1)}
+        if use_pw:
+            self.convs['pw_1x1'] = dict(in_channels=dw_channels, out_channels=out_channels, kernel_size=1)
+        for name, conv in self.convs.items():
+            prefix = name[:2]
+            if use_se:
+                setattr(self, f'{prefix}_se', SEBlock(conv['out_channels']))
+            if deploy:
+                setattr(self, name, ConvNorm(**conv, norm=False))
+                continue
+            if conv['in_channels'] == conv['out_channels'] and conv.get('stride', 1) == 1:
+                setattr(self, f'{prefix}_skip', nn.BatchNorm2D(conv['in_channels']))
+            if conv['kernel_size'] > 1:
+                setattr(self, f'{prefix}_1x1', ConvNorm(**{**conv, 'kernel_size': 1}))
+            setattr(self, f'{name}_blocks', nn.LayerList([ConvNorm(**conv) for _ in range(num_branches)]))
+
+    def _branches(self, name):
+        """The branches that are summed in the layer `name` ('dw_3x3' or 'pw_1x1')."""
+        prefix = name[:2]
+        branches = list(getattr(self, f'{name}_blocks'))
+        if name == 'dw_3x3':
+            branches.append(self.dw_1x1)
+        if hasattr(self, f'{prefix}_skip'):
+            branches.append(getattr(self, f'{prefix}_skip'))
+        return branches
+
+    def forward(self, x):
+        for name in self.convs:
+            if self.deploy:
+                x = getattr(self, name)(x)
+            else:
+                x = sum_tensors([branch(x) for branch in self._branches(name)])
+            if hasattr(self, f'{name[:2]}_se'):
+                x = getattr(self, f'{name[:2]}_se')(x)
+            x = self.act(x)
+        return x
+
+    def equivalent_kernel_bias(self, name):
+        """The one convolution that equals the layer `name` in evaluation: kernel [O, I / groups, K, K], bias [O].
+
+        The branches are linear in their input, so their sum is the convolution with the sum of their kernels.
+        Computed in float64.
+        """
+        conv = self.convs[name]
+        folded = [_fold_batch_norm(branch, conv) for branch in self._branches(name)]
+        return sum_tensors([kernel for kernel, _ in folded]), sum_tensors([bias for _, bias in folded])
+
+    @paddle.no_grad()
+    def switch_to_deploy(self):
+        """Replace the branches by the equivalent convolutions, in place. Does nothing to a fused block."""
+        if self.deploy:
+            return
+        for name, conv in self.convs.items():
+            kernel, bias = self.equivalent_kernel_bias(name)
+            prefix = name[:2]
+            dtype = getattr(self, f'{name}_blocks')[0].conv.weight.dtype
+            for branch in (f'{prefix}_skip', f'{prefix}_1x1', f'{name}_blocks'):
+                if hasattr(self, branch):
+                    delattr(self, branch)
+            fused = ConvNorm(**conv, norm=False).to(dtype=dtype)
+            fused.conv.weight.set_value(kernel.astype(dtype))
+            fused.conv.bias.set_value(bias.astype(dtype))
+            fused.training = self.training
+            setattr(self, name, fused)
+        self.deploy = True
+
+
+def sum_tensors(tensors):
+    """The sum of a list of tensors of one shape, from left to right."""
+    total = tensors[0]
+    for tensor in tensors[1:]:
+        total = total + tensor
+    return total
+
+
+def _fold_batch_norm(branch, conv):
+    """Kernel [O, I / groups, K, K] and bias [O] in float64 of a branch: a ConvNorm, or the batch norm of a skip."""
+    size = conv['kernel_size']
+    if isinstance(branch, ConvNorm):
+        norm, kernel = branch.norm, branch.conv.weight.astype('float64')
+    else:
+        norm, kernel = branch, _identity_kernel(conv['in_channels'], conv.get('groups', 1))
+    margin = (size - kernel.shape[-1]) // 2
+    if margin:
+        kernel = F.pad(kernel, [margin] * 4)
+    scale = norm.weight.astype('float64') / paddle.sqrt(norm._variance.astype('float64') + norm._epsilon)
+    bias = norm.bias.astype('float64') - norm._mean.astype('float64') * scale
+    return kernel * scale.reshape([-1, 1, 1, 1]), bias
+
+
+def _identity_kernel(channels, groups):
+    """The 1x1 kernel [channels, channels / groups, 1, 1] that leaves its input as it is."""
+    kernel = paddle.eye(channels, dtype='float64')
+    if groups == channels:
+        kernel = paddle.ones([channels, 1], dtype='float64')
+    return kernel.reshape([channels, channels // groups, 1, 1])
+
+
+class MobileOne(nn.Layer):
+    """[N, in_channels, H, W] images -> [N, num_classes] logits.
+
+    The five lists have an entry per stage; the first is the stem, a single dense 3x3 layer with one conv branch
+    whatever `num_branches[0]` says. A stage's width is int(channels * expansions), its first block has its stride.
+    use_se: SE in the last half of stage 3's blocks and in all of stage 4's, as in S4.
+    deploy: build the fused network.
+
+    Raises: ValueError for lists that do not describe a network.
+    """
+
+    def __init__(self, num_blocks, num_branches, channels, strides, expansions, num_classes=1000, use_se=False,
+                 deploy=False, in_channels=3):
+        super().__init__()
+        widths = _check_stages(num_blocks=num_blocks, num_branches=num_branches, channels=channels, strides=strides,
+                               expansions=expansions)
+        self.stages = nn.LayerList()
+        for stage, (blocks, branches, width, stride) in enumerate(zip(num_blocks, num_branches, widths, strides)):
+            first_se = {3: blocks // 2, 4: 0}.get(stage, blocks) if use_se else blocks
+            layers = []
+            for index in range(blocks):
+                layers.append(MobileOneBlock(in_channels, width, num_branches=branches if stage else 1,
+                                             stride=stride if index == 0 else 1, use_se=index >= first_se,
+                                             deploy=deploy, use_pw=stage > 0))
+                in_channels = width
+            self.stages.append(nn.Sequential(*layers))
+        self.avg_pool = nn.AdaptiveAvgPool2D(1)
+        self.fc = nn.Linear(in_channels, num_classes)
+
+    def forward(self, x):
+        for stage in self.stages:
+            x = stage(x)
+        return self.fc(paddle.flatten(self.avg_pool(x), 1))
+
+
+def _check_stages(channels, expansions, **lists):
+    """Widths of the stages; ValueError unless all lists have five entries above zero, the stem one block."""
+    for name, values in {**lists, 'channels': channels, 'expansions': expansions}.items():
+        if len(values) != 5 or min(values) <= 0:
+            raise ValueError(f'{name.upper()} is {list(values)}, but must be five numbers above 0: stem and four stages')
+    if lists['num_blocks'][0] != 1:
+        raise ValueError(f'NUM_BLOCKS is {list(lists["num_blocks"])}, but the stem (entry 0) is one block')
+    widths = [int(c * e) for c, e in zip(channels, expansions)]
+    if min(widths) < 1:
+        raise ValueError(f'CHANNELS {list(channels)} times EXPANSIONS {list(expansions)} leaves a stage without channels')
+    return widths
+
+
+def build_mobileone(config):
+    """The network that a config describes (MODEL.*, and DATA.IMAGE_CHANNELS), with random weights.
+
+    Raises: ValueError for an unknown MODEL.TYPE, or lists that do not describe a network.
+    """
+    model = config.MODEL
+    if model.TYPE.lower() != 'mobileone':
+        raise ValueError(f'MODEL.TYPE is {model.TYPE!r}, but must be MobileOne')
+    return MobileOne(num_blocks=model.NUM_BLOCKS, num_branches=model.NUM_BRANCHES, channels=model.CHANNELS,
+                     strides=model.STRIDES, expansions=model.EXPANSIONS, num_classes=model.NUM_CLASSES,
+                     use_se=model.USE_SE, deploy=model.DEPLOY, in_channels=config.DATA.IMAGE_CHANNELS)
+
+
+def model_convert(model):
+    """The fused network, in evaluation mode, for any layer that contains MobileOne blocks; `model` is unchanged.
+
+    Its outputs equal those of `model.eval()` up to rounding.
+    """
+    fused = copy.deepcopy(model)
+    for layer in fused.sublayers(include_self=True):
+        if isinstance(layer, MobileOneBlock):
+            layer.switch_to_deploy()
+    fused.eval()  # returns nothing in Paddle 2.6
+    return fused

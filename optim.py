@@ -1,0 +1,102 @@
+"""Schedules as pure functions of the global step, the optimizer with its parameter groups, the moving average."""
+import contextlib
+import math
+
+import paddle
+
+
+def learning_rate(step, total_steps, warmup_steps, base, start, end):
+    """Learning rate of optimizer step `step` (from 0): a line from `start` to `base`, then a cosine to `end`.
+
+    The warm-up takes warmup_steps steps; the cosine reaches `end` after the last step (arXiv 1608.03983, without
+    restarts).
+    """
+    if step < warmup_steps:
+        return start + (base - start) * step / warmup_steps
+    progress = (step - warmup_steps) / max(1, total_steps - warmup_steps)
+    return end + (base - end) * 0.5 * (1 + math.cos(math.pi * min(1, progress)))
+
+
+class Schedule:
+    """The values of a run's schedules at a step. steps_per_epoch: optimizer steps; total_batch: images of one."""
+
+    def __init__(self, config, steps_per_epoch, total_batch):
+        train = config.TRAIN
+        scale = total_batch / train.LINEAR_SCALED_LR if train.LINEAR_SCALED_LR else 1.0
+        self.steps_per_epoch = steps_per_epoch
+        self.total_steps = train.NUM_EPOCHS * steps_per_epoch
+        self.warmup_steps = train.WARMUP_EPOCHS * steps_per_epoch
+        self.base, self.start, self.end = (scale * lr for lr in (train.BASE_LR, train.WARMUP_START_LR, train.END_LR))
+        self.decay = train.WEIGHT_DECAY
+        self.max_ema_decay = train.MODEL_EMA_DECAY
+
+    def lr(self, step):
+        return learning_rate(step, self.total_steps, self.warmup_steps, self.base, self.start, self.end)
+
+    def weight_decay(self, step):
+        return self.decay
+
+    def ema_decay(self, step):
+        """Ramped up while steps are few, so that the random weights of the start are soon forgotten."""
+        return min(self.max_ema_decay, (1 + step) / (10 + step))
+
+
+def parameter_groups(model):
+    """(tensors with weight decay, tensors without): weights of two or more dimensions, and norms and biases.
+
+    By shape, not by name: Paddle gives optimizers its own names, which never match the model's.
+    """
+    trainable = [parameter for parameter in model.parameters() if not parameter.stop_gradient]
+    return [p for p in trainable if p.ndim > 1], [p for p in trainable if p.ndim <= 1]
+
+
+def build_optimizer(config, model):
+    """SGD with momentum or AdamW (TRAIN.OPTIMIZER), weight decay on the first of `parameter_groups` only.
+
+    The learning rate is set before each step by `optimizer.set_lr`.
+    """
+    options = config.TRAIN.OPTIMIZER
+    decayed, rest = parameter_groups(model)
+    # floats: Paddle refuses an int 0
+    groups = [{'params': decayed, 'weight_decay': float(config.TRAIN.WEIGHT_DECAY)},
+              {'params': rest, 'weight_decay': 0.0}]
+    if options.NAME.lower() == 'sgd':
+        return paddle.optimizer.Momentum(learning_rate=0.0, momentum=options.MOMENTUM,
+                                         use_nesterov=options.NESTEROV, parameters=groups)
+    return paddle.optimizer.AdamW(learning_rate=0.0, beta1=options.BETAS[0], beta2=options.BETAS[1],
+                                  epsilon=options.EPS, parameters=groups)
+
+
+class ModelEma:
+    """Exponential moving average of a model's whole state, batch-norm statistics included.
+
+    Make it after weights are loaded. on_cpu: keep the average in main memory.
+    """
+
+    def __init__(self, model, on_cpu=False):
+        self.place = paddle.CPUPlace() if on_cpu else None
+        self.model = model
+        self.average = {name: self._own(tensor).clone() for name, tensor in self._state()}
+
+    def _state(self):
+        return [(name, tensor.detach()) for name, tensor in self.model.state_dict().items()]
+
+    def _own(self, tensor):
+        return tensor if self.place is None else tensor._copy_to(self.place, True)
+
+    @paddle.no_grad()
+    def update(self, decay):
+        """average = decay * average + (1 - decay) * model, on the device of the average, in place."""
+        for name, tensor in self._state():
+            self.average[name].scale_(decay)
+            self.average[name].add_(self._own(tensor) * (1 - decay))
+
+    @contextlib.contextmanager
+    def applied(self):
+        """While open, the model holds the average; then its own weights again, exactly."""
+        own = {name: tensor.clone() for name, tensor in self._state()}
+        self.model.set_state_dict(self.average)
+        try:
+            yield self.model
+        finally:
+            self.model.set_state_dict(own)

@@ -1,0 +1,75 @@
+"""Write Fashion-MNIST as image files in the ImageNet list layout.
+
+  python -m tools.make_fashion_mnist -source demo -output data/fashion_mnist_demo
+  python -m tools.make_fashion_mnist -source /usr/share/datasets/fashion-mnist -output data/fashion_mnist
+
+The source folder holds the four files of the set (github.com/zalandoresearch/fashion-mnist, MIT licence):
+train-images-idx3-ubyte.gz, train-labels-idx1-ubyte.gz, t10k-images-idx3-ubyte.gz, t10k-labels-idx1-ubyte.gz.
+`demo` in this repository holds the first images of each; Debian's package dataset-fashion-mnist brings them all.
+The t10k images become the val list. Run again, it writes the same files again.
+"""
+import gzip
+import os
+import struct
+
+import numpy as np
+from PIL import Image
+from tqdm import tqdm
+
+from config import ArgumentParser
+from utils import UserError, run_program
+
+CLASSES = ['T-shirt_top', 'Trouser', 'Pullover', 'Dress', 'Coat', 'Sandal', 'Shirt', 'Sneaker', 'Bag', 'Ankle_boot']
+SPLITS = {'train': 'train', 'val': 't10k'}
+
+
+def read_idx(path):
+    """The uint8 array in a gzipped IDX file. Raises: UserError that names a missing or broken file."""
+    try:
+        with gzip.open(path, 'rb') as file:
+            content = file.read()
+        zero, kind, dims = struct.unpack('>HBB', content[:4])
+        shape = struct.unpack(f'>{dims}I', content[4:4 + 4 * dims])
+        if zero != 0 or kind != 8:
+            raise ValueError('not an IDX file of bytes')
+        return np.frombuffer(content, dtype='uint8', offset=4 + 4 * dims).reshape(shape)
+    except FileNotFoundError:
+        raise UserError(f'{path}: no such file; -source is the folder of the four Fashion-MNIST files (-h explains)') from None
+    except (OSError, EOFError, ValueError, struct.error) as error:
+        raise UserError(f'{path}: cannot be read ({error}); copy it anew') from None
+
+
+def write_split(images, labels, folder, split, extension):
+    """Write one split's images below folder/split and its list file."""
+    for name in CLASSES:
+        os.makedirs(os.path.join(folder, split, name), exist_ok=True)
+    options = {'quality': 95} if extension == 'jpg' else {}
+    lines = []
+    for index, (image, label) in enumerate(zip(tqdm(images, split, disable=None), labels)):
+        path = f'{split}/{CLASSES[label]}/{index:05d}.{extension}'
+        Image.fromarray(image).save(os.path.join(folder, path), **options)
+        lines.append(f'{path} {label}\n')
+    with open(os.path.join(folder, f'{split}_list.txt'), 'w', encoding='utf-8') as file:
+        file.writelines(lines)
+
+
+def main():
+    parser = ArgumentParser(description=__doc__)
+    parser.add_argument('-source', metavar='DIR', required=True, help='folder of the four .gz files')
+    parser.add_argument('-output', metavar='DIR', required=True, help='folder to write the images and lists to')
+    parser.add_argument('-format', choices=['png', 'jpg'], default='png', help='image format (default: png, lossless)')
+    args = parser.parse_args()
+    for split, prefix in SPLITS.items():
+        images, labels = (read_idx(os.path.join(args.source, f'{prefix}-{kind}-ubyte.gz'))
+                          for kind in ('images-idx3', 'labels-idx1'))
+        if images.ndim != 3 or labels.shape != images.shape[:1] or labels.max() >= len(CLASSES):
+            raise UserError(f'{args.source}: images {images.shape} and labels {labels.shape} of {prefix} do not belong '
+                            'together; copy the four files anew')
+        write_split(images, labels, args.output, split, args.format)
+        print(f'{args.output}/{split}_list.txt: {len(labels)} images')
+    with open(os.path.join(args.output, 'class_names.txt'), 'w', encoding='utf-8') as file:
+        file.writelines(f'{name}\n' for name in CLASSES)
+
+
+if __name__ == '__main__':
+    run_program(main)

@@ -48,22 +48,20 @@ def load(path):
 def load_weights(path):
     """The weights in a released .pdparams or in a checkpoint of training.
 
-    Returns: ({name: array}, what they are): 'EMA weights of a checkpoint' if it has some, else 'weights of a
-    checkpoint', or 'weights' for a flat file.
+    Returns: ({name: array}, whether they are a checkpoint's EMA, which goes before its raw weights).
     Raises: UserError for a file that holds neither.
     """
-    state = load(path)
-    kind = 'weights'
+    state, is_ema = load(path), False
     if isinstance(state, dict) and isinstance(state.get('model'), dict):
-        ema = state.get('model_ema')
-        state, kind = (ema, 'EMA weights of a checkpoint') if ema else (state['model'], 'weights of a checkpoint')
+        is_ema = bool(state.get('model_ema'))
+        state = state['model_ema'] if is_ema else state['model']
     if not isinstance(state, dict):
         raise UserError(f'{path}: holds {type(state).__name__}, not a dictionary of weights')
     state = {key: np.asarray(value) for key, value in state.items() if key != 'StructuredToParameterName@@'}
     if not any(key.startswith('stages.') for key in state):
         raise UserError(f'{path}: holds no MobileOne weights (no key starts with "stages."); official PyTorch files '
                         'are converted by load_pytorch_weights.py')
-    return state, kind
+    return state, is_ema
 
 
 def is_fused(weights):

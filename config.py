@@ -14,7 +14,7 @@ import re
 import yaml
 from yacs.config import CfgNode as CN
 
-from utils import UserError
+from utils import UserError, program_name
 
 _C = CN()
 # YAML files, relative to this one, that are merged before it
@@ -299,18 +299,19 @@ def get_config(path=None):
     return config
 
 
-# flag -> key; the flags take their types from the keys
+# flag -> (key, placeholder, help); a flag takes its type from its key, a truth value takes no argument
 _FLAGS = {
-    'dataset': 'DATA.DATASET',
-    'data_path': 'DATA.DATA_PATH',
-    'output': 'SAVE',
-    'batch_size': 'DATA.BATCH_SIZE',
-    'batch_size_eval': 'DATA.BATCH_SIZE_EVAL',
-    'image_size': 'DATA.IMAGE_SIZE',
-    'pretrained': 'MODEL.PRETRAINED',
-    'last_epoch': 'TRAIN.LAST_EPOCH',
-    'eval': 'EVAL',
-    'deploy': 'MODEL.DEPLOY',
+    'dataset': ('DATA.DATASET', 'NAME', 'layout of the data set: imagenet2012'),
+    'data_path': ('DATA.DATA_PATH', 'DIR', 'folder with train_list.txt and val_list.txt'),
+    'output': ('SAVE', 'DIR', 'folder of the run (default: output/<MODEL.NAME>-<time>)'),
+    'batch_size': ('DATA.BATCH_SIZE', 'N', 'images per step and device (sets -batch_size_eval too)'),
+    'batch_size_eval': ('DATA.BATCH_SIZE_EVAL', 'N', 'images per step and device in evaluation'),
+    'image_size': ('DATA.IMAGE_SIZE', 'N', 'side of the square that the network sees, in pixels'),
+    'pretrained': ('MODEL.PRETRAINED', 'FILE', 'weights to start from or to evaluate: a released .pdparams or a '
+                                               'checkpoint of training'),
+    'last_epoch': ('TRAIN.LAST_EPOCH', 'N', 'epochs that count as done; the run starts with the next'),
+    'eval': ('EVAL', None, 'evaluate -pretrained on the val list, then stop'),
+    'deploy': ('MODEL.DEPLOY', None, 'with -eval: fuse the branches after loading'),
 }
 
 
@@ -325,7 +326,7 @@ def update_config(config, args):
         _merge_file(config, args.cfg)
     if getattr(args, 'batch_size', None) is not None:
         _set(config, 'DATA.BATCH_SIZE_EVAL', args.batch_size, '-batch_size')
-    for flag, key in _FLAGS.items():
+    for flag, (key, _, _) in _FLAGS.items():
         value = getattr(args, flag, None)
         if value is not None and value is not False:
             _set(config, key, value, f'-{flag}')
@@ -341,8 +342,8 @@ class ArgumentParser(argparse.ArgumentParser):
     """argparse with exact single-dash flags, values that may start with a minus, and errors of one line."""
 
     def __init__(self, **kwargs):
-        kwargs.setdefault('formatter_class', argparse.RawDescriptionHelpFormatter)
-        super().__init__(allow_abbrev=False, **kwargs)
+        super().__init__(prog=program_name(), allow_abbrev=False,
+                         formatter_class=argparse.RawDescriptionHelpFormatter, **kwargs)
 
     def _get_option_tuples(self, option_string):
         """No abbreviations: `allow_abbrev=False` spares only double-dash flags (Python 3.9 to 3.13)."""
@@ -360,20 +361,16 @@ class ArgumentParser(argparse.ArgumentParser):
         self.exit(2, f'{self.prog}: error: {" ".join(message.split())} (-h explains)\n')
 
 
-def get_parser(description):
-    """The flags that every program taking a whole config understands. description: str, shown by -h."""
+def get_parser(description, flags=tuple(_FLAGS)):
+    """A parser of -cfg, -opts and the named flags, for `update_config`. description: str, shown by -h."""
     parser = ArgumentParser(description=description)
-    parser.add_argument('-cfg', metavar='FILE', help='YAML config file (configs/*.yaml)')
-    parser.add_argument('-dataset', metavar='NAME', help='layout of the data set: imagenet2012')
-    parser.add_argument('-data_path', metavar='DIR', help='folder with train_list.txt and val_list.txt')
-    parser.add_argument('-output', metavar='DIR', help='folder of the run (default: output/<name>-<time>)')
-    parser.add_argument('-batch_size', metavar='N', help='images per step and device (evaluation too)')
-    parser.add_argument('-batch_size_eval', metavar='N', help='images per step and device in evaluation')
-    parser.add_argument('-image_size', metavar='N', help='side of the square that the network sees, in pixels')
-    parser.add_argument('-pretrained', metavar='FILE', help='weights to start from or to evaluate (.pdparams)')
-    parser.add_argument('-last_epoch', metavar='N', help='epochs that count as done; the run starts with the next')
-    parser.add_argument('-eval', action='store_true', help='evaluate -pretrained on the val list, then stop')
-    parser.add_argument('-deploy', action='store_true', help='evaluate the fused network')
+    parser.add_argument('-cfg', metavar='FILE', help='YAML config file, see configs/')
+    for flag in flags:
+        _, metavar, text = _FLAGS[flag]
+        if metavar:
+            parser.add_argument(f'-{flag}', metavar=metavar, help=text)
+        else:
+            parser.add_argument(f'-{flag}', action='store_true', help=text)
     parser.add_argument('-opts', metavar='KEY VALUE', nargs='*', action='append',
                         help='set any key of config.py, e.g. -opts TRAIN.BASE_LR 0.05 SEED 1 (repeatable)')
     return parser

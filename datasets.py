@@ -27,7 +27,7 @@ def read_list(path, num_classes):
         raise UserError(f'{path}: cannot read the list ({error.strerror}); DATA.DATA_PATH is the folder that holds '
                         'it, see README.md or python -m tools.make_list -h') from None
     except UnicodeDecodeError as error:
-        raise UserError(f'{path}: not UTF-8 text ({error.reason} at byte {error.start}); save the list as UTF-8') from None
+        raise UserError(f'{path}: not UTF-8 text ({error.reason} at byte {error.start}); save it as UTF-8') from None
     if lines == ['']:
         raise UserError(f'{path}: the list is empty; write a line "path label" per image')
     paths, labels = [], np.empty(len(lines), dtype='int64')

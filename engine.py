@@ -152,32 +152,31 @@ def load_model(config, logger):
 
     Fused weights build the fused network. With MODEL.DEPLOY, unfused ones are fused after loading. In training, a
     classifier of another size is left out.
-    Returns: (model, what the weights are, or None without any).
+    Returns: (model, whether the weights are an EMA).
     """
-    path, kind, weights = config.MODEL.PRETRAINED, None, None
-    config = config.clone()
-    config.defrost()
-    deploy = config.MODEL.DEPLOY
-    config.MODEL.DEPLOY = False
+    path, weights, is_ema, is_fused = config.MODEL.PRETRAINED, None, False, False
     if path:
-        weights, kind = checkpoint.load_weights(path)
-        config.MODEL.DEPLOY = checkpoint.is_fused(weights)
-        if config.MODEL.DEPLOY and not config.EVAL:
+        weights, is_ema = checkpoint.load_weights(path)
+        is_fused = checkpoint.is_fused(weights)
+        if is_fused and not config.EVAL:
             raise UserError(f'{path}: holds fused weights, which cannot be trained; give the unfused ones')
+    network = config.clone()
+    network.defrost()
+    network.MODEL.DEPLOY = is_fused
     try:
-        model = build_mobileone(config)
+        model = build_mobileone(network)
     except ValueError as error:
         raise UserError(f'MODEL: {error}') from None
     if path:
         left_out = checkpoint.load_into(model, weights, path, allow_other_classifier=not config.EVAL)
-        logger.info(f'loaded {kind} ({"fused" if config.MODEL.DEPLOY else "unfused"}) from {path}')
+        logger.info(f'loaded {"EMA " if is_ema else ""}weights ({"fused" if is_fused else "unfused"}) from {path}')
         if left_out:
             logger.info(f'left out {", ".join(left_out)}, made for {weights[left_out[-1]].shape[-1]} classes, not '
                         f'{config.MODEL.NUM_CLASSES}: the classifier starts from random weights')
-    if deploy and not config.MODEL.DEPLOY:
+    if config.MODEL.DEPLOY and not is_fused:
         model = model_convert(model)
         logger.info('fused the branches')
-    return model, kind
+    return model, is_ema
 
 
 def build_training(config, model, loader, logger):
@@ -234,16 +233,13 @@ def save_checkpoints(config, training, epoch, step, best):
         checkpoint.prune(config.SAVE, config.KEEP_CHECKPOINTS)
 
 
-def run_evaluation(config, logger):
-    loader = get_dataloader(config, get_dataset(config, is_train=False), is_train=False)
-    model, kind = load_model(config, logger)
+def run_evaluation(config, logger, loader):
+    model, is_ema = load_model(config, logger)
     metrics = evaluate(model, loader, Normalize(config.DATA.IMAGENET_MEAN, config.DATA.IMAGENET_STD))
-    RunLog(config, logger).write(0, 0, 'val', 'ema' if kind.startswith('EMA') else 'raw', metrics)
+    RunLog(config, logger).write(0, 0, 'val', 'ema' if is_ema else 'raw', metrics)
 
 
-def run_training(config, logger):
-    train_loader, val_loader = (get_dataloader(config, get_dataset(config, is_train), is_train)
-                                for is_train in (True, False))
+def run_training(config, logger, train_loader, val_loader):
     model, _ = load_model(config, logger)
     training = build_training(config, model, train_loader, logger)
     log = RunLog(config, logger, training.schedule)
@@ -265,28 +261,6 @@ def run_training(config, logger):
                 f'{best["epoch"]}: {os.path.join(config.SAVE, checkpoint.BEST)}')
 
 
-def run(config):
-    """Train, or with EVAL evaluate, as the config says, on the current device.
-
-    Makes the run's folder (SAVE) with config.yaml, log.txt, log.jsonl and, in training, checkpoints.
-    Raises: UserError for what the user can mend.
-    """
-    check_config(config)
-    config = config.clone()
-    if not config.SAVE:
-        config.SAVE = os.path.join('output', f'{config.MODEL.NAME}-{time.strftime("%Y%m%d-%H%M%S")}')
-    config = frozen(config)
-    prepare_folder(config)
-    logger = setup_logger(config.SAVE)
-    logger.info(f'PaddlePaddle {paddle.__version__} on {paddle.device.get_device()}, folder {config.SAVE}, config:\n'
-                f'{config.dump().rstrip()}')
-    paddle.seed(config.SEED)
-    if config.EVAL:
-        run_evaluation(config, logger)
-    else:
-        run_training(config, logger)
-
-
 def prepare_folder(config):
     """Make the run's folder and save the config in it. Raises: UserError if it holds another run's checkpoints."""
     folder = config.SAVE
@@ -297,8 +271,34 @@ def prepare_folder(config):
         os.makedirs(folder, exist_ok=True)
         name = 'config-eval.yaml' if holds_run else 'config.yaml'
         with open(os.path.join(folder, name), 'w', encoding='utf-8') as file:
-            file.write(config.dump())
+            file.write(config.dump(default_flow_style=None))
         if not config.EVAL:
-            open(os.path.join(folder, 'log.jsonl'), 'w').close()
+            with open(os.path.join(folder, 'log.jsonl'), 'w'):
+                pass  # what a run that never reached a checkpoint left behind
     except OSError as error:
-        raise UserError(f'{folder}: cannot write the run\'s folder ({error.strerror}); choose another -output') from None
+        raise UserError(f'{folder}: cannot write the run here ({error.strerror}); choose another -output') from None
+
+
+def run(config):
+    """Train, or with EVAL evaluate, as the config says, on the current device.
+
+    Makes the run's folder (SAVE) with config.yaml, log.txt, log.jsonl and, in training, checkpoints.
+    Raises: UserError for what the user can mend.
+    """
+    check_config(config)
+    config = config.clone()
+    config.defrost()
+    config.SAVE = config.SAVE or os.path.join('output', f'{config.MODEL.NAME}-{time.strftime("%Y%m%d-%H%M%S")}')
+    config = frozen(config)
+    # the lists are read first: a wrong path leaves no folder behind
+    loaders = [get_dataloader(config, get_dataset(config, is_train), is_train)
+               for is_train in ([False] if config.EVAL else [True, False])]
+    prepare_folder(config)
+    logger = setup_logger(config.SAVE)
+    logger.info(f'PaddlePaddle {paddle.__version__} on {paddle.device.get_device()}, folder {config.SAVE}, config:\n'
+                f'{config.dump(default_flow_style=None).rstrip()}')
+    paddle.seed(config.SEED)
+    if config.EVAL:
+        run_evaluation(config, logger, *loaders)
+    else:
+        run_training(config, logger, *loaders)

@@ -95,7 +95,7 @@ def main():
     converted = convert_state_dict(state_dict, config)
     checkpoint.save(converted, args.output)
     kind = 'fused' if checkpoint.is_fused(converted) else 'unfused'
-    print(f'wrote {len(converted)} tensors ({kind}, {sum(v.size for v in converted.values()):,} values) to {args.output}')
+    print(f'{args.output}: {len(converted)} tensors ({kind}), {sum(v.size for v in converted.values()):,} values')
 
 
 if __name__ == '__main__':

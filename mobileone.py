@@ -203,12 +203,12 @@ def _check_stages(channels, expansions, **lists):
     """Widths of the stages; ValueError unless all lists have five entries above zero, the stem one block."""
     for name, values in {**lists, 'channels': channels, 'expansions': expansions}.items():
         if len(values) != 5 or min(values) <= 0:
-            raise ValueError(f'{name.upper()} is {list(values)}, but must be five numbers above 0: stem and four stages')
+            raise ValueError(f'{name.upper()} is {list(values)}, but must be five numbers above 0: the stem, four stages')
     if lists['num_blocks'][0] != 1:
         raise ValueError(f'NUM_BLOCKS is {list(lists["num_blocks"])}, but the stem (entry 0) is one block')
     widths = [int(c * e) for c, e in zip(channels, expansions)]
     if min(widths) < 1:
-        raise ValueError(f'CHANNELS {list(channels)} times EXPANSIONS {list(expansions)} leaves a stage without channels')
+        raise ValueError(f'CHANNELS {list(channels)} times EXPANSIONS {list(expansions)} makes a stage of no channels')
     return widths
 
 

@@ -77,9 +77,14 @@ def run_program(main):
         sys.exit(_fail('interrupted', 130))
 
 
+def program_name():
+    """How the user called the running program: main_single_gpu.py, or tools.fuse for `python -m tools.fuse`."""
+    spec = sys.modules['__main__'].__spec__
+    return spec.name if spec else os.path.basename(sys.argv[0])
+
+
 def _fail(message, status):
-    program = os.path.basename(sys.argv[0])
-    print(f'{program}: error: {message}', file=sys.stderr)
+    print(f'{program_name()}: error: {message}', file=sys.stderr)
     return status
 
 

@@ -34,7 +34,7 @@ def read_idx(path):
             raise ValueError('not an IDX file of bytes')
         return np.frombuffer(content, dtype='uint8', offset=4 + 4 * dims).reshape(shape)
     except FileNotFoundError:
-        raise UserError(f'{path}: no such file; -source is the folder of the four Fashion-MNIST files (-h explains)') from None
+        raise UserError(f'{path}: no such file; -source is the folder of the four files (-h explains)') from None
     except (OSError, EOFError, ValueError, struct.error) as error:
         raise UserError(f'{path}: cannot be read ({error}); copy it anew') from None
 

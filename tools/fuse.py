@@ -1,0 +1,96 @@
+"""Fuse trained weights into the plain network, show that it gives the same answers, and write its weights.
+
+  python -m tools.fuse -cfg configs/demo.yaml -pretrained output/demo/best.pdparams -save output/demo/fused.pdparams
+
+-pretrained is an unfused weight file or a training checkpoint (its EMA weights, if it has some). The val list of the
+config (DATA.DATA_PATH, or -data_path) gives the accuracy of both networks and the largest difference between their
+logits; parameters and latency are counted and measured here. With -no_data random images take the val list's place
+and no accuracy is shown. The written file works with `-eval -pretrained`.
+"""
+import time
+
+import numpy as np
+
+from config import check_config, get_config, get_parser, update_config
+from utils import UserError, prepare_runtime, run_program, setup_logger
+
+
+def count_parameters(model):
+    """Trainable parameters: batch-norm statistics do not count."""
+    return sum(int(np.prod(p.shape)) for p in model.parameters() if not p.stop_gradient)
+
+
+def latencies(models, size, batch, repeats=20):
+    """Median seconds of a forward pass per image for each model, on the current device, measured in turn."""
+    import paddle
+    images = paddle.randn([batch, 3, size, size])
+    seconds = [[] for _ in models]
+    with paddle.no_grad():
+        for repeat in range(repeats + 3):
+            for model, times in zip(models, seconds):
+                start = time.perf_counter()
+                model(images).numpy()  # waits for the device
+                if repeat >= 3:  # the first ones warm up
+                    times.append(time.perf_counter() - start)
+    return [float(np.median(times)) / batch for times in seconds]
+
+
+def largest_difference(models, batches, normalize):
+    """Largest absolute difference between the logits of two models over batches of uint8 images."""
+    import paddle
+    with paddle.no_grad():
+        return max(float((models[0](images) - models[1](images)).abs().max()) for images in map(normalize, batches))
+
+
+def main():
+    parser = get_parser(__doc__, ['data_path', 'image_size', 'pretrained'])
+    parser.add_argument('-save', metavar='FILE', help='write the fused weights to this .pdparams')
+    parser.add_argument('-no_data', action='store_true', help='compare on random images, without a data set')
+    args = parser.parse_args()
+    config = update_config(get_config(), args)
+    config.EVAL, config.MODEL.DEPLOY = True, False
+    check_config(config)
+    prepare_runtime()
+    import paddle
+
+    import checkpoint
+    from datasets import get_dataloader, get_dataset
+    from engine import evaluate, load_model
+    from mobileone import model_convert
+    from transforms import Normalize
+    paddle.set_device('gpu:0' if paddle.device.cuda.device_count() else 'cpu')
+    loader = None if args.no_data else get_dataloader(config, get_dataset(config, False), False)
+    model, _ = load_model(config, setup_logger())
+    if checkpoint.is_fused(model.state_dict()):
+        raise UserError(f'{config.MODEL.PRETRAINED}: is fused already; give the unfused weights')
+    model.eval()
+    models = [model, model_convert(model)]
+    if args.save:
+        checkpoint.save(models[1].state_dict(), args.save)
+
+    size, normalize = config.DATA.IMAGE_SIZE, Normalize(config.DATA.IMAGENET_MEAN, config.DATA.IMAGENET_STD)
+    rows = [('', 'unfused', 'fused')]
+    if loader:
+        metrics = [evaluate(m, loader, normalize) for m in models]
+        rows.append(('top-1 accuracy', *(f'{m.acc1:.2f}%' for m in metrics)))
+        rows.append(('top-5 accuracy', *(f'{m.acc5:.2f}%' for m in metrics)))
+        batches = (images for images, _ in loader)
+        compared = f'{metrics[0].n} val images'
+    else:
+        paddle.seed(config.SEED)
+        batches = [paddle.randint(0, 256, [8, size, size, 3]).astype('uint8')]
+        compared = '8 random images'
+    rows.append(('parameters', *(f'{count_parameters(m):,}' for m in models)))
+    for batch in (1, 32):
+        times = latencies(models, size, batch)
+        rows.append((f'latency, batch {batch}', *(f'{1000 * t:.2f} ms/image' for t in times)))
+    for row in rows:
+        print(f'{row[0]:18}{row[1]:>16}{row[2]:>16}')
+    difference = largest_difference(models, batches, normalize)
+    print(f'largest logit difference {difference:.2g} on {compared}, {size}x{size}, {paddle.device.get_device()}')
+    if args.save:
+        print(f'fused weights: {args.save}')
+
+
+if __name__ == '__main__':
+    run_program(main)

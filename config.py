@@ -324,12 +324,12 @@ def update_config(config, args):
     config.defrost()
     if getattr(args, 'cfg', None):
         _merge_file(config, args.cfg)
-    if getattr(args, 'batch_size', None) is not None:
-        _set(config, 'DATA.BATCH_SIZE_EVAL', args.batch_size, '-batch_size')
     for flag, (key, _, _) in _FLAGS.items():
         value = getattr(args, flag, None)
         if value is not None and value is not False:
             _set(config, key, value, f'-{flag}')
+            if flag == 'batch_size':
+                config.DATA.BATCH_SIZE_EVAL = config.DATA.BATCH_SIZE
     for pairs in getattr(args, 'opts', None) or []:
         if len(pairs) % 2:
             raise UserError(f'-opts: {" ".join(pairs)}: no value after {pairs[-1]}; give pairs KEY VALUE')

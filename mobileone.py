@@ -5,6 +5,7 @@ summed) and is fused into one convolution with a bias for use.
 """
 import copy
 
+import numpy as np
 import paddle
 import paddle.nn as nn
 import paddle.nn.functional as F
@@ -151,7 +152,9 @@ def _fold_batch_norm(branch, conv):
     margin = (size - kernel.shape[-1]) // 2
     if margin:
         kernel = F.pad(kernel, [margin] * 4)
-    scale = norm.weight.astype('float64') / paddle.sqrt(norm._variance.astype('float64') + norm._epsilon)
+    # Paddle's kernels (2.6.2, 3.3.1) take epsilon in single precision: 1e-5 rounded matters where a variance is tiny
+    epsilon = float(np.float32(norm._epsilon))
+    scale = norm.weight.astype('float64') / paddle.sqrt(norm._variance.astype('float64') + epsilon)
     bias = norm.bias.astype('float64') - norm._mean.astype('float64') * scale
     return kernel * scale.reshape([-1, 1, 1, 1]), bias
 
@@ -203,7 +206,7 @@ def _check_stages(channels, expansions, **lists):
     """Widths of the stages; ValueError unless all lists have five entries above zero, the stem one block."""
     for name, values in {**lists, 'channels': channels, 'expansions': expansions}.items():
         if len(values) != 5 or min(values) <= 0:
-            raise ValueError(f'{name.upper()} is {list(values)}, but must be five numbers above 0: the stem, four stages')
+            raise ValueError(f'{name.upper()} is {list(values)}, but must be five numbers above 0: stem, four stages')
     if lists['num_blocks'][0] != 1:
         raise ValueError(f'NUM_BLOCKS is {list(lists["num_blocks"])}, but the stem (entry 0) is one block')
     widths = [int(c * e) for c, e in zip(channels, expansions)]

@@ -1,0 +1,87 @@
+"""What the tests share: the runtime's settings, a narrow config, small data sets of real images, running programs."""
+import json
+import os
+import pathlib
+import subprocess
+import sys
+
+import pytest
+
+from utils import prepare_runtime
+
+prepare_runtime()
+
+import numpy as np  # noqa: E402
+import paddle  # noqa: E402
+from PIL import Image  # noqa: E402
+
+from config import get_config  # noqa: E402
+
+ROOT = pathlib.Path(__file__).resolve().parent.parent
+VARIANTS = ['s0', 's1', 's2', 's3', 's4']
+# options of a network that trains in seconds: every kind of branch, and SE
+NARROW = ['MODEL.NUM_BLOCKS', '[1,1,1,2,1]', 'MODEL.CHANNELS', '[4,4,8,8,8]', 'MODEL.EXPANSIONS', '[1,1,1,1,1]',
+          'MODEL.NUM_BRANCHES', '[1,2,1,1,2]', 'MODEL.USE_SE', 'True', 'DATA.IMAGE_SIZE', '32', 'DATA.CROP_PCT', '1',
+          'TRAIN.LINEAR_SCALED_LR', '0', 'TRAIN.WARMUP_EPOCHS', '0', 'DATA.NUM_WORKERS', '1']
+
+
+def variant_config(variant):
+    return get_config(str(ROOT / f'configs/mobileone_{variant}.yaml'))
+
+
+@pytest.fixture
+def config():
+    """A config like NARROW, 10 classes, to edit."""
+    config = get_config()
+    config.DATA.IMAGE_SIZE = 32
+    config.MODEL.NUM_CLASSES = 10
+    config.MODEL.NUM_BLOCKS = [1, 1, 1, 2, 1]
+    config.MODEL.CHANNELS = [4, 4, 8, 8, 8]
+    config.MODEL.EXPANSIONS = [1.0] * 5
+    config.MODEL.NUM_BRANCHES = [1, 2, 1, 1, 2]
+    config.MODEL.USE_SE = True
+    return config
+
+
+@pytest.fixture(autouse=True)
+def _seed():
+    paddle.seed(0)
+
+
+def run(*args, status=0, cwd=ROOT, env=()):
+    """Run `python *args` from the top level; returns the finished process, its status as expected."""
+    process = subprocess.run([sys.executable, *map(str, args)], cwd=cwd, capture_output=True, text=True, timeout=500,
+                             env={**os.environ, **dict(env)})
+    assert process.returncode == status, process.stdout + process.stderr
+    return process
+
+
+def fails(*args, cwd=ROOT, env=()):
+    """Run a program that must end as a user's mistake does; returns its one line on stderr."""
+    process = run(*args, status=2, cwd=cwd, env=env)
+    lines = process.stderr.splitlines()
+    assert len(lines) == 1 and ': error: ' in lines[0], process.stderr
+    return lines[0]
+
+
+def records(folder):
+    return [json.loads(line) for line in (pathlib.Path(folder) / 'log.jsonl').read_text().splitlines()]
+
+
+@pytest.fixture(scope='session')
+def fashion(tmp_path_factory):
+    """The demo set as image files, with lists of the first 60 training and 35 validation images."""
+    folder = tmp_path_factory.mktemp('fashion')
+    run('-m', 'tools.make_fashion_mnist', '-source', 'demo', '-output', folder)
+    for split, count in (('train', 60), ('val', 35)):
+        path = folder / f'{split}_list.txt'
+        path.write_text(''.join(path.read_text().splitlines(keepends=True)[:count]))
+    return folder
+
+
+def write_images(folder, count, size=(40, 30), seed=0):
+    """`count` random JPEG images in a new folder."""
+    folder.mkdir(parents=True)
+    for index in range(count):
+        pixels = np.random.default_rng([seed, index]).integers(0, 256, (*size[::-1], 3), dtype='uint8')
+        Image.fromarray(pixels).save(folder / f'photo {index}.jpg')

@@ -1,0 +1,219 @@
+"""Defaults, YAML files, flags, -opts, and the errors of each."""
+import re
+from types import SimpleNamespace
+
+import pytest
+import yaml
+from conftest import ROOT, VARIANTS, variant_config
+
+import config as config_module
+from config import check_config, get_config, get_parser, update_config
+from utils import UserError
+
+
+def parse(*argv):
+    return update_config(get_config(), get_parser('test').parse_args(argv))
+
+
+def write(path, text):
+    path.write_text(text)
+    return str(path)
+
+
+def test_every_key_has_a_comment_and_a_reader():
+    text = (ROOT / 'config.py').read_text()
+    code = '\n'.join(path.read_text() for path in [*ROOT.glob('*.py'), *ROOT.glob('tools/*.py')]
+                     if path.name != 'config.py')
+    for key in config_module._DEFAULTS:
+        if key != 'BASE':
+            assert re.search(rf'\.{key.rsplit(".")[-1]}\b', code), f'{key} has no reader'
+    lines = text[:text.index('_UNSUPPORTED')].splitlines()
+    for previous, line in zip(lines, lines[1:]):
+        if re.match(r'_C\.\S+ = (?!CN)', line):
+            assert previous.startswith(('#', '_C.')), f'{line} has no comment'
+
+
+@pytest.mark.parametrize('variant, expansions, branches, use_se', [
+    ('s0', [.75, .75, 1, 1, 2], 4, False), ('s1', [1, 1.5, 1.5, 2, 2.5], 1, False), ('s2', [1, 1.5, 2, 2.5, 4], 1, False),
+    ('s3', [1, 2, 2.5, 3, 4], 1, False), ('s4', [1, 3, 3.5, 3.5, 4], 1, True)])
+def test_variants(variant, expansions, branches, use_se):
+    config = variant_config(variant)
+    assert config.MODEL.NAME == f'mobileone_{variant}'
+    assert config.MODEL.NUM_BLOCKS == [1, 2, 8, 10, 1]
+    assert config.MODEL.CHANNELS == [64, 64, 128, 256, 512]
+    assert config.MODEL.STRIDES == [2, 2, 2, 2, 2]
+    assert config.MODEL.EXPANSIONS == expansions
+    assert config.MODEL.NUM_BRANCHES[1:] == [branches] * 4
+    assert config.MODEL.USE_SE is use_se
+    assert (config.DATA.IMAGE_SIZE, config.DATA.CROP_PCT, config.DATA.INTERPOLATION) == (224, 0.875, 'bicubic')
+
+
+def test_a_config_can_be_edited_and_is_a_copy():
+    config = get_config()
+    config.MODEL.NUM_CLASSES = 7
+    config.DATA.CROP_SCALE[0] = 0.5
+    assert get_config().MODEL.NUM_CLASSES == 1000
+    assert get_config().DATA.CROP_SCALE == [0.08, 1.0]
+
+
+def test_saved_config_is_frozen_and_reads_back(tmp_path):
+    config = config_module.frozen(get_config(str(ROOT / 'configs/demo.yaml')))
+    with pytest.raises(AttributeError):
+        config.SEED = 1
+    path = write(tmp_path / 'config.yaml', config.dump(default_flow_style=None))
+    assert get_config(path) == config
+    assert yaml.safe_load(open(path))['MODEL']['NAME'] == 'demo'
+
+
+@pytest.mark.parametrize('path', sorted((ROOT / 'configs').glob('*.yaml')), ids=lambda path: path.name)
+def test_every_config_is_valid_and_has_a_header(path):
+    check_config(get_config(str(path)))
+    header = path.read_text().split('\n\n')[0]
+    assert header.startswith('#') and 'xpected result' in path.read_text()
+    assert any(line.startswith(('#   python ', '#   sh ')) for line in path.read_text().splitlines())
+
+
+def test_base_is_relative_and_merged_first(tmp_path):
+    (tmp_path / 'sub').mkdir()
+    write(tmp_path / 'base.yaml', 'SEED: 3\nTRAIN:\n  BASE_LR: 1\n')
+    assert get_config(write(tmp_path / 'sub/a.yaml', "BASE: ['../base.yaml']\nSEED: 4\n")).SEED == 4
+    assert get_config(str(tmp_path / 'sub/a.yaml')).TRAIN.BASE_LR == 1.0
+    assert get_config(write(tmp_path / 'b.yaml', 'BASE: base.yaml\n')).SEED == 3
+    assert get_config(write(tmp_path / 'old.yaml', "BASE: ['']\n")) == get_config()
+
+
+def test_base_errors(tmp_path):
+    write(tmp_path / 'a.yaml', 'BASE: b.yaml\n')
+    write(tmp_path / 'b.yaml', 'BASE: a.yaml\n')
+    with pytest.raises(UserError, match='circle'):
+        get_config(str(tmp_path / 'a.yaml'))
+    with pytest.raises(UserError, match='missing.yaml.*No such file'):
+        get_config(write(tmp_path / 'c.yaml', 'BASE: missing.yaml\n'))
+    write(tmp_path / 'd.yaml', 'SEEED: 1\n')
+    with pytest.raises(UserError, match='d.yaml: unknown key SEEED; the nearest known key is SEED'):
+        get_config(write(tmp_path / 'e.yaml', 'BASE: d.yaml\n'))
+
+
+@pytest.mark.parametrize('text, message', [
+    ('DATA:\n  IMAGE_SIZES: 3\n', 'unknown key DATA.IMAGE_SIZES; the nearest known key is DATA.IMAGE_SIZE$'),
+    ('MODEL: 3\n', 'MODEL is 3, but is a section'),
+    ('SEED:\n  A: 3\n', "SEED is {'A': 3}, but must be int, like 0"),
+    ('SEED: 1.5\n', 'SEED is 1.5, but must be int'),
+    ('SEED: true\n', 'SEED is True, but must be int'),
+    ('EVAL: 1\n', 'EVAL is 1, but must be bool'),
+    ('SEED: null\n', 'SEED is None, but must be int'),
+    ('TRAIN:\n  BASE_LR: .inf\n', 'TRAIN.BASE_LR is inf, but must be float'),
+    ('TRAIN:\n  BASE_LR: fast\n', "TRAIN.BASE_LR is 'fast', but must be float"),
+    ('DATA:\n  DATA_PATH: [a]\n', 'DATA.DATA_PATH is .*, but must be str'),
+    ('MODEL:\n  NUM_BLOCKS: [1, 2.5, 1, 1, 1]\n', 'MODEL.NUM_BLOCKS is 2.5, but must be a?.*int'),
+    ('MODEL:\n  NUM_BLOCKS: 4\n', 'MODEL.NUM_BLOCKS is 4, but must be a list of int'),
+    ('TRAIN:\n  MULTI_SCALE_SAMPLER_DDP: True\n', 'TRAIN.MULTI_SCALE_SAMPLER_DDP is True, but is not supported'),
+    ('- a\n- b\n', 'mapping'),
+    ('a: [\n', 'not a YAML file'),
+])
+def test_yaml_errors(tmp_path, text, message):
+    path = write(tmp_path / 'x.yaml', text)
+    with pytest.raises(UserError, match=message) as error:
+        get_config(path)
+    assert path in str(error.value) and '\n' not in str(error.value)
+
+
+def test_yaml_values_are_read_as_meant(tmp_path):
+    config = get_config(write(tmp_path / 'x.yaml', '''
+TRAIN:
+  BASE_LR: 1
+  WEIGHT_DECAY: 1e-5
+  LINEAR_SCALED_LR: null
+  MULTI_SCALE_SAMPLER_DDP: False
+  OPTIMIZER:
+DATA:
+  BATCH_SIZE_EVAL: null
+MODEL:
+  PRETRAINED: null
+  EXPANSIONS: [1, 2, 2.5, 3, 4]
+'''))
+    assert (config.TRAIN.BASE_LR, config.TRAIN.WEIGHT_DECAY, config.TRAIN.LINEAR_SCALED_LR) == (1.0, 1e-5, 0)
+    assert all(type(value) is float for value in [config.TRAIN.BASE_LR, *config.MODEL.EXPANSIONS])
+    assert (config.DATA.BATCH_SIZE_EVAL, config.MODEL.PRETRAINED) == (0, '')
+
+
+def test_flags():
+    config = parse('-cfg=' + str(ROOT / 'configs/mobileone_s4.yaml'), '-dataset=imagenet2012', '-data_path', 'a b',
+                   '-output', 'out', '-batch_size', '16', '-image_size=160', '-pretrained', 'w.pdparams',
+                   '-last_epoch', '3', '-eval', '-deploy')
+    assert config.MODEL.USE_SE and config.EVAL and config.MODEL.DEPLOY
+    assert (config.DATA.DATASET, config.DATA.DATA_PATH, config.SAVE) == ('imagenet2012', 'a b', 'out')
+    assert (config.DATA.BATCH_SIZE, config.DATA.BATCH_SIZE_EVAL, config.DATA.IMAGE_SIZE) == (16, 16, 160)
+    assert (config.MODEL.PRETRAINED, config.TRAIN.LAST_EPOCH) == ('w.pdparams', 3)
+    assert parse('-batch_size', '16', '-batch_size_eval', '8').DATA.BATCH_SIZE_EVAL == 8
+
+
+def test_flags_of_zero_count(tmp_path):
+    config = get_config(write(tmp_path / 'x.yaml', 'TRAIN:\n  LAST_EPOCH: 5\n'))
+    update_config(config, SimpleNamespace(last_epoch=0))  # a notebook's namespace, with one flag
+    assert config.TRAIN.LAST_EPOCH == 0
+    with pytest.raises(UserError, match='DATA.BATCH_SIZE is 0'):
+        check_config(parse('-batch_size', '0'))
+
+
+@pytest.mark.parametrize('argv', [
+    ['-opts', 'DATA.IMAGENET_MEAN', '[-1, 0, -1e-3]', 'SEED', '3', '-batch_size', '4', '-opts', 'TRAIN.BASE_LR', '1',
+     '-image_size', '64', '-opts', 'MODEL.NAME', 'x y'],
+    ['-batch_size', '4', '-opts', 'DATA.IMAGENET_MEAN', '-1,0,-1e-3', '-image_size', '64', '-opts', 'SEED', '3',
+     'TRAIN.BASE_LR', '1e0', 'MODEL.NAME', 'x y'],
+])
+def test_opts(argv):
+    config = parse(*argv)
+    assert config.DATA.IMAGENET_MEAN == [-1.0, 0.0, -0.001]
+    assert (config.SEED, config.TRAIN.BASE_LR, config.MODEL.NAME) == (3, 1.0, 'x y')
+    assert (config.DATA.BATCH_SIZE, config.DATA.IMAGE_SIZE) == (4, 64)
+
+
+def test_opts_take_negative_numbers_and_booleans():
+    assert parse('-opts', 'TRAIN.END_LR', '-1e-5', 'EVAL', 'true').TRAIN.END_LR == -1e-5
+    assert parse('-opts', 'TRAIN.MODEL_EMA', 'false').TRAIN.MODEL_EMA is False
+    assert parse('-opts', 'TRAIN.LINEAR_SCALED_LR', 'None').TRAIN.LINEAR_SCALED_LR == 0
+
+
+@pytest.mark.parametrize('argv, message', [
+    (['-opts', 'TRAIN.LR', '3'], '-opts: unknown key TRAIN.LR; the nearest known key is TRAIN'),
+    (['-opts', 'SEED'], 'no value after SEED'),
+    (['-opts', 'SEED', 'x'], "-opts: SEED is 'x', but must be int, like 0"),
+    (['-opts', 'TRAIN', '3'], 'unknown key TRAIN'),
+    (['-opts', 'BASE', 'x.yaml'], 'BASE'),
+    (['-batch_size', 'many'], "-batch_size: DATA.BATCH_SIZE is 'many', but must be int"),
+])
+def test_opts_and_flag_errors(argv, message):
+    with pytest.raises(UserError, match=message):
+        parse(*argv)
+
+
+@pytest.mark.parametrize('argv', [['-bat', '3'], ['-data', 'x'], ['-evaluate'], ['--eval'], ['-helpme'], ['stray']])
+def test_flags_are_exact(argv, capsys):
+    with pytest.raises(SystemExit) as error:
+        parse(*argv)
+    assert error.value.code == 2
+    assert len(capsys.readouterr().err.splitlines()) == 1
+
+
+@pytest.mark.parametrize('options, message', [
+    ('DATA.CROP_PCT 1.5', 'DATA.CROP_PCT is 1.5, but must be between 0.01 and 1'),
+    ('DATA.CROP_SCALE [0.5]', 'DATA.CROP_SCALE is .*2 entries'),
+    ('DATA.CROP_SCALE [0.5,0.1]', 'smaller share comes first'),
+    ('DATA.INTERPOLATION cubic', 'must be one of nearest, bilinear, bicubic, lanczos'),
+    ('DATA.DATASET cifar10', 'DATA.DATASET'),
+    ('DATA.IMAGE_CHANNELS 1', 'a run needs 3'),
+    ('DATA.IMAGENET_STD [0.1,0.0,0.1]', 'DATA.IMAGENET_STD'),
+    ('MODEL.TYPE ResNet', 'MODEL.TYPE'),
+    ('MODEL.DEPLOY True', 'add -eval'),
+    ('EVAL True', '-pretrained'),
+    ('TRAIN.LAST_EPOCH 300', 'TRAIN.LAST_EPOCH is 300'),
+    ('TRAIN.WARMUP_EPOCHS 300', 'TRAIN.WARMUP_EPOCHS is 300'),
+    ('TRAIN.OPTIMIZER.NAME Adam', 'SGD, AdamW'),
+    ('TRAIN.OPTIMIZER.NESTEROV True TRAIN.OPTIMIZER.MOMENTUM 0', 'NESTEROV'),
+    ('TRAIN.SMOOTHING -0.1', 'TRAIN.SMOOTHING'),
+    ('SEED -1', 'SEED is -1'),
+])
+def test_values_that_cannot_run(options, message):
+    with pytest.raises(UserError, match=message):
+        check_config(parse('-opts', *options.split()))

@@ -1,0 +1,157 @@
+"""List files, samplers, and that batches depend on nothing but seed, epoch and rank."""
+import hashlib
+
+import numpy as np
+import pytest
+from conftest import write_images
+
+from datasets import EvalSampler, TrainSampler, get_dataloader, get_dataset, read_image, read_list
+from utils import UserError
+
+
+def listed(folder, text, name='train_list.txt'):
+    path = folder / name
+    path.write_bytes(text.encode() if isinstance(text, str) else text)
+    return str(path)
+
+
+def test_list_paths_may_hold_blanks(tmp_path):
+    paths, labels = read_list(listed(tmp_path, 'a/b 1.jpg 0\na/c  d e.jpg 4\r\nlast\t2\n\n'), 5)
+    assert paths == ['a/b 1.jpg', 'a/c  d e.jpg', 'last']
+    assert labels.tolist() == [0, 4, 2] and labels.dtype == np.int64
+
+
+@pytest.mark.parametrize('text, message', [
+    ('a 0\nb\n', r"train_list.txt:2: 'b' is not \"path label\""),
+    ('a 0\n\nb 1\n', r"train_list.txt:2: '' is not"),
+    ('a 0\nb x\n', 'train_list.txt:2:'),
+    ('a 0\nb -1\n', 'train_list.txt:2:'),
+    ('a 0\nb 1.0\n', 'train_list.txt:2:'),
+    ('a 0\nb 1_0\n', 'train_list.txt:2:'),
+    ('a 0\nb ' + '9' * 40, 'train_list.txt:2:'),
+    ('a 0\nb 5\nc 11\n', 'train_list.txt:2: label 5 is outside MODEL.NUM_CLASSES 5; 12 would fit'),
+    ('', 'train_list.txt: the list is empty'),
+    (b'a\xff\xfe 0\n', 'train_list.txt: not UTF-8 text .*byte 1'),
+])
+def test_list_errors_name_file_and_line(tmp_path, text, message):
+    with pytest.raises(UserError, match=message):
+        read_list(listed(tmp_path, text), 5)
+
+
+def test_missing_list(tmp_path):
+    with pytest.raises(UserError, match='train_list.txt.*No such file.*DATA.DATA_PATH'):
+        read_list(str(tmp_path / 'train_list.txt'), 5)
+
+
+def test_images_that_cannot_be_read_are_named(tmp_path):
+    write_images(tmp_path / 'photos', 1)
+    whole = (tmp_path / 'photos/photo 0.jpg').read_bytes()
+    assert read_image(str(tmp_path / 'photos/photo 0.jpg')).mode == 'RGB'
+    for name, content in (('cut.jpg', whole[:300]), ('empty.jpg', b''), ('text.jpg', b'no image'),
+                          ('cut.png', b'\x89PNG\r\n\x1a\n' + whole)):
+        (tmp_path / name).write_bytes(content)
+        with pytest.raises(UserError, match=f'{name}: cannot read the image'):
+            read_image(str(tmp_path / name))
+    with pytest.raises(UserError, match='gone.jpg: cannot read the image .No such file'):
+        read_image(str(tmp_path / 'gone.jpg'))
+
+
+def test_train_sampler():
+    def epoch(number, seed=0, **kwargs):
+        sampler = TrainSampler(23, 5, seed, **kwargs)
+        sampler.set_epoch(number)
+        batches = list(sampler)
+        assert len(batches) == len(sampler)
+        return batches
+
+    first = epoch(1)
+    assert [len(batch) for batch in first] == [5] * 4  # the partial batch is dropped
+    flat = [index for batch in first for _, index in batch]
+    assert len(set(flat)) == 20 and set(flat) <= set(range(23)) and flat != sorted(flat)
+    assert all(number == 1 for batch in first for number, _ in batch)
+    assert first == epoch(1)
+    assert [i for b in epoch(2) for _, i in b] != flat
+    assert [i for b in epoch(1, seed=1) for _, i in b] != flat
+    # two ranks share out what one with twice the batch sees
+    ranks = [epoch(1, rank=rank, world_size=2) for rank in (0, 1)]
+    sampler = TrainSampler(23, 10, 0)
+    assert [a + b for a, b in zip(*ranks)] == list(sampler)
+
+
+def test_train_sampler_keeps_the_only_batch():
+    assert [len(batch) for batch in TrainSampler(3, 5, 0)] == [3]
+    parts = [list(TrainSampler(3, 5, 0, rank, 2)) for rank in (0, 1)]
+    assert [len(part) for part in parts] == [1, 1]
+    assert sorted(index for part in parts for _, index in part[0]) == [0, 1, 2]
+    with pytest.raises(UserError, match='1 training images are too few for 2 processes'):
+        TrainSampler(1, 5, 0, 0, 2)
+
+
+@pytest.mark.parametrize('world_size', [1, 2, 3, 8])
+def test_eval_sampler_names_every_image_once(world_size):
+    samplers = [EvalSampler(7, 2, rank, world_size) for rank in range(world_size)]
+    batches = [batch for sampler in samplers for batch in sampler]
+    assert sorted(index for batch in batches for _, index in batch) == list(range(7))
+    assert all(len(list(sampler)) == len(sampler) for sampler in samplers)
+
+
+def digests(config, epoch, is_train=True, **kwargs):
+    loader = get_dataloader(config, get_dataset(config, is_train), is_train, **kwargs)
+    if is_train:
+        loader.batch_sampler.set_epoch(epoch)
+    return [hashlib.sha1(images.numpy().tobytes() + labels.numpy().tobytes()).hexdigest() for images, labels in loader]
+
+
+def test_batches_depend_on_seed_epoch_and_rank_alone(config, fashion):
+    config.DATA.DATA_PATH = str(fashion)
+    config.DATA.BATCH_SIZE = 16
+    config.DATA.NUM_WORKERS = 0
+    first = digests(config, 1)
+    assert len(set(first)) == 3
+    assert set(digests(config, 2)).isdisjoint(first)
+    assert set(digests(config, 1, rank=1, world_size=2)).isdisjoint(digests(config, 1, rank=0, world_size=2))
+    for workers in (1, 3):
+        config.DATA.NUM_WORKERS = workers
+        assert digests(config, 1) == first
+    config.SEED = 1
+    assert set(digests(config, 1)).isdisjoint(first)
+
+
+def test_epochs_of_one_loader_differ(config, fashion):
+    """Workers follow the epoch of the sampler, not the one in which they started; and the crop, not only the order."""
+    config.DATA.DATA_PATH = str(fashion)
+    config.DATA.NUM_WORKERS = 2
+    dataset = get_dataset(config)
+    assert (dataset[1, 0][0] != dataset[2, 0][0]).any() and (dataset[1, 0][0] == dataset[1, 0][0]).all()
+    loader = get_dataloader(config, dataset)
+    epochs = []
+    for epoch in (1, 2, 1):
+        loader.batch_sampler.set_epoch(epoch)
+        epochs.append([images.numpy() for images, _ in loader])
+    assert all((a == b).all() for a, b in zip(epochs[0], epochs[2]))
+    assert all((a != b).any() for a, b in zip(epochs[0], epochs[1]))
+
+
+def test_loaded_batch(config, fashion):
+    config.DATA.DATA_PATH = str(fashion)
+    config.DATA.BATCH_SIZE, config.DATA.BATCH_SIZE_EVAL = 60, 10
+    images, labels = next(iter(get_dataloader(config, get_dataset(config))))
+    assert str(images.dtype).endswith('uint8') and images.shape == [60, 32, 32, 3]
+    assert str(labels.dtype).endswith('int64') and labels.shape == [60]
+    sizes = [len(labels) for _, labels in get_dataloader(config, get_dataset(config, False), False)]
+    assert sizes == [10, 10, 10, 5]
+    config.DATA.BATCH_SIZE_EVAL = 0  # as BATCH_SIZE
+    assert [len(labels) for _, labels in get_dataloader(config, get_dataset(config, False), False)] == [35]
+
+
+def test_config_reaches_the_images(config, fashion):
+    config.DATA.DATA_PATH = str(fashion)
+    before = get_dataset(config)[1, 0][0]
+    config.DATA.CROP_SCALE = [0.1, 0.2]
+    assert (get_dataset(config)[1, 0][0] != before).any()
+    before = get_dataset(config, False)[0, 0][0]
+    config.DATA.CROP_PCT = 0.5
+    assert (get_dataset(config, False)[0, 0][0] != before).any()
+    config.DATA.DATASET = 'cifar10'
+    with pytest.raises(UserError, match='cifar10'):
+        get_dataset(config)

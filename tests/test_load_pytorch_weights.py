@@ -1,0 +1,123 @@
+"""Conversion of official checkpoints: every tensor once, and the errors."""
+import json
+import pathlib
+import sys
+
+import numpy as np
+import pytest
+import weights
+from conftest import ROOT, VARIANTS, fails, run, variant_config
+
+import checkpoint
+from load_pytorch_weights import convert_state_dict, official_name
+from mobileone import build_mobileone
+from utils import UserError
+
+HERE = pathlib.Path(weights.__file__).parent
+OFFICIAL = json.loads((HERE / 'official_keys.json').read_text())
+PADDLE = json.loads((HERE / 'paddle_keys.json').read_text())
+
+
+def numbered(shapes):
+    """Arrays of these shapes, each filled with a number of its own."""
+    return {name: np.full(shape, number, 'float32') for number, (name, shape) in enumerate(shapes.items(), 1)}
+
+
+@pytest.mark.parametrize('kind', ['unfused', 'fused'])
+@pytest.mark.parametrize('variant', VARIANTS)
+def test_every_tensor_is_used_once(variant, kind):
+    official = numbered(OFFICIAL[variant][kind])
+    converted = convert_state_dict(official, variant_config(variant))
+    assert {name: list(value.shape) for name, value in converted.items()} == PADDLE[variant][kind]
+    used = [value.flat[0] for value in converted.values()]
+    expected = [value.flat[0] for name, value in official.items() if not name.endswith('num_batches_tracked')]
+    assert sorted(used) == sorted(expected)
+    assert checkpoint.is_fused(converted) == (kind == 'fused')
+
+
+def test_classifier_is_transposed_and_nothing_else_moves():
+    official = weights.state_dict('s1')
+    converted = convert_state_dict(official, variant_config('s1'))
+    np.testing.assert_array_equal(converted['fc.weight'], official['linear.weight'].T)
+    for name in ('stages.1.0.dw_1x1.conv.weight', 'stages.3.4.pw_skip._variance', 'stages.2.1.pw_1x1_blocks.0.norm._mean'):
+        np.testing.assert_array_equal(converted[name], official[official_name(name)])
+    assert official_name('stages.3.4.pw_skip._variance') == 'stage3.9.rbr_skip.running_var'
+    assert official_name('stages.0.0.dw_3x3_blocks.0.norm.bias') == 'stage0.rbr_conv.0.bn.bias'
+
+
+def test_errors_name_the_tensors():
+    config, official = variant_config('s1'), numbered(OFFICIAL['s1']['unfused'])
+    name = 'stage2.3.rbr_conv.0.bn.running_mean'
+    with pytest.raises(UserError, match=f'missing {name}'):
+        convert_state_dict({key: value for key, value in official.items() if key != name}, config)
+    for extra in ('stage9.0.x', 'stage1.0.rbr_skip.num_batches_tracked'):  # the second has no batch norm
+        with pytest.raises(UserError, match=f'unexpected {extra}'):
+            convert_state_dict({**official, extra: np.zeros(3)}, config)
+    with pytest.raises(UserError, match=rf'{name} is \[3\], which does not fit stages.2.1.pw_1x1_blocks.0.norm._mean'):
+        convert_state_dict({**official, name: np.zeros(3)}, config)
+    with pytest.raises(UserError, match='more; give the -cfg'):
+        convert_state_dict(official, variant_config('s0'))
+    config.MODEL.NUM_CLASSES = 10
+    with pytest.raises(UserError, match=r'linear.weight is \[1000, 1280\]'):
+        convert_state_dict(official, config)
+
+
+def test_other_networks_convert(config):
+    """The names follow from the config, not from the five variants."""
+    config.MODEL.NUM_BLOCKS = [1, 2, 1, 3, 2]
+    model = build_mobileone(config)
+    official = {official_name(name): np.asarray(tensor.numpy()) for name, tensor in model.state_dict().items()}
+    official['linear.weight'] = official['linear.weight'].T
+    assert len(official) == len(model.state_dict())
+    converted = convert_state_dict(official, config)
+    assert all(np.array_equal(converted[name], tensor.numpy()) for name, tensor in model.state_dict().items())
+
+
+# a stand-in for PyTorch, which the tests do not install: it checks how the file is read
+FAKE_TORCH = '''
+import pickle
+def load(path, map_location, weights_only):
+    assert map_location == 'cpu' and weights_only is True
+    class Tensor:
+        def __init__(self, value): self.value = value
+        def numpy(self): return self.value
+    return {name: Tensor(value) for name, value in pickle.load(open(path, 'rb')).items()}
+'''
+
+
+def test_command_line(tmp_path):
+    import pickle
+    (tmp_path / 'fake').mkdir()
+    (tmp_path / 'fake/torch.py').write_text(FAKE_TORCH)
+    env = {'PYTHONPATH': str(tmp_path / 'fake')}
+    source, target, cfg = tmp_path / 's0.pth.tar', tmp_path / 's0.pdparams', ROOT / 'configs/mobileone_s0.yaml'
+    source.write_bytes(pickle.dumps(weights.state_dict('s0')))
+    out = run('load_pytorch_weights.py', '-cfg', cfg, source, target, env=env).stdout
+    assert '(unfused)' in out and 's0.pdparams' in out
+    loaded, _ = checkpoint.load_weights(str(target))
+    expected = convert_state_dict(weights.state_dict('s0'), variant_config('s0'))
+    assert all(np.array_equal(loaded[name], value) for name, value in expected.items()) and len(loaded) == len(expected)
+    line = fails('load_pytorch_weights.py', f'-cfg={ROOT}/configs/mobileone_s1.yaml', source, target, env=env)
+    assert 'does not fit the network of the config' in line
+    assert 'no such checkpoint' in fails('load_pytorch_weights.py', '-cfg', cfg, tmp_path / 'x', target, env=env)
+    source.write_bytes(b'broken')
+    assert 'not a PyTorch state dict' in fails('load_pytorch_weights.py', '-cfg', cfg, source, target, env=env)
+
+
+def test_without_pytorch(tmp_path):
+    (tmp_path / 'torch.py').write_text('raise ImportError("none here")')
+    line = fails('load_pytorch_weights.py', '-cfg', ROOT / 'configs/mobileone_s0.yaml', 'x.pth.tar', 'y.pdparams',
+                 env={'PYTHONPATH': str(tmp_path)})
+    assert 'pip install torch' in line
+
+
+def test_real_pytorch_file(tmp_path):
+    torch = pytest.importorskip('torch', reason='PyTorch is no requirement; the stand-in above covers the rest')
+    del sys.modules['torch']
+    torch.save({name: torch.from_numpy(np.array(value)) for name, value in weights.state_dict('s0').items()},
+               tmp_path / 's0.pth.tar')
+    run('load_pytorch_weights.py', '-cfg', ROOT / 'configs/mobileone_s0.yaml', tmp_path / 's0.pth.tar',
+        tmp_path / 's0.pdparams')
+    loaded, _ = checkpoint.load_weights(str(tmp_path / 's0.pdparams'))
+    expected = convert_state_dict(weights.state_dict('s0'), variant_config('s0'))
+    assert all(np.array_equal(loaded[name], value) for name, value in expected.items())

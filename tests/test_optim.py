@@ -1,0 +1,134 @@
+"""Schedules at their boundaries, parameter groups, optimizers by their arithmetic, the moving average."""
+import math
+
+import numpy as np
+import paddle
+import pytest
+
+from losses import LabelSmoothingCrossEntropyLoss
+from mobileone import build_mobileone
+from optim import ModelEma, Schedule, build_optimizer, learning_rate, parameter_groups
+
+
+def test_learning_rate():
+    lrs = [learning_rate(step, 100, 10, 1.0, 0.1, 0.2) for step in range(101)]
+    assert lrs[0] == pytest.approx(0.1) and lrs[5] == pytest.approx(0.55) and lrs[10] == pytest.approx(1.0)
+    assert lrs[55] == pytest.approx(0.6) and lrs[100] == pytest.approx(0.2)
+    assert lrs[32] == pytest.approx(0.2 + 0.8 * 0.5 * (1 + math.cos(math.pi * 22 / 90)))
+    assert all(a < b for a, b in zip(lrs[:10], lrs[1:11])) and all(a > b for a, b in zip(lrs[10:], lrs[11:]))
+    assert learning_rate(0, 10, 0, 1.0, 0.1, 0.2) == 1.0
+
+
+def test_schedule_scales_with_the_total_batch(config):
+    config.TRAIN.LINEAR_SCALED_LR = 256
+    config.TRAIN.NUM_EPOCHS, config.TRAIN.WARMUP_EPOCHS = 10, 2
+    schedule = Schedule(config, steps_per_epoch=7, total_batch=512)
+    assert schedule.lr(14) == pytest.approx(2 * config.TRAIN.BASE_LR)
+    assert schedule.lr(0) == pytest.approx(2 * config.TRAIN.WARMUP_START_LR)
+    assert schedule.lr(70) == pytest.approx(2 * config.TRAIN.END_LR)
+    config.TRAIN.LINEAR_SCALED_LR = 0
+    assert Schedule(config, 7, 512).lr(14) == config.TRAIN.BASE_LR
+    assert schedule.weight_decay(3) == config.TRAIN.WEIGHT_DECAY
+    config.TRAIN.MODEL_EMA_DECAY = 0.99
+    decays = [Schedule(config, 7, 512).ema_decay(step) for step in (0, 90, 10000)]
+    assert decays == [0.1, 0.91, 0.99]
+
+
+def test_parameter_groups(config):
+    model = build_mobileone(config)
+    decayed, rest = parameter_groups(model)
+    names = {id(parameter): name for name, parameter in model.named_parameters()}
+    decayed_names, rest_names = ([names[id(p)] for p in group] for group in (decayed, rest))
+    assert all(name.endswith('weight') and 'norm' not in name and 'skip' not in name for name in decayed_names)
+    assert {'fc.weight', 'stages.0.0.dw_1x1.conv.weight', 'stages.4.0.pw_se.reduce.weight'} <= set(decayed_names)
+    assert {'fc.bias', 'stages.1.0.dw_1x1.norm.weight', 'stages.4.0.pw_se.reduce.bias'} <= set(rest_names)
+    trainable = [name for name, parameter in model.named_parameters() if not parameter.stop_gradient]
+    assert sorted(decayed_names + rest_names) == sorted(trainable)
+    assert not any('_mean' in name or '_variance' in name for name in trainable)
+
+
+def steps(config, count=3):
+    """Parameters of a small layer after `count` optimizer steps with gradient 1, and their start."""
+    layer = paddle.nn.Linear(2, 1)
+    layer.weight.set_value(np.full((2, 1), 2.0, 'float32'))
+    layer.bias.set_value(np.full((1,), 2.0, 'float32'))
+    optimizer = build_optimizer(config, layer)
+    for step in range(count):
+        (layer.weight.sum() + layer.bias.sum()).backward()
+        optimizer.set_lr(0.1 * (step + 1))
+        optimizer.step()
+        optimizer.clear_grad()
+    return layer.weight.numpy()[0, 0], layer.bias.numpy()[0]
+
+
+@pytest.mark.parametrize('nesterov', [False, True])
+def test_sgd_arithmetic(config, nesterov):
+    config.TRAIN.WEIGHT_DECAY = 0.5
+    config.TRAIN.OPTIMIZER.MOMENTUM = 0.8
+    config.TRAIN.OPTIMIZER.NESTEROV = nesterov
+    expected = []
+    for decay in (0.5, 0.0):  # the weight decays, the bias does not
+        w, v = 2.0, 0.0
+        for step in range(3):
+            g = 1 + decay * w
+            v = 0.8 * v + g
+            w -= 0.1 * (step + 1) * (g + 0.8 * v if nesterov else v)
+        expected.append(w)
+    np.testing.assert_allclose(steps(config), expected, rtol=1e-5)
+
+
+def test_adamw_arithmetic(config):
+    config.TRAIN.WEIGHT_DECAY = 0.5
+    config.TRAIN.OPTIMIZER.NAME = 'adamw'
+    config.TRAIN.OPTIMIZER.BETAS = [0.8, 0.9]
+    config.TRAIN.OPTIMIZER.EPS = 0.1
+    expected = []
+    for decay in (0.5, 0.0):
+        w, m, v = 2.0, 0.0, 0.0
+        for step in range(3):
+            lr = 0.1 * (step + 1)
+            m, v = 0.8 * m + 0.2, 0.9 * v + 0.1
+            m_hat, v_hat = m / (1 - 0.8 ** (step + 1)), v / (1 - 0.9 ** (step + 1))
+            w -= lr * (m_hat / (math.sqrt(v_hat) + 0.1) + decay * w)
+        expected.append(w)
+    np.testing.assert_allclose(steps(config), expected, rtol=2e-2)
+    config.TRAIN.OPTIMIZER.EPS = 1e-8  # where bias-corrected epsilons of all implementations agree
+    expected = []
+    for decay in (0.5, 0.0):
+        w = 2.0
+        for step in range(3):
+            w -= 0.1 * (step + 1) * (1 + decay * w)
+        expected.append(w)
+    np.testing.assert_allclose(steps(config), expected, rtol=1e-5)
+
+
+@pytest.mark.parametrize('on_cpu', [False, True])
+def test_ema(config, on_cpu):
+    model = build_mobileone(config)
+    ema = ModelEma(model, on_cpu)
+    expected = {name: tensor.numpy() for name, tensor in model.state_dict().items()}
+    for decay in (0.1, 0.7):
+        for tensor in model.state_dict().values():
+            tensor.set_value(tensor + 1.5)
+        ema.update(decay)
+        expected = {name: decay * expected[name] + (1 - decay) * tensor.numpy()
+                    for name, tensor in model.state_dict().items()}
+    own = {name: tensor.numpy() for name, tensor in model.state_dict().items()}
+    with ema.applied():
+        for name, tensor in model.state_dict().items():
+            np.testing.assert_allclose(tensor.numpy(), expected[name], rtol=1e-5, atol=1e-6)
+    assert any('_variance' in name for name in expected)
+    for name, tensor in model.state_dict().items():
+        np.testing.assert_array_equal(tensor.numpy(), own[name])
+
+
+def test_label_smoothing():
+    rng = np.random.default_rng(0)
+    logits, labels = rng.standard_normal((4, 7)), rng.integers(0, 7, 4)
+    log_probs = logits - np.log(np.exp(logits).sum(1, keepdims=True))
+    for smoothing in (0.0, 0.1, 0.5):
+        target = (1 - smoothing) * np.eye(7)[labels] + smoothing / 7
+        loss = LabelSmoothingCrossEntropyLoss(smoothing)(paddle.to_tensor(logits), paddle.to_tensor(labels))
+        assert float(loss) == pytest.approx(-(target * log_probs).sum(1).mean(), abs=1e-9)
+    with pytest.raises(ValueError, match='smoothing is 2'):
+        LabelSmoothingCrossEntropyLoss(2)

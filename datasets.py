@@ -4,6 +4,9 @@ A sample's index is a pair (epoch, index). Whatever is random about it is a func
 hold no state: any number of them gives the same batches.
 """
 import os
+import pickle
+import time
+import traceback
 import zlib  # noqa: F401  before Paddle: see utils.py
 
 import numpy as np
@@ -123,6 +126,68 @@ class EvalSampler:
         return -(-len(self.indices) // self.batch_size)
 
 
+class _Caught(Dataset):
+    """The items of a dataset, an exception being returned in place of its item.
+
+    Paddle's loader (2.6.2, 3.3.1) hangs when an item raises in the main process, and loses the message when it raises
+    in a worker: so errors travel as batches, and `Loader` raises them.
+    """
+
+    def __init__(self, dataset):
+        super().__init__()
+        self.dataset = dataset
+
+    def __len__(self):
+        return len(self.dataset)
+
+    def __getitem__(self, item):
+        try:
+            return self.dataset[item]
+        except UserError as error:
+            return error
+        except Exception:
+            return RuntimeError(f'while reading item {item}:\n{traceback.format_exc()}')
+
+
+def _collate(items):
+    """Batch of the items: uint8 [N, H, W, 3] and int64 [N], or of an exception: its pickle, uint8 [bytes], and [-1]."""
+    for item in items:
+        if isinstance(item, Exception):
+            return np.frombuffer(pickle.dumps(item), dtype='uint8'), np.array([-1])
+    images, labels = zip(*items)
+    return np.stack(images), np.array(labels, dtype='int64')
+
+
+class Loader:
+    """Iterates over batches of tensors (uint8 [N, H, W, 3], int64 [N]); `waited` adds up the seconds this took.
+
+    Raises: UserError for an image that cannot be read, when it is read.
+    """
+
+    def __init__(self, dataset, batch_sampler, num_workers):
+        self.dataset = dataset
+        self.batch_sampler = batch_sampler
+        self.loader = DataLoader(_Caught(dataset), batch_sampler=batch_sampler, num_workers=num_workers,
+                                 collate_fn=_collate)
+        self.waited = 0.0
+
+    def __len__(self):
+        return len(self.batch_sampler)
+
+    def __iter__(self):
+        batches = iter(self.loader)
+        while True:
+            start = time.perf_counter()
+            batch = next(batches, None)
+            self.waited += time.perf_counter() - start
+            if batch is None:
+                return
+            images, labels = batch
+            if images.ndim == 1:
+                raise pickle.loads(images.numpy().tobytes())
+            yield images, labels
+
+
 def get_dataset(config, is_train=True):
     """The training or validation set of a config (DATA.*, MODEL.NUM_CLASSES, SEED).
 
@@ -140,7 +205,7 @@ def get_dataset(config, is_train=True):
 
 
 def get_dataloader(config, dataset, is_train=True, rank=0, world_size=1):
-    """Loader of (uint8 [N, H, W, 3], int64 [N]) tensors: this rank's share.
+    """`Loader` of this rank's share of a dataset, DATA.BATCH_SIZE or in evaluation DATA.BATCH_SIZE_EVAL images each.
 
     Before each epoch of training call `loader.batch_sampler.set_epoch(epoch)`, epochs counted from 1.
     """
@@ -149,4 +214,4 @@ def get_dataloader(config, dataset, is_train=True, rank=0, world_size=1):
         sampler = TrainSampler(len(dataset), data.BATCH_SIZE, config.SEED, rank, world_size)
     else:
         sampler = EvalSampler(len(dataset), data.BATCH_SIZE_EVAL or data.BATCH_SIZE, rank, world_size)
-    return DataLoader(dataset, batch_sampler=sampler, num_workers=data.NUM_WORKERS)
+    return Loader(dataset, sampler, data.NUM_WORKERS)

@@ -57,24 +57,6 @@ class Metrics:
                 f'{self.seconds:.1f} s ({self.n / self.seconds:.1f} images/s)')
 
 
-class TimedLoader:
-    """Iterates over a loader and adds up the seconds spent waiting for it."""
-
-    def __init__(self, loader):
-        self.loader = loader
-        self.waited = 0.0
-
-    def __iter__(self):
-        batches = iter(self.loader)
-        while True:
-            start = time.perf_counter()
-            batch = next(batches, None)
-            self.waited += time.perf_counter() - start
-            if batch is None:
-                return
-            yield batch
-
-
 def batch_sums(logits, labels, loss):
     """Sums of a batch, float64 [3] on the device: loss, correct among the best one, among the best five.
 
@@ -120,13 +102,12 @@ def train_one_epoch(training, loader, epoch, config, logger):
     """Train on every batch of epoch `epoch` (from 1). Returns Metrics of the training batches."""
     training.model.train()
     loader.batch_sampler.set_epoch(epoch)
-    batches = TimedLoader(loader)
     steps, first_step = len(loader), (epoch - 1) * len(loader)
-    start, n = time.perf_counter(), 0
+    start, waited, n = time.perf_counter(), loader.waited, 0
     sums = paddle.zeros([3], dtype='float64')
     name = f'epoch {epoch}/{config.TRAIN.NUM_EPOCHS}'
     bar = tqdm(total=steps, desc=name, leave=False, file=sys.stdout, disable=not sys.stdout.isatty())
-    for index, (images, labels) in enumerate(batches, 1):
+    for index, (images, labels) in enumerate(loader, 1):
         sums += train_step(training, images, labels, first_step + index - 1)
         n += len(labels)
         bar.update()
@@ -139,7 +120,7 @@ def train_one_epoch(training, loader, epoch, config, logger):
             done = first_step + index
             left = datetime.timedelta(seconds=round(seconds / index * (training.schedule.total_steps - done)))
             line = (f'loss {loss:.4f} lr {training.schedule.lr(done - 1):.6g} {n / seconds:.1f} images/s '
-                    f'data {batches.waited / seconds:.0%} ETA {left}')
+                    f'data {(loader.waited - waited) / seconds:.0%} ETA {left}')
             bar.set_postfix_str(line)
             # on a terminal the bar shows it, and only log.txt takes the line
             logger.log(logging.INFO if bar.disable else logging.DEBUG, f'{name} step {index}/{steps} {line}')

@@ -21,10 +21,6 @@ from tqdm import tqdm
 class UserError(Exception):
     """A mistake that the user can mend. The message is one line that names the value and the remedy."""
 
-    def __str__(self):
-        # a data worker's exception reaches the main process with the worker's traceback as its message
-        return super().__str__().rsplit(f'{type(self).__name__}: ', 1)[-1].strip()
-
 
 def prepare_runtime():
     """Set what must be set before Paddle is imported, and import it: call it before anything else that does.

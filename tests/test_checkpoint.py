@@ -1,5 +1,6 @@
 """Weight files: what is read, what is refused, and that writing is whole or not at all."""
 import os
+import pathlib
 import pickle
 
 import numpy as np
@@ -110,7 +111,7 @@ def test_writing_is_whole_or_not_at_all(tmp_path, monkeypatch):
     checkpoint.save({'epoch': 1}, path)
 
     def full_disk(state, target):
-        open(target, 'wb').write(b'half')
+        pathlib.Path(target).write_bytes(b'half')
         raise OSError(28, 'No space left on device')
 
     monkeypatch.setattr(paddle, 'save', full_disk)
@@ -126,4 +127,5 @@ def test_prune(tmp_path):
     checkpoint.prune(str(tmp_path), 0)
     assert len(os.listdir(tmp_path)) == 7
     checkpoint.prune(str(tmp_path), 2)
-    assert sorted(os.listdir(tmp_path)) == [f'{n}.pdparams' for n in ('best', 'epoch_10', 'epoch_9', 'epoch_x', 'latest')]
+    kept = ('best', 'epoch_10', 'epoch_9', 'epoch_x', 'latest')
+    assert sorted(os.listdir(tmp_path)) == [f'{name}.pdparams' for name in kept]

@@ -4,7 +4,7 @@ from types import SimpleNamespace
 
 import pytest
 import yaml
-from conftest import ROOT, VARIANTS, variant_config
+from conftest import ROOT, variant_config
 
 import config as config_module
 from config import check_config, get_config, get_parser, update_config
@@ -34,8 +34,12 @@ def test_every_key_has_a_comment_and_a_reader():
 
 
 @pytest.mark.parametrize('variant, expansions, branches, use_se', [
-    ('s0', [.75, .75, 1, 1, 2], 4, False), ('s1', [1, 1.5, 1.5, 2, 2.5], 1, False), ('s2', [1, 1.5, 2, 2.5, 4], 1, False),
-    ('s3', [1, 2, 2.5, 3, 4], 1, False), ('s4', [1, 3, 3.5, 3.5, 4], 1, True)])
+    ('s0', [.75, .75, 1, 1, 2], 4, False),
+    ('s1', [1, 1.5, 1.5, 2, 2.5], 1, False),
+    ('s2', [1, 1.5, 2, 2.5, 4], 1, False),
+    ('s3', [1, 2, 2.5, 3, 4], 1, False),
+    ('s4', [1, 3, 3.5, 3.5, 4], 1, True),
+])
 def test_variants(variant, expansions, branches, use_se):
     config = variant_config(variant)
     assert config.MODEL.NAME == f'mobileone_{variant}'
@@ -62,7 +66,7 @@ def test_saved_config_is_frozen_and_reads_back(tmp_path):
         config.SEED = 1
     path = write(tmp_path / 'config.yaml', config.dump(default_flow_style=None))
     assert get_config(path) == config
-    assert yaml.safe_load(open(path))['MODEL']['NAME'] == 'demo'
+    assert yaml.safe_load((tmp_path / 'config.yaml').read_text())['MODEL']['NAME'] == 'demo'
 
 
 @pytest.mark.parametrize('path', sorted((ROOT / 'configs').glob('*.yaml')), ids=lambda path: path.name)

@@ -1,6 +1,7 @@
 """Conversion of official checkpoints: every tensor once, and the errors."""
 import json
 import pathlib
+import pickle
 import sys
 
 import numpy as np
@@ -39,7 +40,8 @@ def test_classifier_is_transposed_and_nothing_else_moves():
     official = weights.state_dict('s1')
     converted = convert_state_dict(official, variant_config('s1'))
     np.testing.assert_array_equal(converted['fc.weight'], official['linear.weight'].T)
-    for name in ('stages.1.0.dw_1x1.conv.weight', 'stages.3.4.pw_skip._variance', 'stages.2.1.pw_1x1_blocks.0.norm._mean'):
+    for name in ('stages.1.0.dw_1x1.conv.weight', 'stages.3.4.pw_skip._variance',
+                 'stages.2.1.pw_1x1_blocks.0.norm._mean'):
         np.testing.assert_array_equal(converted[name], official[official_name(name)])
     assert official_name('stages.3.4.pw_skip._variance') == 'stage3.9.rbr_skip.running_var'
     assert official_name('stages.0.0.dw_3x3_blocks.0.norm.bias') == 'stage0.rbr_conv.0.bn.bias'
@@ -86,7 +88,6 @@ def load(path, map_location, weights_only):
 
 
 def test_command_line(tmp_path):
-    import pickle
     (tmp_path / 'fake').mkdir()
     (tmp_path / 'fake/torch.py').write_text(FAKE_TORCH)
     env = {'PYTHONPATH': str(tmp_path / 'fake')}

@@ -1,0 +1,86 @@
+"""Metrics, the training step and the evaluation, in one process."""
+import numpy as np
+import paddle
+import paddle.nn.functional as F
+import pytest
+
+import engine
+from datasets import get_dataloader, get_dataset
+from losses import LabelSmoothingCrossEntropyLoss
+from mobileone import build_mobileone
+from optim import ModelEma, Schedule, build_optimizer
+from transforms import Normalize
+
+
+def test_batch_sums():
+    falling = [9, 8, 7, 6, 5, 4, 3]
+    logits = paddle.to_tensor(np.array([falling, falling, falling[::-1]], 'float32'))
+    labels = paddle.to_tensor(np.array([0, 4, 1]))  # best, fifth, sixth
+    sums = engine.batch_sums(logits, labels, paddle.to_tensor(0.5))
+    assert sums.dtype == paddle.float64 and sums.numpy().tolist() == [1.5, 1, 2]
+    sums = engine.batch_sums(logits[:, :2], paddle.to_tensor(np.array([0, 1, 0])), paddle.to_tensor(1.0))
+    assert sums.numpy().tolist() == [3, 1, 3]  # two classes: all are among the best two
+
+
+@pytest.fixture
+def loaders(config, fashion):
+    config.DATA.DATA_PATH = str(fashion)
+    config.DATA.BATCH_SIZE, config.DATA.BATCH_SIZE_EVAL, config.DATA.NUM_WORKERS = 16, 8, 0
+    return [get_dataloader(config, get_dataset(config, is_train), is_train) for is_train in (True, False)]
+
+
+def test_evaluation_counts_every_image_once(config, loaders):
+    model, normalize = build_mobileone(config), Normalize(config.DATA.IMAGENET_MEAN, config.DATA.IMAGENET_STD)
+    with paddle.no_grad():  # batch-norm statistics of these images, so that the logits differ from image to image
+        for images, _ in loaders[0]:
+            model(normalize(images))
+    metrics = engine.evaluate(model, loaders[1], normalize)
+    with paddle.no_grad():
+        images, labels = map(paddle.concat, zip(*loaders[1]))
+        logits = model(normalize(images))
+    best = np.argsort(-logits.numpy(), axis=1)
+    hits = best == labels.numpy()[:, None]
+    assert metrics.n == 35 and not model.training
+    assert metrics.loss == pytest.approx(float(F.cross_entropy(logits, labels)), rel=1e-5)
+    assert metrics.acc1 == pytest.approx(100 * hits[:, 0].mean())
+    assert metrics.acc5 == pytest.approx(100 * hits[:, :5].any(1).mean())
+    assert set(metrics.record()) == {'loss', 'acc1', 'acc5', 'n', 'seconds', 'images_per_second'}
+
+
+def test_evaluation_refuses_to_lose_images(config, loaders):
+    loaders[1].batch_sampler.indices = range(34)
+    with pytest.raises(RuntimeError, match='evaluated 34 images of 35'):
+        engine.evaluate(build_mobileone(config), loaders[1],
+                        Normalize(config.DATA.IMAGENET_MEAN, config.DATA.IMAGENET_STD))
+
+
+def test_training_step(config, loaders):
+    """A step is: forward, smoothed loss, backward, the optimizer at this step's lr, the average."""
+    config.TRAIN.NUM_EPOCHS, config.TRAIN.WARMUP_EPOCHS = 4, 2
+    schedule = Schedule(config, len(loaders[0]), 16)
+    normalize = Normalize(config.DATA.IMAGENET_MEAN, config.DATA.IMAGENET_STD)
+    criterion = LabelSmoothingCrossEntropyLoss(0.2)
+    models = [build_mobileone(config), build_mobileone(config)]
+    models[1].set_state_dict(models[0].state_dict())
+    trainings = [engine.Training(model, criterion, build_optimizer(config, model), schedule, ModelEma(model), normalize)
+                 for model in models]
+    images, labels = next(iter(loaders[0]))
+    for step in (0, 1, 5):
+        sums = engine.train_step(trainings[0], images, labels, step)
+        model, optimizer = models[1], trainings[1].optimizer
+        loss = criterion(model(normalize(images)), labels)
+        assert float(sums[0]) == pytest.approx(16 * float(loss), rel=1e-6)
+        loss.backward()
+        optimizer.set_lr(schedule.lr(step))
+        optimizer.step()
+        optimizer.clear_grad()
+        before = trainings[1].ema.average['fc.weight'].numpy()
+        decay = schedule.ema_decay(step)
+        trainings[1].ema.update(decay)
+        np.testing.assert_allclose(trainings[1].ema.average['fc.weight'].numpy(),
+                                   decay * before + (1 - decay) * model.fc.weight.numpy(), rtol=1e-5, atol=1e-7)
+    for name, tensor in models[0].state_dict().items():
+        np.testing.assert_allclose(tensor.numpy(), models[1].state_dict()[name].numpy(), rtol=1e-5, atol=1e-6)
+        np.testing.assert_allclose(trainings[0].ema.average[name].numpy(), trainings[1].ema.average[name].numpy(),
+                                   rtol=1e-5, atol=1e-6)
+    assert trainings[0].optimizer.get_lr() == schedule.lr(5) != schedule.lr(1)

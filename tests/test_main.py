@@ -1,0 +1,237 @@
+"""main_single_gpu.py as a user runs it: training, its folder, evaluation, fusion, fine-tuning, mistakes."""
+import shutil
+
+import numpy as np
+import pytest
+from conftest import NARROW, ROOT, fails, records, run
+
+import checkpoint
+from config import get_config
+from datasets import get_dataset
+from mobileone import build_mobileone
+
+MAIN = 'main_single_gpu.py'
+KEYS = ['epoch', 'step', 'split', 'weights', 'loss', 'acc1', 'acc5', 'n', 'seconds', 'images_per_second', 'lr',
+        'weight_decay', 'image_size']
+
+
+def options(fashion, *more):
+    return ['-data_path', fashion, '-batch_size', '16', '-opts', *NARROW, 'MODEL.NUM_CLASSES', '10', 'REPORT_FREQ', '2',
+            *more]
+
+
+def without_times(rows):
+    return [{k: v for k, v in row.items() if k not in ('seconds', 'images_per_second')} for row in rows]
+
+
+@pytest.fixture(scope='module')
+def trained(fashion, tmp_path_factory):
+    """A run of 4 epochs."""
+    folder = tmp_path_factory.mktemp('runs') / 'first'
+    process = run(MAIN, '-output', folder, *options(fashion, 'TRAIN.NUM_EPOCHS', '4', 'SAVE_FREQ', '1',
+                                                    'KEEP_CHECKPOINTS', '2', 'VALIDATE_FREQ', '3'))
+    return folder, process
+
+
+def test_folder_of_a_run(trained):
+    folder, process = trained
+    assert sorted(path.name for path in folder.iterdir()) == [
+        'best.pdparams', 'config.yaml', 'epoch_3.pdparams', 'epoch_4.pdparams', 'latest.pdparams', 'log.jsonl',
+        'log.txt']
+    config = get_config(str(folder / 'config.yaml'))
+    assert config.DATA.BATCH_SIZE == 16 and config.SAVE == str(folder) and config.TRAIN.NUM_EPOCHS == 4
+    assert process.stderr == ''
+    assert (folder / 'log.txt').read_text() == process.stdout
+
+
+def test_log(trained, fashion):
+    folder, process = trained
+    rows = records(folder)
+    assert [list(row) for row in rows] == [KEYS] * len(rows)
+    assert [(r['epoch'], r['split'], r['weights']) for r in rows] == [
+        (1, 'train', 'raw'), (2, 'train', 'raw'), (3, 'train', 'raw'), (3, 'val', 'raw'), (3, 'val', 'ema'),
+        (4, 'train', 'raw'), (4, 'val', 'raw'), (4, 'val', 'ema')]
+    for row in rows:
+        assert row['step'] == 3 * row['epoch'] and row['image_size'] == 32 and row['weight_decay'] == 1e-4
+        assert row['n'] == (48 if row['split'] == 'train' else 35)
+        assert 0 <= row['acc1'] <= row['acc5'] <= 100 and row['seconds'] > 0 and row['images_per_second'] > 0
+    assert rows[0]['lr'] > rows[-1]['lr'] > 2e-4
+    lines = process.stdout.splitlines()
+    config = get_config(str(folder / 'config.yaml'))
+    decayed = [p for p in build_mobileone(config).parameters() if not p.stop_gradient and p.ndim > 1]
+    assert any(f'weight decay on {len(decayed)} tensors ({sum(p.size for p in decayed):,} parameters)' in line
+               for line in lines)
+    steps = [line for line in lines if ' step ' in line]
+    assert len(steps) == 8  # REPORT_FREQ 2: steps 2 and 3 of 3
+    assert all(word in steps[0] for word in ('epoch 1/4', 'step 2/3', 'loss', 'lr', 'images/s', 'data', 'ETA'))
+
+
+def test_checkpoint_content(trained):
+    folder, _ = trained
+    state = checkpoint.load(str(folder / 'latest.pdparams'))
+    assert sorted(state) == ['amp_grad_scaler', 'best', 'epoch', 'lr_scheduler', 'model', 'model_ema', 'optimizer',
+                             'step']
+    assert (state['epoch'], state['step']) == (4, 12)
+    rows = [row for row in records(folder) if row['weights'] == 'ema']
+    best = max(rows, key=lambda row: row['acc1'])
+    assert state['best'] == {'acc1': best['acc1'], 'epoch': best['epoch']}
+    assert checkpoint.load(str(folder / 'best.pdparams'))['epoch'] == best['epoch']
+    assert list(state['model']) == list(state['model_ema'])
+    assert any((state['model'][name] != value).any() for name, value in state['model_ema'].items())
+
+    def plain(value):
+        if isinstance(value, dict):
+            return all(isinstance(key, str) and plain(item) for key, item in value.items())
+        return type(value) in (np.ndarray, int, float, str, bool)
+    assert plain(state)
+
+
+def test_same_run_same_weights_whatever_the_workers(trained, fashion, tmp_path):
+    folder, _ = trained
+    run(MAIN, '-output', tmp_path / 'again', *options(
+        fashion, 'TRAIN.NUM_EPOCHS', '4', 'VALIDATE_FREQ', '3', 'DATA.NUM_WORKERS', '0', 'SAVE_FREQ', '0'))
+    assert without_times(records(tmp_path / 'again')) == without_times(records(folder))
+    first, again = (checkpoint.load(str(path / 'latest.pdparams')) for path in (folder, tmp_path / 'again'))
+    for part in ('model', 'model_ema', 'optimizer'):
+        for name, value in first[part].items():
+            assert np.array_equal(value, again[part][name])
+    assert not (tmp_path / 'again/epoch_4.pdparams').exists()
+
+
+def test_evaluation_of_checkpoints_fused_and_not(trained, fashion, tmp_path):
+    folder, _ = trained
+    expected = {row['weights']: row for row in records(folder) if row['epoch'] == 4 and row['split'] == 'val'}
+    accuracy = []
+    for name, extra in (('plain', []), ('deployed', ['-deploy'])):
+        out = run(MAIN, '-eval', '-pretrained', folder / 'latest.pdparams', '-output', tmp_path / name, *extra,
+                  *options(fashion)).stdout
+        row, = records(tmp_path / name)
+        assert list(row) == KEYS and (row['split'], row['weights'], row['n']) == ('val', 'ema', 35)
+        assert ('fused the branches' in out) == bool(extra)
+        accuracy.append((row['loss'], row['acc1'], row['acc5']))
+    assert accuracy[0] == tuple(expected['ema'][key] for key in ('loss', 'acc1', 'acc5'))
+    np.testing.assert_allclose(accuracy[1], accuracy[0], rtol=1e-4)
+
+    fused = tmp_path / 'fused.pdparams'
+    out = run('-m', 'tools.fuse', '-cfg', folder / 'config.yaml', '-pretrained', folder / 'latest.pdparams',
+              '-save', fused).stdout
+    assert 'top-1 accuracy' in out and 'latency, batch 1' in out and '35 val images' in out
+    difference = float(out.split('largest logit difference ')[1].split()[0])
+    assert 0 < difference < 1e-4
+    counts = [int(x.replace(',', '')) for x in
+              next(line for line in out.splitlines() if line.startswith('parameters')).split()[1:]]
+    config = get_config(str(folder / 'config.yaml'))
+    sizes = []
+    for deploy in (False, True):
+        config.MODEL.DEPLOY = deploy
+        sizes.append(sum(p.size for p in build_mobileone(config).parameters() if not p.stop_gradient))
+    assert counts == sizes and sizes[0] > sizes[1]
+    assert '8 random images' in run('-m', 'tools.fuse', '-cfg', folder / 'config.yaml', '-pretrained',
+                                    folder / 'latest.pdparams', '-no_data', '-data_path', 'nowhere').stdout
+    for extra in ([], ['-deploy']):  # fused weights build the fused network by themselves
+        target = tmp_path / f'fused-eval{len(extra)}'
+        out = run(MAIN, '-eval', '-pretrained', fused, '-output', target, *extra, *options(fashion)).stdout
+        row, = records(target)
+        assert '(fused)' in out and row['weights'] == 'raw'
+        np.testing.assert_allclose((row['loss'], row['acc1'], row['acc5']), accuracy[0], rtol=1e-4)
+    line = fails(MAIN, '-pretrained', fused, '-output', tmp_path / 'x', *options(fashion))
+    assert 'fused.pdparams' in line and 'cannot be trained' in line
+    assert 'fused already' in fails('-m', 'tools.fuse', '-cfg', folder / 'config.yaml', '-pretrained', fused)
+
+
+def test_raw_weights_are_evaluated_without_ema(fashion, tmp_path):
+    run(MAIN, '-output', tmp_path / 'run', *options(fashion, 'TRAIN.NUM_EPOCHS', '1', 'TRAIN.MODEL_EMA', 'False',
+                                                    'TRAIN.OPTIMIZER.NAME', 'AdamW', 'TRAIN.BASE_LR', '0.001'))
+    rows = records(tmp_path / 'run')
+    assert [(row['split'], row['weights']) for row in rows] == [('train', 'raw'), ('val', 'raw')]
+    assert checkpoint.load(str(tmp_path / 'run/latest.pdparams'))['best']['acc1'] == rows[1]['acc1']
+    run(MAIN, '-eval', '-pretrained', tmp_path / 'run/best.pdparams', '-output', tmp_path / 'run', *options(fashion))
+    rows = records(tmp_path / 'run')  # an evaluation in a run's folder adds to its log and leaves its config
+    assert [row['weights'] for row in rows] == ['raw'] * 3 and rows[2]['acc1'] == rows[1]['acc1']
+    assert get_config(str(tmp_path / 'run/config.yaml')).EVAL is False
+    assert get_config(str(tmp_path / 'run/config-eval.yaml')).EVAL is True
+
+
+def test_fine_tuning_with_other_classes(trained, fashion, tmp_path):
+    folder, _ = trained
+    data = tmp_path / 'data'
+    shutil.copytree(fashion / 'train', data / 'train')
+    for split in ('train', 'val'):
+        lines = (fashion / 'train_list.txt').read_text().splitlines()
+        (data / f'{split}_list.txt').write_text('\n'.join(line for line in lines if int(line.split()[-1]) < 3))
+    args = ['-pretrained', folder / 'best.pdparams', '-data_path', data, '-last_epoch', '1']
+    still = ['MODEL.NUM_CLASSES', '3', 'TRAIN.NUM_EPOCHS', '2', 'TRAIN.BASE_LR', '0', 'TRAIN.END_LR', '0']
+    out = run(MAIN, *args, '-output', tmp_path / 'tuned', *options(fashion, *still)[2:]).stdout
+    assert 'left out fc.weight, fc.bias, made for 10 classes, not 3' in out
+    rows = records(tmp_path / 'tuned')
+    assert [row['epoch'] for row in rows] == [2, 2, 2]
+    assert all(row['acc5'] == 100 for row in rows)  # top-3 of 3 classes
+    tuned = checkpoint.load(str(tmp_path / 'tuned/latest.pdparams'))['model']
+    start = checkpoint.load(str(folder / 'best.pdparams'))['model_ema']
+    name = 'stages.1.0.dw_1x1.conv.weight'  # at a learning rate of 0 it stays as it was loaded, EMA first
+    assert np.array_equal(tuned[name], start[name]) and tuned['fc.weight'].shape[1] == 3
+    line = fails(MAIN, '-eval', *args, '-output', tmp_path / 'x', *options(fashion, 'MODEL.NUM_CLASSES', '3')[2:])
+    assert 'fc.weight' in line and 'MODEL.NUM_CLASSES' in line
+
+
+@pytest.mark.parametrize('args, message', [
+    (['-data_path', 'nowhere'], 'nowhere/train_list.txt: cannot read the list'),
+    (['-cfg', 'nowhere.yaml'], 'nowhere.yaml: cannot read the config'),
+    (['-eval'], 'EVAL without weights'),
+    (['-deploy'], 'MODEL.DEPLOY is for evaluation'),
+    (['-pretrained', 'nowhere.pdparams'], 'nowhere.pdparams: no such weight file'),
+    (['-opts', 'MODEL.NUM_CLASSES', '9'], 'label 9 is outside MODEL.NUM_CLASSES 9; 10 would fit'),
+    (['-opts', 'MODEL.NUM_BLOCKS', '[1,1]'], 'NUM_BLOCKS'),
+    (['-opts', 'TRAIN.LR', '1'], 'unknown key TRAIN.LR'),
+    (['-batch', '3'], 'unrecognized arguments: -batch 3'),
+    (['-output', '/dev/null/x'], '/dev/null/x: cannot write'),
+])
+def test_mistakes_end_in_one_line(fashion, tmp_path, args, message):
+    line = fails(MAIN, '-output', tmp_path / 'run', *options(fashion), *args)
+    assert line.startswith('main_single_gpu.py: error: ') and message in line
+
+
+def test_a_folder_with_a_run_is_kept(trained, fashion):
+    folder, _ = trained
+    before = (folder / 'latest.pdparams').read_bytes(), (folder / 'log.jsonl').read_bytes()
+    assert 'holds the checkpoints of another run' in fails(MAIN, '-output', folder, *options(fashion))
+    assert before == ((folder / 'latest.pdparams').read_bytes(), (folder / 'log.jsonl').read_bytes())
+
+
+@pytest.mark.parametrize('workers', [0, 2])
+def test_an_unreadable_image_is_named(fashion, tmp_path, workers):
+    data = tmp_path / 'data'
+    data.mkdir()
+    (data / 'train').symlink_to(fashion / 'train')
+    (data / 'val').symlink_to(fashion / 'val')
+    for split in ('train', 'val'):
+        shutil.copy(fashion / f'{split}_list.txt', data)
+    with open(data / 'val_list.txt', 'a') as file:
+        file.write('val/no such.png 3\n')
+    line = fails(MAIN, '-output', tmp_path / 'run', *options(fashion, 'TRAIN.NUM_EPOCHS', '1', 'DATA.NUM_WORKERS',
+                                                            workers)[2:], '-data_path', data)
+    assert line == (f'main_single_gpu.py: error: {data}/val/no such.png: cannot read the image (No such file or '
+                    'directory); mend the file or its line in the list')
+
+
+def test_a_loss_that_is_not_finite_is_said(fashion, tmp_path):
+    line = fails(MAIN, '-output', tmp_path / 'run', *options(fashion, 'TRAIN.BASE_LR', '1e30'))
+    assert 'the loss is nan at epoch 1' in line and 'TRAIN.BASE_LR' in line
+
+
+def test_default_folder_is_named_after_the_model(fashion, tmp_path):
+    run(ROOT / MAIN, *options(fashion, 'TRAIN.NUM_EPOCHS', '1', 'MODEL.NAME', 'tiny'), cwd=tmp_path)
+    folder, = (tmp_path / 'output').iterdir()
+    assert folder.name.startswith('tiny-20') and (folder / 'best.pdparams').exists()
+
+
+def test_ema_in_main_memory_gives_the_same(trained, fashion, tmp_path):
+    run(MAIN, '-output', tmp_path / 'run', *options(fashion, 'TRAIN.NUM_EPOCHS', '4', 'VALIDATE_FREQ', '3',
+                                                    'TRAIN.MODEL_EMA_FORCE_CPU', 'True'))
+    assert without_times(records(tmp_path / 'run')) == without_times(records(trained[0]))
+
+
+def test_validation_set_is_the_val_list(config, fashion):
+    config.DATA.DATA_PATH = str(fashion)
+    assert get_dataset(config, is_train=False).paths[0].startswith('val/')
+    assert get_dataset(config).paths[0].startswith('train/')

@@ -1,0 +1,155 @@
+"""The tools, and the three commands from own photographs to a fine-tuned model."""
+import gzip
+import pathlib
+import re
+import shutil
+import struct
+
+import numpy as np
+import pytest
+from conftest import NARROW, ROOT, fails, records, run, write_images
+from PIL import Image
+
+PROGRAMS = [['main_single_gpu.py'], ['load_pytorch_weights.py']] + [
+    ['-m', f'tools.{path.stem}'] for path in sorted((ROOT / 'tools').glob('[a-z]*.py'))]
+
+
+@pytest.mark.parametrize('program', PROGRAMS, ids=lambda program: program[-1])
+def test_help_is_complete(program):
+    out = run(*program, '-h').stdout
+    name = program[-1]
+    assert out.startswith(f'usage: {name}') and f'python {" ".join(program)}' in out
+    text = ' '.join(out.split())
+    flags = set(re.findall(r'\[?(-[a-z_]+)', text.split('options:')[0].split(' python ')[0]))
+    for flag in flags - {'-h'}:  # every flag of the usage line has a line of its own, with words
+        assert re.search(rf'\n  {flag}\b[^\n]*(?:\s+\S+){{3}}', out), f'{flag} is not explained'
+    assert not name.endswith('single_gpu.py') or len(flags) == 13
+    assert fails(*program, '-nonsense').startswith(f'{name}: error: ')
+
+
+def read(path):
+    return path.read_text().splitlines()
+
+
+def test_make_list_of_two_folders(tmp_path):
+    for split, count in (('training set', 3), ('val', 2)):
+        for name in ('zebra', 'Ant', 'sea lion'):
+            write_images(tmp_path / split / name, count)
+    (tmp_path / 'training set/zebra/deep').mkdir()
+    shutil.copy(tmp_path / 'val/zebra/photo 0.jpg', tmp_path / 'training set/zebra/deep/X.JPEG')
+    (tmp_path / 'training set/zebra/notes.txt').write_text('')
+    (tmp_path / 'training set/zebra/._photo.jpg').write_text('')
+    (tmp_path / 'training set/.cache').mkdir()
+    out = run('-m', 'tools.make_list', '-data_path', tmp_path, '-train', 'training set', '-val', 'val').stdout
+    assert read(tmp_path / 'class_names.txt') == ['Ant', 'sea lion', 'zebra'] and 'MODEL.NUM_CLASSES 3' in out
+    assert read(tmp_path / 'train_list.txt') == [
+        f'training set/{name}/{file} {label}' for label, name in enumerate(['Ant', 'sea lion', 'zebra'])
+        for file in (['deep/X.JPEG'] if name == 'zebra' else []) + [f'photo {i}.jpg' for i in range(3)]]
+    assert len(read(tmp_path / 'val_list.txt')) == 6
+    shutil.rmtree(tmp_path / 'val/zebra')
+    line = fails('-m', 'tools.make_list', '-data_path', tmp_path, '-train', 'training set', '-val', 'val')
+    assert 'zebra is in only one of them' in line
+
+
+def test_make_list_with_a_split(tmp_path):
+    for name, count in (('a', 10), ('b', 5), ('c', 2)):
+        write_images(tmp_path / name, count)
+
+    def split(*args):
+        run('-m', 'tools.make_list', '-data_path', tmp_path, '-train', '.', '-val_share', '0.2', *args)
+        return [read(tmp_path / f'{name}_list.txt') for name in ('train', 'val')]
+
+    train, val = split()
+    labels = [[line.split()[-1] for line in lines] for lines in (train, val)]
+    assert [[part.count(label) for label in '012'] for part in labels] == [[8, 4, 1], [2, 1, 1]]
+    assert not set(train) & set(val) and len(set(train) | set(val)) == 17
+    assert train[0].startswith('a/photo ')
+    assert split() == [train, val]
+    assert split('-seed', '1') != [train, val]
+
+
+@pytest.mark.parametrize('args, message', [
+    (['-train', 'gone', '-val_share', '0.2'], 'gone: no such folder'),
+    (['-train', 'empty', '-val_share', '0.2'], 'empty: holds no class folders'),
+    (['-train', 'odd', '-val_share', '0.2'], 'x: holds no images'),
+    (['-train', 'one', '-val_share', '0.2'], 'class x has one image'),
+    (['-train', 'one', '-val_share', '1.5'], '-val_share is 1.5'),
+    (['-train', 'one', '-val_share', '0.5', '-seed', '-1'], '-seed is -1'),
+    (['-train', 'one'], 'one of the arguments -val -val_share is required'),
+])
+def test_make_list_errors(tmp_path, args, message):
+    (tmp_path / 'empty').mkdir()
+    (tmp_path / 'odd/x').mkdir(parents=True)
+    write_images(tmp_path / 'one/x', 1)
+    assert message in fails('-m', 'tools.make_list', '-data_path', tmp_path, *args)
+
+
+def idx(folder, split, images, labels):
+    for kind, array in (('images-idx3', images), ('labels-idx1', labels)):
+        header = struct.pack('>HBB', 0, 8, array.ndim) + struct.pack(f'>{array.ndim}I', *array.shape)
+        with gzip.open(folder / f'{split}-{kind}-ubyte.gz', 'wb') as file:
+            file.write(header + array.tobytes())
+
+
+def test_make_fashion_mnist(tmp_path):
+    rng = np.random.default_rng(0)
+    images, labels = rng.integers(0, 256, (4, 28, 28), dtype='uint8'), np.array([9, 0, 0, 3], 'uint8')
+    idx(tmp_path, 'train', images, labels)
+    idx(tmp_path, 't10k', images[:2], labels[:2])
+    out = tmp_path / 'out'
+    for _ in range(2):  # run twice, it works twice
+        run('-m', 'tools.make_fashion_mnist', '-source', tmp_path, '-output', out)
+    assert read(out / 'train_list.txt') == ['train/Ankle_boot/00000.png 9', 'train/T-shirt_top/00001.png 0',
+                                            'train/T-shirt_top/00002.png 0', 'train/Dress/00003.png 3']
+    assert len(read(out / 'val_list.txt')) == 2 and len(read(out / 'class_names.txt')) == 10
+    for line, image in zip(read(out / 'train_list.txt'), images):
+        np.testing.assert_array_equal(np.asarray(Image.open(out / line.rsplit(' ', 1)[0])), image)
+    run('-m', 'tools.make_fashion_mnist', '-source', tmp_path, '-output', tmp_path / 'jpg', '-format', 'jpg')
+    assert Image.open(tmp_path / 'jpg' / read(tmp_path / 'jpg/val_list.txt')[0].split()[0]).format == 'JPEG'
+
+
+def test_make_fashion_mnist_errors(tmp_path):
+    command = ['-m', 'tools.make_fashion_mnist', '-source', tmp_path, '-output', tmp_path / 'out']
+    assert 'train-images-idx3-ubyte.gz: no such file' in fails(*command)
+    idx(tmp_path, 'train', np.zeros((3, 28, 28), 'uint8'), np.zeros(2, 'uint8'))
+    assert 'do not belong together' in fails(*command)
+    (tmp_path / 'train-images-idx3-ubyte.gz').write_bytes(b'x')
+    assert 'train-images-idx3-ubyte.gz: cannot be read' in fails(*command)
+
+
+def test_demo_set_is_whole_and_small(tmp_path):
+    files = list((ROOT / 'demo').glob('*.gz'))
+    assert len(files) == 4 and sum(file.stat().st_size for file in files) < 3e6
+    assert 'MIT' in (ROOT / 'demo/LICENSE').read_text()
+    run('-m', 'tools.make_fashion_mnist', '-source', 'demo', '-output', tmp_path)
+    for split, count in (('train', 5000), ('val', 1500)):
+        labels = [int(line.split()[-1]) for line in read(tmp_path / f'{split}_list.txt')]
+        assert len(labels) == count and min(np.bincount(labels, minlength=10)) > 0.08 * count
+
+
+def test_from_own_folders_to_a_fine_tuned_model(fashion, tmp_path):
+    """The README's three commands, with narrow weights of another number of classes and few steps."""
+    photos, start, runs = tmp_path / 'my photos', tmp_path / 'start', tmp_path / 'run'
+    for name in ('Bag', 'Sneaker'):
+        shutil.copytree(fashion / 'train' / name, photos / name)
+        for path in sorted((photos / name).iterdir())[12:]:
+            path.unlink()
+    narrow = ['-opts', *NARROW]
+    run('main_single_gpu.py', '-data_path', fashion, '-output', start, *narrow, 'TRAIN.NUM_EPOCHS', '1',
+        'MODEL.NUM_CLASSES', '10')
+    run('-m', 'tools.make_list', '-data_path', photos, '-train', '.', '-val_share', '0.25')
+    run('main_single_gpu.py', '-cfg', 'configs/finetune.yaml', '-data_path', photos, '-pretrained',
+        start / 'best.pdparams', '-output', runs, *narrow, 'MODEL.NUM_CLASSES', '2', 'TRAIN.NUM_EPOCHS', '4')
+    rows = records(runs)
+    assert [row['n'] for row in rows[:3]] == [18, 6, 6]  # the only batch, smaller than BATCH_SIZE, is kept
+    out = run('-m', 'tools.fuse', '-cfg', runs / 'config.yaml', '-pretrained', runs / 'best.pdparams', '-save',
+              tmp_path / 'photos.pdparams').stdout
+    assert '6 val images' in out and pathlib.Path(tmp_path / 'photos.pdparams').exists()
+
+
+def test_picture(tmp_path):
+    (tmp_path / 'matplotlib.py').write_text('raise ImportError("none here")')
+    assert 'pip install matplotlib' in fails('-m', 'tools.draw_block', env={'PYTHONPATH': str(tmp_path)})
+    pytest.importorskip('matplotlib', reason='drawing is an optional extra')
+    run('-m', 'tools.draw_block', '-save', tmp_path / 'x.png')
+    assert Image.open(tmp_path / 'x.png').size == Image.open(ROOT / 'mobileone.png').size

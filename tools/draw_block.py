@@ -13,7 +13,8 @@ BATCH_NORM = ('batch norm', NORM)
 # a block's layers: name of a branch -> its operations
 DEPTHWISE = [('skip', [BATCH_NORM]), ('scale', [('1×1 depthwise', CONV), BATCH_NORM]),
              ('branch 1', [('3×3 depthwise', CONV), BATCH_NORM]), ('branch k', [('3×3 depthwise', CONV), BATCH_NORM])]
-POINTWISE = [('skip', [BATCH_NORM]), ('branch 1', [('1×1', CONV), BATCH_NORM]), ('branch k', [('1×1', CONV), BATCH_NORM])]
+POINTWISE = [('skip', [BATCH_NORM]), ('branch 1', [('1×1', CONV), BATCH_NORM]),
+             ('branch k', [('1×1', CONV), BATCH_NORM])]
 LAYER_HEIGHT, SPREAD = 4.0, 1.9
 
 
@@ -84,7 +85,7 @@ def draw(path):
 
 def main():
     parser = ArgumentParser(description=__doc__)
-    parser.add_argument('-save', metavar='FILE', default='mobileone.png', help='picture to write, default mobileone.png')
+    parser.add_argument('-save', metavar='FILE', default='mobileone.png', help='picture to write (mobileone.png)')
     draw(parser.parse_args().save)
 
 

@@ -32,6 +32,8 @@ def prepare_runtime():
     _check_versions()
     if glob.glob('/dev/nvidia[0-9]*'):
         return
+    # a GPU build warns of the CUDA libraries that this machine lacks
+    os.environ.setdefault('GLOG_minloglevel', '2')
     # Paddle computes on one thread unless told otherwise
     os.environ.setdefault('OMP_NUM_THREADS', str(len(os.sched_getaffinity(0))))
     try:

@@ -78,8 +78,9 @@ def read_pytorch(path):
         state_dict = torch.load(path, map_location='cpu', weights_only=True)
         return {name: tensor.numpy() for name, tensor in state_dict.items()}
     except Exception as error:  # a broken or hostile file raises nearly every type
-        raise UserError(f'{path}: not a PyTorch state dict that can be read safely ({type(error).__name__}: '
-                        f'{" ".join(str(error).split())[:200]})') from None
+        # without PyTorch's own words, which recommend the unsafe way
+        raise UserError(f'{path}: not a PyTorch state dict that can be read safely ({type(error).__name__}); download '
+                        'it again from its publisher') from None
 
 
 def main():

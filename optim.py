@@ -74,7 +74,7 @@ class ModelEma:
     """
 
     def __init__(self, model, on_cpu=False):
-        self.place = paddle.CPUPlace() if on_cpu else None
+        self.on_cpu = on_cpu
         self.model = model
         self.average = {name: self._own(tensor).clone() for name, tensor in self._state()}
 
@@ -82,7 +82,7 @@ class ModelEma:
         return [(name, tensor.detach()) for name, tensor in self.model.state_dict().items()]
 
     def _own(self, tensor):
-        return tensor if self.place is None else tensor._copy_to(self.place, True)
+        return tensor.cpu() if self.on_cpu else tensor
 
     @paddle.no_grad()
     def update(self, decay):

@@ -1,0 +1,81 @@
+"""What the README says is there and true, as far as a test can tell."""
+import re
+import shutil
+import subprocess
+
+import paddle
+import pytest
+from conftest import ROOT, run, variant_config
+from test_mobileone import SIZES
+
+from mobileone import build_mobileone, model_convert
+
+README = (ROOT / 'README.md').read_text()
+
+
+def test_sizes_in_the_readme():
+    for variant, (fused, trainable, flops_fused, flops, all_unfused) in SIZES.items():
+        exact = f'| mobileone_{variant} | {trainable:,} | {all_unfused:,} | {fused:,} | {flops:,} | {flops_fused:,} |'
+        assert exact in README
+        rounded = (f'{all_unfused / 1e6:.1f}M | {flops / 1e9:.1f}G | {fused / 1e6:.1f}M | {flops_fused / 1e9:.1f}G | 224 | '
+                   '0.875 | bicubic |')
+        row = next(line for line in README.splitlines() if line.startswith(f'| mobileone_{variant} '))
+        assert rounded in row
+
+
+def test_files_named_in_the_readme_exist():
+    names = set(re.findall(r'\b((?:tools/|configs/|tests/)?[\w]+\.(?:py|sh|yaml|png))\b', README))
+    names |= {f'tools/{name}.py' for name in re.findall(r'python -m tools\.(\w+)', README)}
+    coming = {'main_multi_gpu.py'}  # the README says that it is not there yet
+    made = {'config.yaml'}  # by a run
+    assert len(names) > 10
+    assert [name for name in names - coming - made if not (ROOT / name).exists()] == []
+
+
+@pytest.fixture
+def weights_s0(tmp_path):
+    paddle.seed(5)
+    model = build_mobileone(variant_config('s0'))
+    paddle.save(model.state_dict(), str(tmp_path / 'mobileone_s0.pdparams'))
+    (tmp_path / 'configs').symlink_to(ROOT / 'configs')
+    return model
+
+
+@pytest.mark.parametrize('snippet', ['seed', 'readme'])
+def test_python_snippets(snippet, weights_s0, tmp_path):
+    """The README's, and the one of the port's first README once `import paddle` is added."""
+    code = re.search(r'```python\n(.*?)```', README, re.S)[1]
+    if snippet == 'seed':
+        code = '''
+import paddle
+from config import get_config
+from mobileone import build_mobileone as build_model
+config = get_config('./configs/mobileone_s0.yaml')
+model = build_model(config)
+model_state_dict = paddle.load('./mobileone_s0.pdparams')
+model.set_state_dict(model_state_dict)
+'''
+    check = "\nmodel.eval(); print(repr(float(model(paddle.full([1, 3, 64, 64], 0.5)).abs().sum())))\n"
+    out = run('-c', code + check, cwd=tmp_path, env={'PYTHONPATH': str(ROOT)}).stdout
+    weights_s0.eval()
+    with paddle.no_grad():
+        expected = float(weights_s0(paddle.full([1, 3, 64, 64], 0.5)).abs().sum())
+        assert float(model_convert(weights_s0)(paddle.full([1, 3, 64, 64], 0.5)).abs().sum()) == pytest.approx(expected,
+                                                                                                              rel=1e-3)
+    assert float(out.splitlines()[-1]) == pytest.approx(expected, rel=1e-5)
+
+
+@pytest.mark.parametrize('path', [*ROOT.glob('*.sh'), *ROOT.glob('tools/*.sh')], ids=lambda path: path.name)
+def test_shell_scripts_parse(path):
+    assert path.read_text().startswith('#!/bin/sh\n#') and 'set -eu' in path.read_text()
+    subprocess.run(['sh', '-n', path], check=True)
+
+
+def test_environment_script_names_the_mistake(tmp_path):
+    """On a PATH with the shell's own tools and no Python."""
+    for name in ('sh', 'dirname', 'cat'):
+        (tmp_path / name).symlink_to(shutil.which(name))
+    process = subprocess.run([tmp_path / 'sh', ROOT / 'tools/venv.sh', tmp_path / 'venv', 'paddlepaddle==3.3.1'],
+                             text=True, capture_output=True, env={'PATH': str(tmp_path)})
+    assert process.returncode == 2
+    assert process.stderr.splitlines()[-1].startswith('venv.sh: error: no Python 3.9 to 3.12 found')

@@ -34,10 +34,15 @@ def to_arrays(state):
     return state.numpy() if isinstance(state, paddle.Tensor) else state
 
 
+def check_exists(path):
+    """Raises: UserError if `path`, unless empty, is no file."""
+    if path and not os.path.isfile(path):
+        raise UserError(f'{path}: no such weight file; give a .pdparams file')
+
+
 def load(path):
     """What `save` or `paddle.save` wrote, with NumPy arrays. Raises: UserError for an unreadable file."""
-    if not os.path.isfile(path):
-        raise UserError(f'{path}: no such weight file; give a .pdparams file')
+    check_exists(path)
     try:
         return paddle.load(path, return_numpy=True)
     except Exception as error:  # unpickling a broken file raises nearly every type
@@ -57,10 +62,13 @@ def load_weights(path):
         state = state['model_ema'] if is_ema else state['model']
     if not isinstance(state, dict):
         raise UserError(f'{path}: holds {type(state).__name__}, not a dictionary of weights')
-    state = {key: np.asarray(value) for key, value in state.items() if key != 'StructuredToParameterName@@'}
-    if not any(key.startswith('stages.') for key in state):
+    state = {key: value for key, value in state.items() if key != 'StructuredToParameterName@@'}
+    if not any(str(key).startswith('stages.') for key in state):
         raise UserError(f'{path}: holds no MobileOne weights (no key starts with "stages."); official PyTorch files '
                         'are converted by load_pytorch_weights.py')
+    for key, value in state.items():
+        if not (isinstance(key, str) and isinstance(value, np.ndarray) and value.dtype.kind == 'f'):
+            raise UserError(f'{path}: {key} is {type(value).__name__}, not an array of floats')
     return state, is_ema
 
 

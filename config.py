@@ -37,12 +37,13 @@ _C.DATA.IMAGE_CHANNELS = 3
 _C.DATA.CROP_PCT = 0.875
 # resampling filter in training and evaluation: nearest, bilinear, bicubic or lanczos
 _C.DATA.INTERPOLATION = 'bicubic'
-# smallest and largest share of the image's area that a random crop of training covers
+# smallest and largest share of the image's area that a random crop in training covers
 _C.DATA.CROP_SCALE = [0.08, 1.0]
 # processes that read images; 0: read in the main process
 _C.DATA.NUM_WORKERS = 2
-# mean and standard deviation per channel (R, G, B) of pixels in [0, 1]
+# mean per channel (R, G, B) of pixels in [0, 1]
 _C.DATA.IMAGENET_MEAN = [0.485, 0.456, 0.406]
+# their standard deviation per channel
 _C.DATA.IMAGENET_STD = [0.229, 0.224, 0.225]
 
 _C.MODEL = CN()
@@ -52,13 +53,16 @@ _C.MODEL.TYPE = 'MobileOne'
 _C.MODEL.NAME = 'mobileone_s0'
 # weights to start from or to evaluate: a released .pdparams or a checkpoint of this project
 _C.MODEL.PRETRAINED = ''
+# labels go from 0 to this less one
 _C.MODEL.NUM_CLASSES = 1000
-# five entries each: the stem, then four stages of (depthwise 3x3, pointwise 1x1) pairs
+# the five lists have an entry for the stem and for each of four stages of (depthwise 3x3, pointwise 1x1) pairs:
+# pairs per stage; the stem is one dense 3x3 layer
 _C.MODEL.NUM_BLOCKS = [1, 2, 8, 10, 1]
+# base widths; a stage's width is int(CHANNELS * EXPANSIONS)
 _C.MODEL.CHANNELS = [64, 64, 128, 256, 512]
 # stride of the first block of each stage
 _C.MODEL.STRIDES = [2, 2, 2, 2, 2]
-# width of a stage is int(CHANNELS * EXPANSIONS)
+# width multipliers
 _C.MODEL.EXPANSIONS = [0.75, 0.75, 1.0, 1.0, 2.0]
 # k, the parallel conv branches of a stage's layers; entry 0 has no effect: the stem always has one
 _C.MODEL.NUM_BRANCHES = [4, 4, 4, 4, 4]
@@ -70,14 +74,17 @@ _C.MODEL.USE_SE = False
 _C.TRAIN = CN()
 # epochs that count as done: the run starts with the next, at its place in the schedules
 _C.TRAIN.LAST_EPOCH = 0
+# epochs of the whole run, counted from 1
 _C.TRAIN.NUM_EPOCHS = 300
 # the lr rises linearly for this many epochs
 _C.TRAIN.WARMUP_EPOCHS = 5
 # decay of weights with two or more dimensions; none on batch norm and biases
 _C.TRAIN.WEIGHT_DECAY = 1e-4
-# the lr after the warm-up, before its first step, and after the last step
+# the lr after the warm-up
 _C.TRAIN.BASE_LR = 0.1
+# the lr of the warm-up's first step
 _C.TRAIN.WARMUP_START_LR = 0.0002
+# the lr that the cosine reaches after the last step
 _C.TRAIN.END_LR = 0.0002
 # total batch that the three lrs are meant for: they are scaled by total batch / this; 0: no scaling
 _C.TRAIN.LINEAR_SCALED_LR = 256
@@ -93,11 +100,13 @@ _C.TRAIN.SMOOTHING = 0.1
 _C.TRAIN.OPTIMIZER = CN()
 # SGD or AdamW
 _C.TRAIN.OPTIMIZER.NAME = 'SGD'
-# SGD: momentum, and whether it is Nesterov's
+# SGD: momentum
 _C.TRAIN.OPTIMIZER.MOMENTUM = 0.9
+# SGD: whether the momentum is Nesterov's
 _C.TRAIN.OPTIMIZER.NESTEROV = False
-# AdamW: epsilon and betas
+# AdamW: added to the root of the second moment
 _C.TRAIN.OPTIMIZER.EPS = 1e-8
+# AdamW: decay of the first and second moment
 _C.TRAIN.OPTIMIZER.BETAS = [0.9, 0.999]
 
 # the run's folder; '': output/<MODEL.NAME>-<time>
@@ -147,9 +156,9 @@ _RANGE = {
     'TRAIN.LINEAR_SCALED_LR': (0, None),
     'TRAIN.MODEL_EMA_DECAY': (0, 1),
     'TRAIN.SMOOTHING': (0, 1),
-    'TRAIN.OPTIMIZER.MOMENTUM': (0, 1),
+    'TRAIN.OPTIMIZER.MOMENTUM': (0, 0.9999),
     'TRAIN.OPTIMIZER.EPS': (0, None),
-    'TRAIN.OPTIMIZER.BETAS': (0, 1),
+    'TRAIN.OPTIMIZER.BETAS': (0, 0.999999),
     'SAVE_FREQ': (0, None),
     'KEEP_CHECKPOINTS': (0, None),
     'REPORT_FREQ': (1, None),
@@ -197,20 +206,20 @@ def _coerce(value, default, key, source):
         kind = f'a list of {type(default[0]).__name__}' if isinstance(default, list) else type(default).__name__
         return UserError(f'{source}: {key} is {value!r}, but must be {kind}, like {default!r}')
 
-    if value is None or (isinstance(value, str) and value.lower() in ('null', 'none', '~')):
-        if key in _NULL:
-            return _NULL[key]
-        raise fail()
-    if isinstance(default, str):
-        if isinstance(value, (dict, list, tuple, bool)):
+    if isinstance(default, str) and value is not None:
+        if isinstance(value, (dict, list, tuple, bool)) or re.search('[\0\ud800-\udfff]', str(value)):
             raise fail()
         return str(value)
     if isinstance(value, str):
         literal = value.strip()
         try:
-            value = ast.literal_eval({'true': 'True', 'false': 'False'}.get(literal.lower(), literal))
-        except (ValueError, SyntaxError, MemoryError, RecursionError):
+            value = ast.literal_eval({'true': 'True', 'false': 'False', 'null': 'None'}.get(literal.lower(), literal))
+        except (ValueError, TypeError, SyntaxError, MemoryError, RecursionError):
             raise fail() from None
+    if value is None:
+        if key in _NULL:
+            return _NULL[key]
+        raise fail()
     if isinstance(default, list):
         if not isinstance(value, (list, tuple)):
             raise fail()
@@ -232,6 +241,15 @@ def _coerce(value, default, key, source):
     return value
 
 
+def _nearest_key(key):
+    """The known key most like `key`, without regard to case; the last part counts most, for sections are mixed up."""
+    def likeness(known):
+        pairs = [(key, known), (key.rpartition('.')[2], known.rpartition('.')[2])]
+        whole, last = (difflib.SequenceMatcher(None, a.upper(), b).ratio() for a, b in pairs)
+        return last + 0.5 * whole
+    return max(_DEFAULTS, key=likeness)
+
+
 def _set(config, key, value, source):
     """Set one dotted key, checked against the defaults."""
     if key in _UNSUPPORTED:
@@ -241,8 +259,7 @@ def _set(config, key, value, source):
     if key == 'BASE':
         raise UserError(f'{source}: BASE is {value!r}, but takes effect only at the top of a YAML file')
     if key not in _DEFAULTS:
-        nearest = difflib.get_close_matches(key, _DEFAULTS, n=1, cutoff=0)[0]
-        raise UserError(f'{source}: unknown key {key}; the nearest known key is {nearest}')
+        raise UserError(f'{source}: unknown key {key}; the nearest known key is {_nearest_key(key)}')
     value = _coerce(value, _DEFAULTS[key], key, source)
     node = config
     *parents, leaf = key.split('.')
@@ -264,23 +281,34 @@ def _merge(config, tree, source, prefix=''):
             _set(config, key, value, source)
 
 
+class _Loader(yaml.SafeLoader):
+    """PyYAML's safe loader, which would let the last of two equal keys win without a word."""
+
+    def construct_mapping(self, node, deep=False):
+        keys = [key.value for key, _ in node.value]
+        for key in keys:
+            if keys.count(key) > 1:
+                raise yaml.constructor.ConstructorError(None, None, f'{key} stands there twice', node.start_mark)
+        return super().construct_mapping(node, deep)
+
+
 def _merge_file(config, path, parents=()):
     """Merge a YAML file into config, the files of its BASE first."""
     if os.path.realpath(path) in parents:
         raise UserError(f'{path}: BASE leads back to this file; remove the circle')
     try:
         with open(path, encoding='utf-8') as file:
-            tree = yaml.safe_load(file)
+            tree = yaml.load(file, Loader=_Loader)
     except OSError as error:
         raise UserError(f'{path}: cannot read the config file ({error.strerror}); give one with -cfg') from None
-    except (yaml.YAMLError, UnicodeDecodeError) as error:
+    except (yaml.YAMLError, ValueError) as error:  # PyYAML raises ValueError for a date that does not exist
         raise UserError(f'{path}: not a YAML file ({" ".join(str(error).split())})') from None
     tree = {} if tree is None else tree
     if not isinstance(tree, dict):
         raise UserError(f'{path}: holds {tree!r}, but a config file is a mapping of keys to values')
     base = tree.pop('BASE', None) or []
     base = [base] if isinstance(base, str) else base
-    if not isinstance(base, list) or not all(isinstance(name, str) for name in base):
+    if not isinstance(base, list) or not all(isinstance(name, str) and '\0' not in name for name in base):
         raise UserError(f'{path}: BASE is {base!r}, but must be a list of file names')
     for name in filter(None, base):
         _merge_file(config, os.path.join(os.path.dirname(path), name), (*parents, os.path.realpath(path)))
@@ -381,8 +409,10 @@ def check_config(config):
 
     Called once by a run, before any file of the data set is opened.
     """
-    leaves = dict(_leaves(config))
-    for key, value in leaves.items():
+    for key, value in _leaves(config):
+        if key not in _DEFAULTS:
+            raise UserError(f'unknown key {key}; the nearest known key is {_nearest_key(key)}')
+        _coerce(value, _DEFAULTS[key], key, 'config')
         items = value if isinstance(value, list) else [value]
         low, high = _RANGE.get(key, (None, None))
         for item in items:

@@ -24,7 +24,7 @@ def read_list(path, num_classes):
     Raises: UserError, naming file and line, for a missing list, a malformed line or a label outside num_classes.
     """
     try:
-        with open(path, encoding='utf-8') as file:
+        with open(path, encoding='utf-8-sig') as file:
             lines = file.read().rstrip().split('\n')
     except OSError as error:
         raise UserError(f'{path}: cannot read the list ({error.strerror}); DATA.DATA_PATH is the folder that holds '
@@ -48,7 +48,7 @@ def read_list(path, num_classes):
 
 
 class ImageNet2012Dataset(Dataset):
-    """The images of a list file. Item (epoch, index) -> (uint8 [H, W, 3], label).
+    """The images of a list file. Item (epoch, index), or index for epoch 0 -> (uint8 [H, W, 3], label).
 
     transform: callable (RGB image, NumPy generator) -> uint8 array.
     seed: with epoch and index, the seed of an item's generator.
@@ -65,7 +65,7 @@ class ImageNet2012Dataset(Dataset):
         return len(self.paths)
 
     def __getitem__(self, item):
-        epoch, index = item
+        epoch, index = item if isinstance(item, tuple) else (0, item)
         image = read_image(os.path.join(self.data_path, self.paths[index]))
         return self.transform(image, np.random.default_rng([self.seed, epoch, index])), self.labels[index]
 

@@ -76,11 +76,13 @@ def read_pytorch(path):
         raise UserError(f'{path}: no such checkpoint; give a .pth.tar file')
     try:
         state_dict = torch.load(path, map_location='cpu', weights_only=True)
-        return {name: tensor.numpy() for name, tensor in state_dict.items()}
     except Exception as error:  # a broken or hostile file raises nearly every type
         # without PyTorch's own words, which recommend the unsafe way
         raise UserError(f'{path}: not a PyTorch state dict that can be read safely ({type(error).__name__}); download '
                         'it again from its publisher') from None
+    if not isinstance(state_dict, dict) or not all(hasattr(value, 'numpy') for value in state_dict.values()):
+        raise UserError(f'{path}: holds no flat dictionary of tensors, as the official checkpoints are')
+    return {name: tensor.numpy() for name, tensor in state_dict.items()}
 
 
 def main():
@@ -89,6 +91,8 @@ def main():
     parser.add_argument('input', help='official checkpoint (.pth.tar)')
     parser.add_argument('output', help='weight file to write (.pdparams)')
     args = parser.parse_args()
+    if os.path.realpath(args.input) == os.path.realpath(args.output):
+        raise UserError(f'{args.output}: is the input too; give the converted weights a name of their own')
     config = get_config(args.cfg)
     state_dict = read_pytorch(args.input)  # before Paddle: both bring an OpenMP runtime
     prepare_runtime()

@@ -3,6 +3,8 @@ import paddle
 import paddle.nn as nn
 import paddle.nn.functional as F
 
+from utils import UserError
+
 
 class LabelSmoothingCrossEntropyLoss(nn.Layer):
     """Cross entropy against (1 - smoothing) * one-hot + smoothing / C (arXiv 1512.00567, section 7).
@@ -13,7 +15,7 @@ class LabelSmoothingCrossEntropyLoss(nn.Layer):
     def __init__(self, smoothing=0.1):
         super().__init__()
         if not 0 <= smoothing <= 1:
-            raise ValueError(f'smoothing is {smoothing}, but must be between 0 and 1')
+            raise UserError(f'smoothing is {smoothing}, but must be between 0 and 1')
         self.smoothing = smoothing
 
     def forward(self, logits, labels):

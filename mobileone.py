@@ -10,6 +10,8 @@ import paddle
 import paddle.nn as nn
 import paddle.nn.functional as F
 
+from utils import UserError
+
 
 class ConvNorm(nn.Sequential):
     """Convolution and batch norm of one branch; with `norm=False` the fused convolution, which has a bias.
@@ -175,7 +177,7 @@ class MobileOne(nn.Layer):
     use_se: SE in the last half of stage 3's blocks and in all of stage 4's, as in S4.
     deploy: build the fused network.
 
-    Raises: ValueError for lists that do not describe a network.
+    Raises: UserError for lists that do not describe a network.
     """
 
     def __init__(self, num_blocks, num_branches, channels, strides, expansions, num_classes=1000, use_se=False,
@@ -203,26 +205,27 @@ class MobileOne(nn.Layer):
 
 
 def _check_stages(channels, expansions, **lists):
-    """Widths of the stages; ValueError unless all lists have five entries above zero, the stem one block."""
+    """Widths of the stages; UserError unless all lists have five entries above zero, the stem one block."""
     for name, values in {**lists, 'channels': channels, 'expansions': expansions}.items():
-        if len(values) != 5 or min(values) <= 0:
-            raise ValueError(f'{name.upper()} is {list(values)}, but must be five numbers above 0: stem, four stages')
+        counted = values[1:] if name == 'num_branches' else values  # the stem's has no effect
+        if len(values) != 5 or min(counted) <= 0:
+            raise UserError(f'MODEL.{name.upper()} is {list(values)}, but must be five numbers above 0: stem, 4 stages')
     if lists['num_blocks'][0] != 1:
-        raise ValueError(f'NUM_BLOCKS is {list(lists["num_blocks"])}, but the stem (entry 0) is one block')
+        raise UserError(f'MODEL.NUM_BLOCKS is {list(lists["num_blocks"])}, but the stem (entry 0) is one block')
     widths = [int(c * e) for c, e in zip(channels, expansions)]
     if min(widths) < 1:
-        raise ValueError(f'CHANNELS {list(channels)} times EXPANSIONS {list(expansions)} makes a stage of no channels')
+        raise UserError(f'MODEL.CHANNELS {list(channels)} times EXPANSIONS {list(expansions)} leaves a stage empty')
     return widths
 
 
 def build_mobileone(config):
     """The network that a config describes (MODEL.*, and DATA.IMAGE_CHANNELS), with random weights.
 
-    Raises: ValueError for an unknown MODEL.TYPE, or lists that do not describe a network.
+    Raises: UserError for an unknown MODEL.TYPE, or lists that do not describe a network.
     """
     model = config.MODEL
     if model.TYPE.lower() != 'mobileone':
-        raise ValueError(f'MODEL.TYPE is {model.TYPE!r}, but must be MobileOne')
+        raise UserError(f'MODEL.TYPE is {model.TYPE!r}, but must be MobileOne')
     return MobileOne(num_blocks=model.NUM_BLOCKS, num_branches=model.NUM_BRANCHES, channels=model.CHANNELS,
                      strides=model.STRIDES, expansions=model.EXPANSIONS, num_classes=model.NUM_CLASSES,
                      use_se=model.USE_SE, deploy=model.DEPLOY, in_channels=config.DATA.IMAGE_CHANNELS)

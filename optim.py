@@ -23,7 +23,6 @@ class Schedule:
     def __init__(self, config, steps_per_epoch, total_batch):
         train = config.TRAIN
         scale = total_batch / train.LINEAR_SCALED_LR if train.LINEAR_SCALED_LR else 1.0
-        self.steps_per_epoch = steps_per_epoch
         self.total_steps = train.NUM_EPOCHS * steps_per_epoch
         self.warmup_steps = train.WARMUP_EPOCHS * steps_per_epoch
         self.base, self.start, self.end = (scale * lr for lr in (train.BASE_LR, train.WARMUP_START_LR, train.END_LR))

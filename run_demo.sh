@@ -4,9 +4,13 @@
 #   sh run_demo.sh
 #
 # Needs Python 3.9 to 3.12 and a network for pip. Makes .venv, data/fashion_mnist_demo and output/demo; run again, it
-# trains again. Expected: at least 82 % top-1 (see README.md).
+# trains again. Expected: at least 82 % top-1 (see README.md). PADDLE chooses the wheel, PYTHON the interpreter.
 set -eu
 cd "$(dirname "$0")"
+case ${1:-} in -h | --help)
+    sed -n '2,/^set/s/^# \{0,1\}//p' run_demo.sh
+    exit 0 ;;
+esac
 sh tools/venv.sh .venv "${PADDLE:-paddlepaddle==3.3.1}"
 rm -rf output/demo
 .venv/bin/python -m tools.make_fashion_mnist -source demo -output data/fashion_mnist_demo

@@ -5,6 +5,11 @@
 #   PADDLE=paddlepaddle==2.6.2 sh run_tests.sh
 set -eu
 cd "$(dirname "$0")"
+case ${1:-} in -h | --help)
+    sed -n '2,/^set/s/^# \{0,1\}//p' run_tests.sh
+    exit 0 ;;
+esac
 PADDLE=${PADDLE:-paddlepaddle==3.3.1}
-sh tools/venv.sh ".venv-test-${PADDLE##*=}" "$PADDLE" tests/requirements.txt
-exec ".venv-test-${PADDLE##*=}/bin/python" -m pytest "$@"
+venv=.venv-test-$(echo "$PADDLE" | tr -d '=')
+sh tools/venv.sh "$venv" "$PADDLE" tests/requirements.txt
+exec "$venv/bin/python" -m pytest "$@"

@@ -8,12 +8,21 @@ import numpy as np
 import paddle
 from PIL import Image
 
+from utils import UserError
+
 FILTERS = {
     'nearest': Image.Resampling.NEAREST,
     'bilinear': Image.Resampling.BILINEAR,
     'bicubic': Image.Resampling.BICUBIC,
     'lanczos': Image.Resampling.LANCZOS,
 }
+
+
+def find_filter(name):
+    """Pillow's resampling filter of a name, in any case. Raises: UserError for an unknown one."""
+    if name.lower() not in FILTERS:
+        raise UserError(f'DATA.INTERPOLATION is {name!r}, but must be one of {", ".join(FILTERS)}')
+    return FILTERS[name.lower()]
 
 
 def random_crop_box(width, height, scale, rng, ratio=(3 / 4, 4 / 3), tries=10):
@@ -41,7 +50,7 @@ class TrainTransform:
     def __init__(self, size, scale, interpolation):
         self.size = size
         self.scale = scale
-        self.filter = FILTERS[interpolation.lower()]
+        self.filter = find_filter(interpolation)
 
     def __call__(self, image, rng):
         box = random_crop_box(*image.size, self.scale, rng)
@@ -57,7 +66,7 @@ class EvalTransform:
     def __init__(self, size, crop_pct, interpolation):
         self.size = size
         self.resize = int(size / crop_pct)
-        self.filter = FILTERS[interpolation.lower()]
+        self.filter = find_filter(interpolation)
 
     def __call__(self, image, rng=None):
         short = min(image.size)

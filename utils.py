@@ -18,7 +18,7 @@ import warnings
 from tqdm import tqdm
 
 
-class UserError(Exception):
+class UserError(ValueError):
     """A mistake that the user can mend. The message is one line that names the value and the remedy."""
 
 
@@ -29,13 +29,26 @@ def prepare_runtime():
 
     Raises: UserError when the installed NumPy is one that the installed Paddle crashes on.
     """
-    _check_versions()
-    if glob.glob('/dev/nvidia[0-9]*'):
-        return
+    if _check_versions() == 'paddlepaddle' or not glob.glob('/dev/nvidia[0-9]*'):
+        _prepare_cpu()
+    # the import warns of the number of threads chosen here and of a missing ccache: nothing a user could mend
+    try:
+        with contextlib.redirect_stderr(io.StringIO()), warnings.catch_warnings():
+            warnings.simplefilter('ignore')
+            import paddle  # noqa: F401
+    except ImportError as error:
+        raise UserError(f'PaddlePaddle cannot be imported ({error}); libgomp.so.1 comes with the system (on Debian: '
+                        'apt install libgomp1), for anything else install PaddlePaddle anew') from None
+    # said at every start of a training, of what batch norms do anyway
+    warnings.filterwarnings('ignore', 'When training, we now always track global mean and variance')
+
+
+def _prepare_cpu():
     # a GPU build warns of the CUDA libraries that this machine lacks
     os.environ.setdefault('GLOG_minloglevel', '2')
-    # Paddle computes on one thread unless told otherwise
-    os.environ.setdefault('OMP_NUM_THREADS', str(len(os.sched_getaffinity(0))))
+    # Paddle computes on one thread unless told otherwise; not every system knows a process's affinity
+    cores = len(os.sched_getaffinity(0)) if hasattr(os, 'sched_getaffinity') else os.cpu_count()
+    os.environ.setdefault('OMP_NUM_THREADS', str(cores))
     try:
         with open('/proc/cpuinfo', encoding='utf-8') as file:
             amd = 'AuthenticAMD' in file.read()
@@ -44,15 +57,10 @@ def prepare_runtime():
     if amd:
         # the MKL inside Paddle (2.6.2, 3.3.1) takes its slowest path on AMD; 5 is AVX2
         os.environ.setdefault('MKL_DEBUG_CPU_TYPE', '5')
-    # the import warns of the number of threads chosen here and of a missing ccache: nothing a user could mend
-    with contextlib.redirect_stderr(io.StringIO()), warnings.catch_warnings():
-        warnings.simplefilter('ignore')
-        import paddle  # noqa: F401
-    # said at every start of a training, of what batch norms do anyway
-    warnings.filterwarnings('ignore', 'When training, we now always track global mean and variance')
 
 
 def _check_versions():
+    """The installed distribution of Paddle: 'paddlepaddle' or 'paddlepaddle-gpu'."""
     numpy = importlib.metadata.version('numpy')
     for name in ('paddlepaddle-gpu', 'paddlepaddle'):
         try:
@@ -61,7 +69,7 @@ def _check_versions():
             continue
         if paddle.startswith('2.') and not numpy.startswith('1.'):
             raise UserError(f'numpy {numpy} crashes {name} {paddle}: pip install "numpy<2"')
-        return
+        return name
     raise UserError('PaddlePaddle is not installed: pip install paddlepaddle==3.3.1 (CPU), or see README.md for GPUs')
 
 
@@ -71,6 +79,13 @@ def run_program(main):
         main()
     except UserError as error:
         sys.exit(_fail(str(error), 2))
+    except BrokenPipeError:
+        # what read our output has ended; nothing more can be written, not even at exit
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        sys.exit(_fail('the program that read the output has ended', 1))
+    except OSError as error:
+        name = error.filename or 'a file'
+        sys.exit(_fail(f'{name}: {error.strerror or error}; check the path, its permissions and the free space', 2))
     except KeyboardInterrupt:
         sys.exit(_fail('interrupted', 130))
 
@@ -86,6 +101,9 @@ def _fail(message, status):
     return status
 
 
+LOG = logging.getLogger('mobileone')
+
+
 class _ConsoleHandler(logging.Handler):
     """Writes to stdout without tearing a progress bar."""
 
@@ -93,27 +111,55 @@ class _ConsoleHandler(logging.Handler):
         tqdm.write(self.format(record))
 
 
-def setup_logger(folder=None):
-    """The logger 'mobileone', writing to the console and, if a folder is given, to `folder`/log.txt.
+class _FileHandler(logging.FileHandler):
+    """Fails when it cannot write, where logging's own prints a traceback and goes on without a log."""
 
-    log.txt takes debug messages too.
-    """
-    logger = logging.getLogger('mobileone')
-    logger.setLevel(logging.DEBUG)
-    logger.propagate = False
-    for handler in list(logger.handlers):
-        logger.removeHandler(handler)
+    def handleError(self, record):  # noqa: N802
+        raise  # noqa: PLE0704  called while the exception is handled
+
+
+def setup_logger(folder=None):
+    """Let LOG write to the console and, if a folder is given, to `folder`/log.txt, which takes debug messages too."""
+    LOG.setLevel(logging.DEBUG)
+    LOG.propagate = False
+    for handler in list(LOG.handlers):
+        LOG.removeHandler(handler)
         handler.close()
     handlers = [_ConsoleHandler(logging.INFO)]
     if folder:
-        handlers.append(logging.FileHandler(os.path.join(folder, 'log.txt'), encoding='utf-8'))
+        handlers.append(_FileHandler(os.path.join(folder, 'log.txt'), encoding='utf-8'))
     for handler in handlers:
         handler.setFormatter(logging.Formatter('%(asctime)s %(message)s', '%Y-%m-%d %H:%M:%S'))
-        logger.addHandler(handler)
-    return logger
+        LOG.addHandler(handler)
+
+
+class Progress:
+    """How far a loop over `steps` steps is: a bar on a terminal, elsewhere a log line every `every` steps."""
+
+    def __init__(self, name, steps, every):
+        self.name = name
+        self.steps = steps
+        self.every = every
+        self.done = 0
+        self.bar = tqdm(total=steps, desc=name, leave=False, file=sys.stdout, disable=not sys.stdout.isatty())
+
+    def step(self):
+        """Count a step. Returns: whether it is time to `show` how it goes."""
+        self.done += 1
+        self.bar.update()
+        return self.done % self.every == 0
+
+    def show(self, text):
+        self.bar.set_postfix_str(text)
+        # on a terminal the bar shows it, and only log.txt takes the line
+        LOG.log(logging.INFO if self.bar.disable else logging.DEBUG,
+                f'{self.name} step {self.done}/{self.steps} {text}')
+
+    def close(self):
+        self.bar.close()
 
 
 def append_json(path, record):
     """Append one record to a file of JSON lines."""
     with open(path, 'a', encoding='utf-8') as file:
-        file.write(json.dumps(record) + '\n')
+        file.write(json.dumps(record, allow_nan=False) + '\n')

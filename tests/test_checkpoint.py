@@ -51,6 +51,9 @@ def test_ema_weights_come_first(model, tmp_path):
     checkpoint.save({'model': model.state_dict(), 'model_ema': ema, 'epoch': 3}, path)
     weights, is_ema = checkpoint.load_weights(path)
     assert is_ema and all(np.array_equal(weights[name], ema[name]) for name in ema)
+    paddle.save({'model': model.state_dict(), 'epoch': 3}, path)  # nested tensors, as the ancestor's checkpoints
+    weights, is_ema = checkpoint.load_weights(path)
+    assert not is_ema and np.array_equal(weights['fc.weight'], model.fc.weight.numpy())
     for without in ({}, None):
         checkpoint.save({'model': model.state_dict(), 'model_ema': without, 'epoch': 3}, path)
         weights, is_ema = checkpoint.load_weights(path)
@@ -95,6 +98,8 @@ def test_only_a_classifier_of_another_size_may_be_left_out(model, config):
     (b'not a pickle', 'not a .pdparams file'),
     (pickle.dumps([1, 2], protocol=4), 'holds list'),
     (pickle.dumps({'epoch': 1}, protocol=4), 'no MobileOne weights'),
+    (pickle.dumps({1: np.zeros(3)}, protocol=4), 'no MobileOne weights'),
+    (pickle.dumps({'stages.0': [[1], [1, 2]]}, protocol=4), 'stages.0 is .*, not an array of floats'),
     (pickle.dumps({'stage0.rbr_conv.0.conv.weight': np.zeros(3)}, protocol=4), 'load_pytorch_weights.py'),
 ])
 def test_files_that_hold_no_weights(tmp_path, content, message):
@@ -119,6 +124,16 @@ def test_writing_is_whole_or_not_at_all(tmp_path, monkeypatch):
         checkpoint.save({'epoch': 2}, path)
     assert checkpoint.load(path) == {'epoch': 1}
     assert os.listdir(tmp_path) == ['c.pdparams']
+    monkeypatch.undo()
+
+    def no_rename(source, target):  # the last step puts the whole file in the old one's place
+        assert checkpoint.load(source) == {'epoch': 3} and checkpoint.load(target) == {'epoch': 1}
+        raise OSError(5, 'Input/output error')
+
+    monkeypatch.setattr(os, 'replace', no_rename)
+    with pytest.raises(UserError, match='Input/output error'):
+        checkpoint.save({'epoch': 3}, path)
+    assert checkpoint.load(path) == {'epoch': 1} and os.listdir(tmp_path) == ['c.pdparams']
 
 
 def test_prune(tmp_path):

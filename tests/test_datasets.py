@@ -132,6 +132,18 @@ def test_epochs_of_one_loader_differ(config, fashion):
     assert all((a != b).any() for a, b in zip(epochs[0], epochs[1]))
 
 
+def test_seed_reaches_the_crops(config, fashion):
+    config.DATA.DATA_PATH = str(fashion)
+    before = get_dataset(config)[1, 0][0]
+    config.SEED = 1
+    assert (get_dataset(config)[1, 0][0] != before).any()
+    assert (get_dataset(config)[0][0] == get_dataset(config)[0, 0][0]).all()  # without an epoch: epoch 0
+
+
+def test_a_byte_order_mark_is_no_part_of_a_path(tmp_path):
+    assert read_list(listed(tmp_path, b'\xef\xbb\xbfa 0\n'), 5)[0] == ['a']
+
+
 def test_loaded_batch(config, fashion):
     config.DATA.DATA_PATH = str(fashion)
     config.DATA.BATCH_SIZE, config.DATA.BATCH_SIZE_EVAL = 60, 10
@@ -154,4 +166,7 @@ def test_config_reaches_the_images(config, fashion):
     assert (get_dataset(config, False)[0, 0][0] != before).any()
     config.DATA.DATASET = 'cifar10'
     with pytest.raises(UserError, match='cifar10'):
+        get_dataset(config)
+    config.DATA.DATASET, config.DATA.INTERPOLATION = 'imagenet2012', 'cubic'
+    with pytest.raises(UserError, match="DATA.INTERPOLATION is 'cubic', but must be one of nearest"):
         get_dataset(config)

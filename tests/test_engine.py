@@ -1,15 +1,19 @@
 """Metrics, the training step and the evaluation, in one process."""
+import json
+
 import numpy as np
 import paddle
 import paddle.nn.functional as F
 import pytest
 
+import checkpoint
 import engine
 from datasets import get_dataloader, get_dataset
 from losses import LabelSmoothingCrossEntropyLoss
 from mobileone import build_mobileone
 from optim import ModelEma, Schedule, build_optimizer
 from transforms import Normalize
+from utils import UserError
 
 
 def test_batch_sums():
@@ -84,3 +88,44 @@ def test_training_step(config, loaders):
         np.testing.assert_allclose(trainings[0].ema.average[name].numpy(), trainings[1].ema.average[name].numpy(),
                                    rtol=1e-5, atol=1e-6)
     assert trainings[0].optimizer.get_lr() == schedule.lr(5) != schedule.lr(1)
+
+
+def scripted(monkeypatch, accuracies, loss=1.0):
+    """Let evaluations return these accuracies, one after the other."""
+    results = iter(accuracies)
+    monkeypatch.setattr(engine, 'evaluate', lambda *args: engine.Metrics(loss, next(results), 50.0, 35, 1.0))
+
+
+@pytest.mark.parametrize('ema, best', [(True, {'acc1': 40.0, 'epoch': 2}), (False, {'acc1': 60.0, 'epoch': 3})])
+def test_best_is_chosen_by_the_ema(config, fashion, tmp_path, monkeypatch, ema, best):
+    config.DATA.DATA_PATH, config.SAVE = str(fashion), str(tmp_path)
+    config.TRAIN.NUM_EPOCHS, config.TRAIN.WARMUP_EPOCHS, config.TRAIN.MODEL_EMA = 3, 0, ema
+    config.DATA.NUM_WORKERS = 0
+    # raw weights improve to the last epoch, their average is best in the second
+    scripted(monkeypatch, [50.0, 30.0, 55.0, 40.0, 60.0, 20.0] if ema else [50.0, 55.0, 60.0])
+    engine.run(config)
+    state = checkpoint.load(str(tmp_path / 'best.pdparams'))
+    assert state['best'] == best and state['epoch'] == best['epoch']
+    assert checkpoint.load(str(tmp_path / 'latest.pdparams'))['best'] == best
+
+
+def test_a_diverged_evaluation_ends_the_run_and_is_not_saved(config, fashion, tmp_path, monkeypatch):
+    config.DATA.DATA_PATH, config.SAVE = str(fashion), str(tmp_path)
+    config.TRAIN.WARMUP_EPOCHS = config.DATA.NUM_WORKERS = 0
+    scripted(monkeypatch, [3.0], loss=float('nan'))
+    with pytest.raises(UserError, match='the loss of val images with raw weights, epoch 1 is nan: lower TRAIN.BASE_LR'):
+        engine.run(config)
+    assert not list(tmp_path.glob('*.pdparams'))
+    rows = [json.loads(line) for line in (tmp_path / 'log.jsonl').read_text().splitlines()]
+    assert [row['split'] for row in rows] == ['train']
+    assert 'error: the loss of val images' in (tmp_path / 'log.txt').read_text()
+
+
+def test_time_left():
+    assert str(engine.time_left(10, 20, 60)) == '0:00:30'
+    assert str(engine.time_left(10, 20, 60, evaluation_seconds=3600)) == '1:00:30'
+
+
+def test_runs_that_start_together_have_folders_of_their_own(tmp_path):
+    folders = [engine._new_folder(str(tmp_path / 'run')) for _ in range(3)]
+    assert folders == [str(tmp_path / name) for name in ('run', 'run-2', 'run-3')]

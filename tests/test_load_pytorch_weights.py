@@ -77,13 +77,14 @@ def test_other_networks_convert(config):
 
 # a stand-in for PyTorch, which the tests do not install: it checks how the file is read
 FAKE_TORCH = '''
-import pickle
+import os, pickle
 def load(path, map_location, weights_only):
     assert map_location == 'cpu' and weights_only is True
     class Tensor:
         def __init__(self, value): self.value = value
         def numpy(self): return self.value
-    return {name: Tensor(value) for name, value in pickle.load(open(path, 'rb')).items()}
+    state = pickle.load(open(path, 'rb'))
+    return state if os.environ.get('FAKE_TORCH_RAW') else {name: Tensor(value) for name, value in state.items()}
 '''
 
 
@@ -101,8 +102,15 @@ def test_command_line(tmp_path):
     line = fails('load_pytorch_weights.py', f'-cfg={ROOT}/configs/mobileone_s1.yaml', source, target, env=env)
     assert 'does not fit the network of the config' in line
     assert 'no such checkpoint' in fails('load_pytorch_weights.py', '-cfg', cfg, tmp_path / 'x', target, env=env)
+    source.write_bytes(pickle.dumps({'state_dict': {}, 'epoch': 3}))
+    env_flat = {'PYTHONPATH': str(tmp_path / 'fake'), 'FAKE_TORCH_RAW': '1'}
+    assert 'holds no flat dictionary' in fails('load_pytorch_weights.py', '-cfg', cfg, source, target, env=env_flat)
     source.write_bytes(b'broken')
+    assert 'is the input too' in fails('load_pytorch_weights.py', '-cfg', cfg, source, source, env=env)
     assert 'not a PyTorch state dict' in fails('load_pytorch_weights.py', '-cfg', cfg, source, target, env=env)
+    source.write_bytes(pickle.dumps(weights.state_dict('s0')))
+    (tmp_path / 'two.yaml').write_text('MODEL:\n  NUM_BLOCKS: [2, 1, 1, 1, 1]\n')
+    assert 'NUM_BLOCKS' in fails('load_pytorch_weights.py', '-cfg', tmp_path / 'two.yaml', source, target, env=env)
 
 
 def test_without_pytorch(tmp_path):

@@ -1,5 +1,12 @@
 """main_single_gpu.py as a user runs it: training, its folder, evaluation, fusion, fine-tuning, mistakes."""
+import fcntl
+import os
+import re
 import shutil
+import struct
+import subprocess
+import sys
+import termios
 
 import numpy as np
 import pytest
@@ -61,8 +68,9 @@ def test_log(trained, fashion):
     decayed = [p for p in build_mobileone(config).parameters() if not p.stop_gradient and p.ndim > 1]
     assert any(f'weight decay on {len(decayed)} tensors ({sum(p.size for p in decayed):,} parameters)' in line
                for line in lines)
-    steps = [line for line in lines if ' step ' in line]
+    steps = [line for line in lines if ' step ' in line and 'loss' in line]
     assert len(steps) == 8  # REPORT_FREQ 2: steps 2 and 3 of 3
+    assert sum('evaluation step 2/3' in line for line in lines) == 4  # two epochs, raw and EMA
     assert all(word in steps[0] for word in ('epoch 1/4', 'step 2/3', 'loss', 'lr', 'images/s', 'data', 'ETA'))
 
 
@@ -184,18 +192,58 @@ def test_fine_tuning_with_other_classes(trained, fashion, tmp_path):
     (['-opts', 'MODEL.NUM_BLOCKS', '[1,1]'], 'NUM_BLOCKS'),
     (['-opts', 'TRAIN.LR', '1'], 'unknown key TRAIN.LR'),
     (['-batch', '3'], 'unrecognized arguments: -batch 3'),
-    (['-output', '/dev/null/x'], '/dev/null/x: cannot write'),
+    (['-output', '/dev/null/x'], '/dev/null/x: Not a directory; check the path'),
 ])
 def test_mistakes_end_in_one_line(fashion, tmp_path, args, message):
     line = fails(MAIN, '-output', tmp_path / 'run', *options(fashion), *args)
     assert line.startswith('main_single_gpu.py: error: ') and message in line
+    assert not (tmp_path / 'run/log.jsonl').exists()
 
 
 def test_a_folder_with_a_run_is_kept(trained, fashion):
     folder, _ = trained
     before = (folder / 'latest.pdparams').read_bytes(), (folder / 'log.jsonl').read_bytes()
-    assert 'holds the checkpoints of another run' in fails(MAIN, '-output', folder, *options(fashion))
+    assert 'holds the results of another run (best.pdparams)' in fails(MAIN, '-output', folder, *options(fashion))
     assert before == ((folder / 'latest.pdparams').read_bytes(), (folder / 'log.jsonl').read_bytes())
+    assert 'would replace the unfused weights' in fails(
+        '-m', 'tools.fuse', '-cfg', folder / 'config.yaml', '-pretrained', folder / 'latest.pdparams', '-save',
+        folder / '../first/latest.pdparams')
+    assert before[0] == (folder / 'latest.pdparams').read_bytes()
+
+
+def test_a_log_that_cannot_be_written_ends_the_run(fashion, tmp_path):
+    for name in ('log.txt', 'log.jsonl'):
+        (tmp_path / name).mkdir()
+        (tmp_path / name / name).symlink_to('/dev/full')
+        assert 'No space left on device' in fails(MAIN, '-output', tmp_path / name, *options(fashion))
+    (tmp_path / 'run/log.txt').mkdir(parents=True)
+    assert 'log.txt: Is a directory' in fails(MAIN, '-output', tmp_path / 'run', *options(fashion))
+
+
+def test_bars_on_a_terminal(fashion, tmp_path):
+    outer, inner = os.openpty()
+    fcntl.ioctl(inner, termios.TIOCSWINSZ, struct.pack('HHHH', 40, 200, 0, 0))
+    process = subprocess.Popen([sys.executable, MAIN, '-output', str(tmp_path / 'run'),
+                                *map(str, options(fashion, 'TRAIN.NUM_EPOCHS', '1'))], cwd=ROOT, stdout=inner)
+    os.close(inner)
+    shown = b''
+    while True:
+        try:
+            shown += os.read(outer, 4096)
+        except OSError:  # the program has ended
+            break
+    os.close(outer)
+    assert process.wait() == 0
+    shown = shown.decode()
+    assert re.search(r'epoch 1/1: 100%\|.*3/3', shown) and re.search(r'evaluation: +\d+%\|', shown)
+    assert ' step 3/3 ' not in shown and ' step 3/3 ' in (tmp_path / 'run/log.txt').read_text()
+
+
+def test_output_that_nobody_reads(fashion, tmp_path):
+    process = subprocess.run(f'{sys.executable} {MAIN} -output {tmp_path / "run"} '
+                             f'{" ".join(map(str, options(fashion)))} | head -n 1', shell=True, cwd=ROOT,
+                             capture_output=True, text=True)
+    assert len(process.stderr.splitlines()) == 1 and 'the program that read the output has ended' in process.stderr
 
 
 @pytest.mark.parametrize('workers', [0, 2])
@@ -216,7 +264,8 @@ def test_an_unreadable_image_is_named(fashion, tmp_path, workers):
 
 def test_a_loss_that_is_not_finite_is_said(fashion, tmp_path):
     line = fails(MAIN, '-output', tmp_path / 'run', *options(fashion, 'TRAIN.BASE_LR', '1e30'))
-    assert 'the loss is nan at epoch 1' in line and 'TRAIN.BASE_LR' in line
+    assert 'the loss of training, epoch 1, step ' in line and 'is nan: lower TRAIN.BASE_LR' in line
+    assert not list((tmp_path / 'run').glob('*.pdparams'))
 
 
 def test_default_folder_is_named_after_the_model(fashion, tmp_path):

@@ -10,6 +10,7 @@ from conftest import VARIANTS, variant_config
 
 from load_pytorch_weights import convert_state_dict
 from mobileone import MobileOne, MobileOneBlock, build_mobileone, model_convert
+from utils import UserError
 
 KEYS = json.loads((pathlib.Path(weights.__file__).parent / 'paddle_keys.json').read_text())
 # fused parameters, unfused trainable ones, multiply-adds at 224 fused and unfused, all parameters unfused
@@ -158,22 +159,24 @@ def test_place_of_se(blocks):
     assert with_se == [[False], [False] * 2, [False] * 2, [index >= blocks // 2 for index in range(blocks)], [True] * 2]
 
 
-def test_entry_0_of_branches_has_no_effect(config):
-    config.MODEL.NUM_BRANCHES = [4, 2, 1, 1, 2]
-    with_four = build_mobileone(config).state_dict()
+@pytest.mark.parametrize('entry', [0, 4])
+def test_entry_0_of_branches_has_no_effect(config, entry):
     config.MODEL.NUM_BRANCHES = [1, 2, 1, 1, 2]
-    assert list(with_four) == list(build_mobileone(config).state_dict())
+    with_one = build_mobileone(config).state_dict()
+    config.MODEL.NUM_BRANCHES = [entry, 2, 1, 1, 2]
+    assert list(with_one) == list(build_mobileone(config).state_dict())
 
 
 @pytest.mark.parametrize('key, value, message', [
     ('NUM_BLOCKS', [2, 1, 1, 1, 1], 'stem'),
     ('NUM_BLOCKS', [1, 1, 1, 1], 'NUM_BLOCKS'),
     ('STRIDES', [2, 2, 0, 2, 2], 'STRIDES'),
+    ('NUM_BRANCHES', [1, 0, 1, 1, 1], 'NUM_BRANCHES'),
     ('CHANNELS', [4, 4, 4, 4, -4], 'CHANNELS'),
     ('EXPANSIONS', [0.1, 1.0, 1.0, 1.0, 1.0], 'EXPANSIONS'),
     ('TYPE', 'ResNet', 'ResNet'),
 ])
 def test_lists_that_describe_no_network(config, key, value, message):
     config.MODEL[key] = value
-    with pytest.raises(ValueError, match=message):
+    with pytest.raises(UserError, match=message):
         build_mobileone(config)

@@ -9,7 +9,7 @@ from conftest import VARIANTS, variant_config
 
 from load_pytorch_weights import convert_state_dict, official_name
 from losses import LabelSmoothingCrossEntropyLoss
-from mobileone import build_mobileone, model_convert
+from mobileone import MobileOneBlock, build_mobileone, model_convert
 from optim import parameter_groups
 
 GOLDEN = np.load(pathlib.Path(weights.__file__).parent / 'golden_seed0.npz')
@@ -27,14 +27,19 @@ def test_logits(variant):
     model = reference_model(variant)
     model.eval()
     fused = model_convert(model)
+    inputs = {224: weights.images(0, 2, 224), 160: weights.images(1, 1, 160)}
+    inputs = {size: paddle.to_tensor(images) for size, images in inputs.items()}
     with paddle.no_grad():
-        for size, seed, batch in ((224, 0, 2), (160, 1, 1)):
-            x = paddle.to_tensor(weights.images(seed, batch, size))
-            unfused_logits, fused_logits = model(x).numpy(), fused(x).numpy()
+        unfused_logits = {size: model(x).numpy() for size, x in inputs.items()}
+        for block in model.sublayers():
+            if isinstance(block, MobileOneBlock):
+                block.switch_to_deploy()
+        for size, x in inputs.items():
             official = GOLDEN[f'{variant}_logits_{size}']
-            np.testing.assert_allclose(unfused_logits, official, rtol=0, atol=3e-4)
-            np.testing.assert_allclose(fused_logits, official, rtol=0, atol=3e-4)
-            np.testing.assert_allclose(fused_logits, unfused_logits, rtol=0, atol=3e-4)
+            np.testing.assert_allclose(unfused_logits[size], official, rtol=0, atol=3e-4)
+            for network in (fused, model):  # converted, and switched in place
+                np.testing.assert_allclose(network(x).numpy(), official, rtol=0, atol=3e-4)
+                np.testing.assert_allclose(network(x).numpy(), unfused_logits[size], rtol=0, atol=3e-4)
 
 
 @pytest.mark.parametrize('variant', VARIANTS)

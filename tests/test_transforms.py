@@ -69,7 +69,7 @@ def test_training_crops_and_flips():
         flipped = np.array_equal(out, np.asarray(square)[:, ::-1])
         assert flipped or np.array_equal(out, np.asarray(square))
         flips += flipped
-    assert 0 < flips < 40
+    assert 10 < flips < 30
     transform = TrainTransform(32, (0.08, 1.0), 'bicubic')
     out = transform(image, np.random.default_rng(1))
     assert out.dtype == np.uint8 and out.shape == (32, 32, 3) and (out != whole).any()

@@ -7,6 +7,7 @@ config (DATA.DATA_PATH, or -data_path) gives the accuracy of both networks and t
 logits; parameters and latency are counted and measured here. With -no_data random images take the val list's place
 and no accuracy is shown. The written file works with `-eval -pretrained`.
 """
+import os
 import time
 
 import numpy as np
@@ -50,6 +51,9 @@ def main():
     config = update_config(get_config(), args)
     config.EVAL, config.MODEL.DEPLOY = True, False
     check_config(config)
+    if args.save and os.path.realpath(args.save) == os.path.realpath(config.MODEL.PRETRAINED):
+        raise UserError(f'-save {args.save} would replace the unfused weights, and nothing brings them back: choose '
+                        'another name')
     prepare_runtime()
     import paddle
 
@@ -60,7 +64,8 @@ def main():
     from transforms import Normalize
     paddle.set_device('gpu:0' if paddle.device.cuda.device_count() else 'cpu')
     loader = None if args.no_data else get_dataloader(config, get_dataset(config, False), False)
-    model, _ = load_model(config, setup_logger())
+    setup_logger()
+    model, _ = load_model(config)
     if checkpoint.is_fused(model.state_dict()):
         raise UserError(f'{config.MODEL.PRETRAINED}: is fused already; give the unfused weights')
     model.eval()
@@ -71,7 +76,7 @@ def main():
     size, normalize = config.DATA.IMAGE_SIZE, Normalize(config.DATA.IMAGENET_MEAN, config.DATA.IMAGENET_STD)
     rows = [('', 'unfused', 'fused')]
     if loader:
-        metrics = [evaluate(m, loader, normalize) for m in models]
+        metrics = [evaluate(m, loader, normalize, config.REPORT_FREQ) for m in models]
         rows.append(('top-1 accuracy', *(f'{m.acc1:.2f}%' for m in metrics)))
         rows.append(('top-5 accuracy', *(f'{m.acc5:.2f}%' for m in metrics)))
         batches = (images for images, _ in loader)

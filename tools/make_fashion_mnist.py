@@ -11,6 +11,7 @@ The t10k images become the val list. Run again, it writes the same files again.
 import gzip
 import os
 import struct
+import zlib
 
 import numpy as np
 from PIL import Image
@@ -35,7 +36,7 @@ def read_idx(path):
         return np.frombuffer(content, dtype='uint8', offset=4 + 4 * dims).reshape(shape)
     except FileNotFoundError:
         raise UserError(f'{path}: no such file; -source is the folder of the four files (-h explains)') from None
-    except (OSError, EOFError, ValueError, struct.error) as error:
+    except (OSError, EOFError, ValueError, struct.error, zlib.error) as error:
         raise UserError(f'{path}: cannot be read ({error}); copy it anew') from None
 
 
@@ -62,7 +63,7 @@ def main():
     for split, prefix in SPLITS.items():
         images, labels = (read_idx(os.path.join(args.source, f'{prefix}-{kind}-ubyte.gz'))
                           for kind in ('images-idx3', 'labels-idx1'))
-        if images.ndim != 3 or labels.shape != images.shape[:1] or labels.max() >= len(CLASSES):
+        if images.ndim != 3 or labels.shape != images.shape[:1] or not len(labels) or labels.max() >= len(CLASSES):
             raise UserError(f'{args.source}: images {images.shape} and labels {labels.shape} of {prefix} do not belong '
                             'together; copy the four files anew')
         write_split(images, labels, args.output, split, args.format)

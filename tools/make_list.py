@@ -11,6 +11,7 @@ folder whose names end in .jpg, .jpeg, .png, .bmp, .gif, .tif, .tiff, .webp, in 
 -data_path, where the three files are written. The same images, share and seed give the same lists.
 """
 import os
+import re
 
 import numpy as np
 
@@ -58,8 +59,9 @@ def write_list(path, classes):
     """Write 'path label' lines, the label being the class's place in the dictionary. Returns their number."""
     lines = [f'{image} {label}\n' for label, images in enumerate(classes.values()) for image in images]
     for line in lines:
-        if '\n' in line[:-1] or '\r' in line:
-            raise UserError(f'{line!r}: a line break in a file name cannot be listed; rename the file')
+        # Python stands in for what is not UTF-8 with surrogates
+        if re.search('[\r\ud800-\udfff]|\n.', line):
+            raise UserError(f'{line!r}: a file name with a line break, or not in UTF-8, cannot be listed; rename it')
     with open(path, 'w', encoding='utf-8') as file:
         file.writelines(lines)
     return len(lines)

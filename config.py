@@ -5,7 +5,6 @@ Nothing here imports Paddle, so a wrong command line is answered at once.
 """
 import argparse
 import ast
-import copy
 import difflib
 import math
 import os
@@ -404,26 +403,33 @@ def get_parser(description, flags=tuple(_FLAGS)):
     return parser
 
 
-def check_config(config):
-    """Raise a UserError for a value out of its range or a combination that cannot run.
+def resolve_config(config):
+    """A frozen copy of a config that a run can rely on: every value of its key's type, in its range, combinations too.
 
-    Called once by a run, before any file of the data set is opened.
+    BASE is emptied: the copy says everything about a run. Called before any file of the data set is opened.
+    Raises: UserError that names key, value and remedy.
     """
+    resolved = _C.clone()
     for key, value in _leaves(config):
-        if key not in _DEFAULTS:
-            raise UserError(f'unknown key {key}; the nearest known key is {_nearest_key(key)}')
-        _coerce(value, _DEFAULTS[key], key, 'config')
-        items = value if isinstance(value, list) else [value]
-        low, high = _RANGE.get(key, (None, None))
-        for item in items:
-            if (low is not None and item < low) or (high is not None and item > high):
-                bounds = f'at least {low}' if high is None else f'between {low} and {high}'
-                raise UserError(f'{key} is {value}, but must be {bounds}')
-        if key in _CHOICES and value.lower() not in map(str.lower, _CHOICES[key]):
-            raise UserError(f'{key} is {value!r}, but must be one of {", ".join(_CHOICES[key])}')
-        if key in _LENGTH and len(value) != _LENGTH[key]:
-            raise UserError(f'{key} is {value}, but must have {_LENGTH[key]} entries')
-    _check_combinations(config)
+        if key != 'BASE':
+            _set(resolved, key, value, 'config')
+    for key, value in _leaves(resolved):
+        _check_value(key, value)
+    _check_combinations(resolved)
+    resolved.freeze()
+    return resolved
+
+
+def _check_value(key, value):
+    low, high = _RANGE.get(key, (None, None))
+    for item in value if isinstance(value, list) else [value]:
+        if (low is not None and item < low) or (high is not None and item > high):
+            bounds = f'at least {low}' if high is None else f'between {low} and {high}'
+            raise UserError(f'{key} is {value}, but must be {bounds}')
+    if key in _CHOICES and value.lower() not in map(str.lower, _CHOICES[key]):
+        raise UserError(f'{key} is {value!r}, but must be one of {", ".join(_CHOICES[key])}')
+    if key in _LENGTH and len(value) != _LENGTH[key]:
+        raise UserError(f'{key} is {value}, but must have {_LENGTH[key]} entries')
 
 
 def _check_combinations(config):
@@ -447,11 +453,3 @@ def _check_combinations(config):
     if train.OPTIMIZER.NESTEROV and train.OPTIMIZER.MOMENTUM == 0:
         raise UserError('TRAIN.OPTIMIZER.NESTEROV needs TRAIN.OPTIMIZER.MOMENTUM above 0')
 
-
-def frozen(config):
-    """A frozen copy of a config, its BASE emptied: one file that says everything about a run."""
-    config = copy.deepcopy(config)
-    config.defrost()
-    config.BASE = ['']
-    config.freeze()
-    return config

@@ -14,7 +14,7 @@ import paddle.nn.functional as F
 
 import checkpoint
 import optim
-from config import check_config, frozen
+from config import resolve_config
 from datasets import get_dataloader, get_dataset
 from losses import LabelSmoothingCrossEntropyLoss
 from mobileone import build_mobileone, model_convert
@@ -288,7 +288,7 @@ def prepare_folder(config):
     config = config.clone()
     config.defrost()
     config.SAVE = folder
-    config = frozen(config)
+    config.freeze()
     path = os.path.join(folder, 'config.yaml')
     if config.EVAL and os.path.exists(path):
         path = os.path.join(folder, 'config-eval.yaml')  # a training's config stays
@@ -314,7 +314,7 @@ def run(config):
     Makes the run's folder (SAVE) with config.yaml, log.txt, log.jsonl and, in training, checkpoints.
     Raises: UserError for what the user can mend; OSError for a folder that cannot be written.
     """
-    check_config(config)
+    config = resolve_config(config)
     # the lists are read first: a wrong path leaves no folder behind
     loaders = [get_dataloader(config, get_dataset(config, is_train), is_train)
                for is_train in ([False] if config.EVAL else [True, False])]

@@ -7,7 +7,7 @@ import yaml
 from conftest import ROOT, variant_config
 
 import config as config_module
-from config import check_config, get_config, get_parser, update_config
+from config import get_config, get_parser, resolve_config, update_config
 from utils import UserError
 
 
@@ -63,7 +63,7 @@ def test_a_config_can_be_edited_and_is_a_copy():
 
 
 def test_saved_config_is_frozen_and_reads_back(tmp_path):
-    config = config_module.frozen(get_config(str(ROOT / 'configs/demo.yaml')))
+    config = resolve_config(get_config(str(ROOT / 'configs/demo.yaml')))
     with pytest.raises(AttributeError):
         config.SEED = 1
     path = write(tmp_path / 'config.yaml', config.dump(default_flow_style=None))
@@ -73,7 +73,7 @@ def test_saved_config_is_frozen_and_reads_back(tmp_path):
 
 @pytest.mark.parametrize('path', sorted((ROOT / 'configs').glob('*.yaml')), ids=lambda path: path.name)
 def test_every_config_is_valid_and_has_a_header(path):
-    check_config(get_config(str(path)))
+    resolve_config(get_config(str(path)))
     header = path.read_text().split('\n\n')[0]
     assert header.startswith('#') and 'xpected result' in path.read_text()
     assert any(line.startswith(('#   python ', '#   sh ')) for line in path.read_text().splitlines())
@@ -164,7 +164,7 @@ def test_flags_of_zero_count(tmp_path):
     update_config(config, SimpleNamespace(last_epoch=0))  # a notebook's namespace, with one flag
     assert config.TRAIN.LAST_EPOCH == 0
     with pytest.raises(UserError, match='DATA.BATCH_SIZE is 0'):
-        check_config(parse('-batch_size', '0'))
+        resolve_config(parse('-batch_size', '0'))
 
 
 @pytest.mark.parametrize('argv', [
@@ -232,18 +232,27 @@ def test_flags_are_exact(argv, capsys):
 ])
 def test_values_that_cannot_run(options, message):
     with pytest.raises(UserError, match=message):
-        check_config(parse('-opts', *options.split()))
+        resolve_config(parse('-opts', *options.split()))
 
 
 def test_a_config_edited_by_hand_is_checked_too():
     config = get_config()
     config.MODEL.NUM_CLASES = 3
     with pytest.raises(UserError, match='unknown key MODEL.NUM_CLASES; the nearest known key is MODEL.NUM_CLASSES'):
-        check_config(config)
+        resolve_config(config)
     config = get_config()
     config.MODEL.NUM_CLASSES = 'ten'
     with pytest.raises(UserError, match="MODEL.NUM_CLASSES is 'ten', but must be int"):
-        check_config(config)
+        resolve_config(config)
+
+
+def test_values_set_by_hand_get_their_types():
+    config = get_config()
+    config.TRAIN.BASE_LR, config.TRAIN.WEIGHT_DECAY, config.MODEL.PRETRAINED = 1, '1e-3', None
+    config.BASE = ['x.yaml']
+    resolved = resolve_config(config)
+    assert (resolved.TRAIN.BASE_LR, resolved.TRAIN.WEIGHT_DECAY, resolved.MODEL.PRETRAINED) == (1.0, 1e-3, '')
+    assert type(resolved.TRAIN.BASE_LR) is float and resolved.BASE == [''] and config.BASE == ['x.yaml']
 
 
 def test_text_stays_text():

@@ -12,7 +12,7 @@ import time
 
 import numpy as np
 
-from config import check_config, get_config, get_parser, update_config
+from config import get_config, get_parser, resolve_config, update_config
 from utils import UserError, prepare_runtime, run_program, setup_logger
 
 
@@ -50,7 +50,7 @@ def main():
     args = parser.parse_args()
     config = update_config(get_config(), args)
     config.EVAL, config.MODEL.DEPLOY = True, False
-    check_config(config)
+    config = resolve_config(config)
     if args.save and os.path.realpath(args.save) == os.path.realpath(config.MODEL.PRETRAINED):
         raise UserError(f'-save {args.save} would replace the unfused weights, and nothing brings them back: choose '
                         'another name')

@@ -57,7 +57,8 @@ class ImageNet2012Dataset(Dataset):
     def __init__(self, data_path, list_name, num_classes, transform, seed=0):
         super().__init__()
         self.data_path = data_path
-        self.paths, self.labels = read_list(os.path.join(data_path, list_name), num_classes)
+        self.list_path = os.path.join(data_path, list_name)
+        self.paths, self.labels = read_list(self.list_path, num_classes)
         self.transform = transform
         self.seed = seed
 

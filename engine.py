@@ -297,6 +297,13 @@ def prepare_folder(config):
     return config
 
 
+def describe(dataset, num_classes):
+    """A line on a data set: its list, images and classes, and whether the network has more classes than the list."""
+    used = int(dataset.labels.max()) + 1
+    line = f'{dataset.list_path}: {len(dataset)} images, labels 0 to {used - 1}'
+    return line if used == num_classes else f'{line}: {num_classes - used} of MODEL.NUM_CLASSES {num_classes} unused'
+
+
 def _new_folder(path):
     """Make a folder that was not there: `path`, or with -2, -3, ... appended, for runs that start together."""
     for number in itertools.count(1):
@@ -323,6 +330,8 @@ def run(config):
     setup_logger(config.SAVE)
     LOG.info(f'PaddlePaddle {paddle.__version__} on {paddle.device.get_device()}, folder {config.SAVE}, config:\n'
              f'{config.dump(default_flow_style=None).rstrip()}')
+    for loader in loaders:
+        LOG.info(describe(loader.dataset, config.MODEL.NUM_CLASSES))
     paddle.seed(config.SEED)
     try:
         if config.EVAL:

@@ -2,8 +2,8 @@
 
   python load_pytorch_weights.py -cfg configs/mobileone_s0.yaml mobileone_s0_unfused.pth.tar mobileone_s0.pdparams
 
-Fused and unfused checkpoints are told apart by their names. Reading one needs PyTorch (pip install torch); every tensor
-must be there and fit the network of the config.
+Fused and unfused checkpoints are told apart by their tensors' names. Reading one needs PyTorch (pip install torch);
+every tensor must be there and fit the network of the config.
 """
 import os
 

@@ -121,6 +121,12 @@ def test_a_diverged_evaluation_ends_the_run_and_is_not_saved(config, fashion, tm
     assert 'error: the loss of val images' in (tmp_path / 'log.txt').read_text()
 
 
+def test_more_classes_than_labels_are_said(config, fashion):
+    config.DATA.DATA_PATH = str(fashion)
+    assert engine.describe(get_dataset(config), 10).endswith('train_list.txt: 60 images, labels 0 to 9')
+    assert engine.describe(get_dataset(config), 1000).endswith('labels 0 to 9: 990 of MODEL.NUM_CLASSES 1000 unused')
+
+
 def test_time_left():
     assert str(engine.time_left(10, 20, 60)) == '0:00:30'
     assert str(engine.time_left(10, 20, 60, evaluation_seconds=3600)) == '1:00:30'

@@ -68,6 +68,7 @@ def test_log(trained, fashion):
     decayed = [p for p in build_mobileone(config).parameters() if not p.stop_gradient and p.ndim > 1]
     assert any(f'weight decay on {len(decayed)} tensors ({sum(p.size for p in decayed):,} parameters)' in line
                for line in lines)
+    assert any(line.endswith('train_list.txt: 60 images, labels 0 to 9') for line in lines)
     steps = [line for line in lines if ' step ' in line and 'loss' in line]
     assert len(steps) == 8  # REPORT_FREQ 2: steps 2 and 3 of 3
     assert sum('evaluation step 2/3' in line for line in lines) == 4  # two epochs, raw and EMA
@@ -144,6 +145,7 @@ def test_evaluation_of_checkpoints_fused_and_not(trained, fashion, tmp_path):
         np.testing.assert_allclose((row['loss'], row['acc1'], row['acc5']), accuracy[0], rtol=1e-4)
     line = fails(MAIN, '-pretrained', fused, '-output', tmp_path / 'x', *options(fashion))
     assert 'fused.pdparams' in line and 'cannot be trained' in line
+    assert '-pretrained is needed' in fails('-m', 'tools.fuse', '-cfg', folder / 'config.yaml')
     assert 'fused already' in fails('-m', 'tools.fuse', '-cfg', folder / 'config.yaml', '-pretrained', fused)
 
 
@@ -170,7 +172,7 @@ def test_fine_tuning_with_other_classes(trained, fashion, tmp_path):
     args = ['-pretrained', folder / 'best.pdparams', '-data_path', data, '-last_epoch', '1']
     still = ['MODEL.NUM_CLASSES', '3', 'TRAIN.NUM_EPOCHS', '2', 'TRAIN.BASE_LR', '0', 'TRAIN.END_LR', '0']
     out = run(MAIN, *args, '-output', tmp_path / 'tuned', *options(fashion, *still)[2:]).stdout
-    assert 'left out fc.weight, fc.bias, made for 10 classes, not 3' in out
+    assert 'left out fc.weight, fc.bias, made for 10 classes, not 3' in out and 'unused' not in out
     rows = records(tmp_path / 'tuned')
     assert [row['epoch'] for row in rows] == [2, 2, 2]
     assert all(row['acc5'] == 100 for row in rows)  # top-3 of 3 classes

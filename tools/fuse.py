@@ -48,6 +48,8 @@ def main():
     parser.add_argument('-save', metavar='FILE', help='write the fused weights to this .pdparams')
     parser.add_argument('-no_data', action='store_true', help='compare on random images, without a data set')
     args = parser.parse_args()
+    if not args.pretrained:  # a run's config may name the weights that the run started from
+        raise UserError('-pretrained is needed: the weights to fuse')
     config = update_config(get_config(), args)
     config.EVAL, config.MODEL.DEPLOY = True, False
     config = resolve_config(config)

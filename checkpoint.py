@@ -6,7 +6,7 @@ import re
 import numpy as np
 import paddle
 
-from utils import UserError
+from utils import UserError, first_few
 
 LATEST, BEST = 'latest.pdparams', 'best.pdparams'
 CLASSIFIER = ('fc.weight', 'fc.bias')
@@ -96,8 +96,7 @@ def load_into(model, weights, path, allow_other_classifier=False):
     problems += [f'{name} is {found[name]}, not {expected[name]}' for name in expected
                  if name in found and found[name] != expected[name]]
     if problems:
-        more = f' and {len(problems) - 5} more' if len(problems) > 5 else ''
-        raise UserError(f'{path}: does not fit the network of the config: {"; ".join(problems[:5])}{more}; '
+        raise UserError(f'{path}: does not fit the network of the config: {first_few(problems)}; '
                         'give the -cfg (and MODEL.NUM_CLASSES) that these weights belong to')
     for name, tensor in model.state_dict().items():
         if name not in left_out:

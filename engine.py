@@ -8,7 +8,6 @@ import time
 from dataclasses import dataclass
 from typing import Optional
 
-import numpy as np
 import paddle
 import paddle.nn.functional as F
 
@@ -178,7 +177,7 @@ def load_model(config):
 def build_training(config, model, loader):
     """The Training of a model on the batches of a loader."""
     optimizer = optim.build_optimizer(config, model)
-    decayed, rest = ((len(group), sum(int(np.prod(p.shape)) for p in group)) for group in optim.parameter_groups(model))
+    decayed, rest = ((len(group), sum(p.size for p in group)) for group in optim.parameter_groups(model))
     LOG.info(f'weight decay on {decayed[0]} tensors ({decayed[1]:,} parameters), none on {rest[0]} tensors '
              f'({rest[1]:,} parameters)')
     schedule = optim.Schedule(config, len(loader), loader.batch_sampler.total_batch)

@@ -10,7 +10,7 @@ import os
 import numpy as np
 
 from config import ArgumentParser, get_config
-from utils import UserError, prepare_runtime, run_program
+from utils import UserError, first_few, prepare_runtime, run_program
 
 
 def convert_state_dict(state_dict, config):
@@ -41,8 +41,7 @@ def convert_state_dict(state_dict, config):
     counters = {name.replace('running_mean', 'num_batches_tracked') for name in used if 'running_mean' in name}
     problems += [f'unexpected {name}' for name in state_dict if name not in used | counters]
     if problems:
-        more = f' and {len(problems) - 5} more' if len(problems) > 5 else ''
-        raise UserError(f'the checkpoint does not fit the network of the config: {"; ".join(problems[:5])}{more}; '
+        raise UserError(f'the checkpoint does not fit the network of the config: {first_few(problems)}; '
                         'give the -cfg of its variant')
     return converted
 

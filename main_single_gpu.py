@@ -6,16 +6,14 @@
 The run's folder (-output) gets config.yaml, log.txt, log.jsonl, latest.pdparams, best.pdparams and epoch_N.pdparams.
 """
 from config import get_config, get_parser, update_config
-from utils import prepare_runtime, run_program
+from utils import prepare_runtime, run_program, use_one_device
 
 
 def main():
     config = update_config(get_config(), get_parser(__doc__).parse_args())
     prepare_runtime()
-    import paddle
-
     import engine
-    paddle.set_device('gpu:0' if paddle.device.cuda.device_count() else 'cpu')
+    use_one_device()
     engine.run(config)
 
 

@@ -75,10 +75,9 @@ class ModelEma:
     def __init__(self, model, on_cpu=False):
         self.on_cpu = on_cpu
         self.model = model
-        self.average = {name: self._own(tensor).clone() for name, tensor in self._state()}
-
-    def _state(self):
-        return [(name, tensor.detach()) for name, tensor in self.model.state_dict().items()]
+        # the model's own tensors, which loading and training change in place: collected once, not at each step
+        self.state = model.state_dict()
+        self.average = {name: self._own(tensor.detach()).clone() for name, tensor in self.state.items()}
 
     def _own(self, tensor):
         return tensor.cpu() if self.on_cpu else tensor
@@ -86,14 +85,14 @@ class ModelEma:
     @paddle.no_grad()
     def update(self, decay):
         """average = decay * average + (1 - decay) * model, on the device of the average, in place."""
-        for name, tensor in self._state():
+        for name, tensor in self.state.items():
             self.average[name].scale_(decay)
             self.average[name].add_(self._own(tensor) * (1 - decay))
 
     @contextlib.contextmanager
     def applied(self):
         """While open, the model holds the average; then its own weights again, exactly."""
-        own = {name: tensor.clone() for name, tensor in self._state()}
+        own = {name: tensor.detach().clone() for name, tensor in self.state.items()}
         self.model.set_state_dict(self.average)
         try:
             yield self.model

@@ -43,6 +43,13 @@ def prepare_runtime():
     warnings.filterwarnings('ignore', 'When training, we now always track global mean and variance')
 
 
+def use_one_device():
+    """Compute on the first GPU, or on the CPU where Paddle finds none (a GPU build too). Returns: the device's name."""
+    import paddle
+    paddle.set_device('gpu:0' if paddle.device.cuda.device_count() else 'cpu')
+    return paddle.device.get_device()
+
+
 def _prepare_cpu():
     # a GPU build warns of the CUDA libraries that this machine lacks
     os.environ.setdefault('GLOG_minloglevel', '2')
@@ -90,6 +97,12 @@ def run_program(main):
         sys.exit(_fail('interrupted', 130))
 
 
+def first_few(problems, count=5):
+    """A list of problems as one line: the first `count`, and how many more there are."""
+    more = f' and {len(problems) - count} more' if len(problems) > count else ''
+    return '; '.join(problems[:count]) + more
+
+
 def program_name():
     """How the user called the running program: main_single_gpu.py, or tools.fuse for `python -m tools.fuse`."""
     spec = sys.modules['__main__'].__spec__
@@ -114,8 +127,8 @@ class _ConsoleHandler(logging.Handler):
 class _FileHandler(logging.FileHandler):
     """Fails when it cannot write, where logging's own prints a traceback and goes on without a log."""
 
-    def handleError(self, record):  # noqa: N802
-        raise  # noqa: PLE0704  called while the exception is handled
+    def handleError(self, record):
+        raise  # logging calls this while it handles the exception
 
 
 def setup_logger(folder=None):

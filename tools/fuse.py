@@ -13,12 +13,12 @@ import time
 import numpy as np
 
 from config import get_config, get_parser, resolve_config, update_config
-from utils import UserError, prepare_runtime, run_program, setup_logger
+from utils import UserError, prepare_runtime, run_program, setup_logger, use_one_device
 
 
 def count_parameters(model):
     """Trainable parameters: batch-norm statistics do not count."""
-    return sum(int(np.prod(p.shape)) for p in model.parameters() if not p.stop_gradient)
+    return sum(p.size for p in model.parameters() if not p.stop_gradient)
 
 
 def latencies(models, size, batch, repeats=20):
@@ -64,7 +64,7 @@ def main():
     from engine import evaluate, load_model
     from mobileone import model_convert
     from transforms import Normalize
-    paddle.set_device('gpu:0' if paddle.device.cuda.device_count() else 'cpu')
+    device = use_one_device()
     loader = None if args.no_data else get_dataloader(config, get_dataset(config, False), False)
     setup_logger()
     model, _ = load_model(config)
@@ -94,7 +94,7 @@ def main():
     for row in rows:
         print(f'{row[0]:18}{row[1]:>16}{row[2]:>16}')
     difference = largest_difference(models, batches, normalize)
-    print(f'largest logit difference {difference:.2g} on {compared}, {size}x{size}, {paddle.device.get_device()}')
+    print(f'largest logit difference {difference:.2g} on {compared}, {size}x{size}, {device}')
     if args.save:
         print(f'fused weights: {args.save}')
 

@@ -6,17 +6,20 @@ import re
 import numpy as np
 import paddle
 
-from utils import UserError, first_few
+from utils import LOG, UserError, first_few
 
 LATEST, BEST = 'latest.pdparams', 'best.pdparams'
+# what a checkpoint of training holds, and of which type
+PARTS = {'model': dict, 'model_ema': dict, 'optimizer': dict, 'epoch': int, 'step': int, 'lr_scheduler': dict,
+         'amp_grad_scaler': dict, 'best': dict, 'world_size': int}
 CLASSIFIER = ('fc.weight', 'fc.bias')
 
 
-def save(state, path):
-    """Write nested dictionaries of tensors, arrays and plain numbers to `path`, whole or not at all."""
+def replace(path, write):
+    """Let write(path of a new file) make the file `path`, whole or not at all."""
     partial = f'{path}.partial'
     try:
-        paddle.save(to_arrays(state), partial)
+        write(partial)
         with open(partial, 'rb') as file:
             os.fsync(file.fileno())
         os.replace(partial, path)
@@ -25,6 +28,11 @@ def save(state, path):
     finally:
         if os.path.exists(partial):
             os.remove(partial)
+
+
+def save(state, path):
+    """Write nested dictionaries of tensors, arrays and plain numbers to `path`, whole or not at all."""
+    replace(path, lambda partial: paddle.save(to_arrays(state), partial))
 
 
 def to_arrays(state):
@@ -48,6 +56,44 @@ def load(path):
     except Exception as error:  # unpickling a broken file raises nearly every type
         raise UserError(f'{path}: not a .pdparams file ({type(error).__name__}: '
                         f'{" ".join(str(error).split())[:200]})') from None
+
+
+def load_training(path):
+    """The checkpoint of a training, to be resumed: a dictionary of PARTS.
+
+    Raises: UserError for a file that is none, a checkpoint of the PaddleViT port of MobileOne among them.
+    """
+    state = load(path)
+    if not (isinstance(state, dict) and isinstance(state.get('model'), dict)):
+        raise UserError(f'{path}: holds weights alone, which cannot be resumed; start from them with -pretrained')
+    missing = [name for name, kind in PARTS.items() if not isinstance(state.get(name), kind)]
+    if missing:
+        raise UserError(f'{path}: is no checkpoint of this project (no {", ".join(missing)}), and others cannot be '
+                        'resumed; start from its weights with -pretrained')
+    return state
+
+
+def _checkpoints(folder):
+    """Yield (path, state) of a folder's checkpoints of training, by name; what is none is passed over, and said."""
+    for path in sorted(glob.glob(os.path.join(glob.escape(folder), '*.pdparams'))):
+        try:
+            yield path, load_training(path)
+        except UserError as error:
+            LOG.info(f'passed over: {error}')
+
+
+def find_newest(folder):
+    """(path, state) of the whole checkpoint of a folder that has seen the most steps; None where there is none."""
+    # of equal ones the last by name, which is latest.pdparams
+    return max(reversed(list(_checkpoints(folder))), key=lambda found: found[1]['step'], default=None)
+
+
+def put_aside(folder, step):
+    """Append .past to the names of a folder's checkpoints that have seen more than `step` steps; returns the paths."""
+    paths = [path for path, state in _checkpoints(folder) if state['step'] > step]
+    for path in paths:
+        os.replace(path, f'{path}.past')
+    return paths
 
 
 def load_weights(path):

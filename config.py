@@ -52,6 +52,8 @@ _C.MODEL.TYPE = 'MobileOne'
 _C.MODEL.NAME = 'mobileone_s0'
 # weights to start from or to evaluate: a released .pdparams or a checkpoint of this project
 _C.MODEL.PRETRAINED = ''
+# checkpoint of this project to continue, before PRETRAINED; auto: the newest whole one in SAVE, if any
+_C.MODEL.RESUME = ''
 # labels go from 0 to this less one
 _C.MODEL.NUM_CLASSES = 1000
 # the five lists have an entry for the stem and for each of four stages of (depthwise 3x3, pointwise 1x1) pairs:
@@ -69,6 +71,8 @@ _C.MODEL.NUM_BRANCHES = [4, 4, 4, 4, 4]
 _C.MODEL.DEPLOY = False
 # squeeze-and-excitation on the last half of stage 3's blocks and on all of stage 4's
 _C.MODEL.USE_SE = False
+# training on several GPUs: batch-norm statistics over the batches of all of them, not of each
+_C.MODEL.SYNC_BN = False
 
 _C.TRAIN = CN()
 # epochs that count as done: the run starts with the next, at its place in the schedules
@@ -85,8 +89,13 @@ _C.TRAIN.BASE_LR = 0.1
 _C.TRAIN.WARMUP_START_LR = 0.0002
 # the lr that the cosine reaches after the last step
 _C.TRAIN.END_LR = 0.0002
-# total batch that the three lrs are meant for: they are scaled by total batch / this; 0: no scaling
+# total batch that the three lrs and MODEL_EMA_DECAY are meant for: with r = total batch / this, the lrs are
+# multiplied by r, the EMA decay is raised to the power r; 0: neither
 _C.TRAIN.LINEAR_SCALED_LR = 256
+# largest L2 norm of all gradients together; larger ones are scaled down to it; 0: no clipping
+_C.TRAIN.GRAD_CLIP = 0.0
+# batches per device whose mean gradient makes one optimizer step
+_C.TRAIN.ACCUM_ITER = 1
 # evaluate and save an exponential moving average of the weights
 _C.TRAIN.MODEL_EMA = True
 # share of the old average kept at each optimizer step (ramped up over the first steps)
@@ -95,6 +104,18 @@ _C.TRAIN.MODEL_EMA_DECAY = 0.9995
 _C.TRAIN.MODEL_EMA_FORCE_CPU = False
 # label smoothing of the training loss
 _C.TRAIN.SMOOTHING = 0.1
+# mixup: share of an image in a mix is drawn from Beta(alpha, alpha); 0: no mixup
+_C.TRAIN.MIXUP_ALPHA = 0.0
+# CutMix: share of the image outside the pasted box, likewise; 0: no CutMix
+_C.TRAIN.CUTMIX_ALPHA = 0.0
+# CutMix: smallest and largest side of the box as shares of the image's, in place of CUTMIX_ALPHA; [0, 0]: not used
+_C.TRAIN.CUTMIX_MINMAX = [0.0, 0.0]
+# probability that a mix happens at all
+_C.TRAIN.MIXUP_PROB = 1.0
+# probability of CutMix rather than mixup where both are on
+_C.TRAIN.MIXUP_SWITCH_PROB = 0.5
+# what is drawn once: batch (all images alike), pair (image i and N - 1 - i alike), elem (each image its own)
+_C.TRAIN.MIXUP_MODE = 'batch'
 
 _C.TRAIN.OPTIMIZER = CN()
 # SGD or AdamW
@@ -122,6 +143,12 @@ _C.VALIDATE_FREQ = 1
 _C.SEED = 0
 # evaluate MODEL.PRETRAINED and stop
 _C.EVAL = False
+# mixed precision in training and evaluation; no effect on a CPU
+_C.AMP = False
+# O1: convolutions and products in half precision; O2: all but batch norm, softmax and their like. Weights stay float32
+_C.AMP_LEVEL = 'O1'
+# float16 (with loss scaling) or bfloat16
+_C.AMP_DTYPE = 'float16'
 
 # keys of older YAML files whose feature was never there: False is ignored, anything else an error
 _UNSUPPORTED = ('TRAIN.MULTI_SCALE_SAMPLER_DDP', 'TRAIN.RANDOM_ERASE_SPLIT')
@@ -130,6 +157,9 @@ _UNSUPPORTED = ('TRAIN.MULTI_SCALE_SAMPLER_DDP', 'TRAIN.RANDOM_ERASE_SPLIT')
 _NULL = {
     'DATA.BATCH_SIZE_EVAL': 0,
     'MODEL.PRETRAINED': '',
+    'MODEL.RESUME': '',
+    'TRAIN.GRAD_CLIP': 0.0,
+    'TRAIN.CUTMIX_MINMAX': [0.0, 0.0],
     'TRAIN.LINEAR_SCALED_LR': 0,
     'SAVE': '',
 }
@@ -155,6 +185,13 @@ _RANGE = {
     'TRAIN.LINEAR_SCALED_LR': (0, None),
     'TRAIN.MODEL_EMA_DECAY': (0, 1),
     'TRAIN.SMOOTHING': (0, 1),
+    'TRAIN.GRAD_CLIP': (0, None),
+    'TRAIN.ACCUM_ITER': (1, None),
+    'TRAIN.MIXUP_ALPHA': (0, None),
+    'TRAIN.CUTMIX_ALPHA': (0, None),
+    'TRAIN.CUTMIX_MINMAX': (0, 1),
+    'TRAIN.MIXUP_PROB': (0, 1),
+    'TRAIN.MIXUP_SWITCH_PROB': (0, 1),
     'TRAIN.OPTIMIZER.MOMENTUM': (0, 0.9999),
     'TRAIN.OPTIMIZER.EPS': (0, None),
     'TRAIN.OPTIMIZER.BETAS': (0, 0.999999),
@@ -171,6 +208,9 @@ _CHOICES = {
     'DATA.INTERPOLATION': ['nearest', 'bilinear', 'bicubic', 'lanczos'],
     'MODEL.TYPE': ['MobileOne'],
     'TRAIN.OPTIMIZER.NAME': ['SGD', 'AdamW'],
+    'TRAIN.MIXUP_MODE': ['batch', 'pair', 'elem'],
+    'AMP_LEVEL': ['O1', 'O2'],
+    'AMP_DTYPE': ['float16', 'bfloat16'],
 }
 
 # how many entries a list has
@@ -179,6 +219,7 @@ _LENGTH = {
     'DATA.IMAGENET_MEAN': 3,
     'DATA.IMAGENET_STD': 3,
     'TRAIN.OPTIMIZER.BETAS': 2,
+    'TRAIN.CUTMIX_MINMAX': 2,
 }
 
 
@@ -336,6 +377,9 @@ _FLAGS = {
     'image_size': ('DATA.IMAGE_SIZE', 'N', 'side of the square that the network sees, in pixels'),
     'pretrained': ('MODEL.PRETRAINED', 'FILE', 'weights to start from or to evaluate: a released .pdparams or a '
                                                'checkpoint of training'),
+    'resume': ('MODEL.RESUME', 'FILE', 'checkpoint to continue; auto: the newest in -output, if there is one'),
+    'accum_iter': ('TRAIN.ACCUM_ITER', 'N', 'batches per device that make one optimizer step'),
+    'amp': ('AMP', None, 'mixed precision (AMP_LEVEL, AMP_DTYPE); no effect on a CPU'),
     'last_epoch': ('TRAIN.LAST_EPOCH', 'N', 'epochs that count as done; the run starts with the next'),
     'eval': ('EVAL', None, 'evaluate -pretrained on the val list, then stop'),
     'deploy': ('MODEL.DEPLOY', None, 'with -eval: fuse the branches after loading'),
@@ -441,6 +485,8 @@ def _check_combinations(config):
     if config.EVAL:
         if not config.MODEL.PRETRAINED:
             raise UserError('EVAL without weights would measure a random network: give them with -pretrained')
+        if config.MODEL.RESUME:
+            raise UserError(f'MODEL.RESUME is {config.MODEL.RESUME!r}, but EVAL takes its weights from -pretrained')
         return
     if config.MODEL.DEPLOY:
         raise UserError('MODEL.DEPLOY is for evaluation: a fused network cannot be trained; add -eval or drop -deploy')
@@ -450,6 +496,10 @@ def _check_combinations(config):
     if train.WARMUP_EPOCHS >= train.NUM_EPOCHS:
         raise UserError(f'TRAIN.WARMUP_EPOCHS is {train.WARMUP_EPOCHS}, but must be below TRAIN.NUM_EPOCHS, '
                         f'{train.NUM_EPOCHS}')
+    if config.MODEL.RESUME == 'auto' and not config.SAVE:
+        raise UserError("MODEL.RESUME is 'auto', the newest checkpoint of a folder: name the folder with -output")
+    if train.CUTMIX_MINMAX[0] > train.CUTMIX_MINMAX[1]:
+        raise UserError(f'TRAIN.CUTMIX_MINMAX is {train.CUTMIX_MINMAX}, but the smaller share comes first')
     if train.OPTIMIZER.NESTEROV and train.OPTIMIZER.MOMENTUM == 0:
         raise UserError('TRAIN.OPTIMIZER.NESTEROV needs TRAIN.OPTIMIZER.MOMENTUM above 0')
 

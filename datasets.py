@@ -14,7 +14,7 @@ from paddle.io import DataLoader, Dataset
 from PIL import Image
 
 from transforms import EvalTransform, TrainTransform
-from utils import UserError
+from utils import UserError, end_with_parent
 
 
 def read_list(path, num_classes):
@@ -159,6 +159,11 @@ def _collate(items):
     return np.stack(images), np.array(labels, dtype='int64')
 
 
+def _end_with_this_process(worker):
+    """A worker whose parent is killed may wait for ever for what that was writing (seen with Paddle 3.3.1)."""
+    end_with_parent()
+
+
 class Loader:
     """Iterates over batches of tensors (uint8 [N, H, W, 3], int64 [N]); `waited` adds up the seconds this took.
 
@@ -169,7 +174,7 @@ class Loader:
         self.dataset = dataset
         self.batch_sampler = batch_sampler
         self.loader = DataLoader(_Caught(dataset), batch_sampler=batch_sampler, num_workers=num_workers,
-                                 collate_fn=_collate)
+                                 collate_fn=_collate, worker_init_fn=_end_with_this_process)
         self.waited = 0.0
 
     def __len__(self):

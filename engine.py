@@ -1,13 +1,21 @@
-"""A run: the one training step, the one evaluation, and what happens around them. See `run`."""
+"""A run: the one training step, the one evaluation, and what happens around them. See `run`.
+
+The same code serves one process and many. Of many, rank 0 alone writes; what is decided (an error, the best epoch) is
+decided from values that are the same on every rank.
+"""
+import contextlib
 import datetime
+import functools
 import glob
 import itertools
+import json
 import math
 import os
 import time
 from dataclasses import dataclass
 from typing import Optional
 
+import numpy as np
 import paddle
 import paddle.nn.functional as F
 
@@ -15,23 +23,64 @@ import checkpoint
 import optim
 from config import resolve_config
 from datasets import get_dataloader, get_dataset
-from losses import LabelSmoothingCrossEntropyLoss
+from losses import LabelSmoothingCrossEntropyLoss, SoftTargetCrossEntropyLoss
+from mixup import Mixup
 from mobileone import build_mobileone, model_convert
 from transforms import Normalize
-from utils import LOG, Progress, UserError, append_json, setup_logger
+from utils import (
+    LOG,
+    Progress,
+    UserError,
+    append_json,
+    from_main,
+    mean_over_ranks,
+    rank,
+    reduce_over_ranks,
+    setup_logger,
+    world_size,
+)
+
+
+class Precision:
+    """Mixed precision as a config's AMP, AMP_LEVEL and AMP_DTYPE say, on a GPU; elsewhere its parts do nothing.
+
+    auto_cast: makes the context of a forward pass. Weights stay float32 at O2 too: they are few beside the activations,
+    and so the optimizer, the EMA and checkpoints need no second copy of them. scaler: scales the loss of float16.
+    Raises: UserError for a GPU that cannot compute in AMP_DTYPE.
+    """
+
+    def __init__(self, config):
+        dtype = config.AMP_DTYPE.lower()
+        enabled = config.AMP and paddle.device.get_device().startswith('gpu')
+        if config.AMP and not enabled:
+            LOG.info('mixed precision (AMP) has no effect on a CPU')
+        if enabled and not getattr(paddle.amp, f'is_{dtype}_supported')():
+            raise UserError(f'AMP_DTYPE is {config.AMP_DTYPE!r}, which this GPU cannot compute in; choose the other of '
+                            'float16 and bfloat16, or leave AMP out')
+        self.auto_cast = functools.partial(paddle.amp.auto_cast, enable=enabled, level=config.AMP_LEVEL.upper(),
+                                           dtype=dtype)
+        self.scaler = paddle.amp.GradScaler(enable=enabled and dtype == 'float16')
 
 
 @dataclass
 class Training:
     """What a training step works on."""
     model: paddle.nn.Layer
+    # the model, or with several processes its DataParallel
+    network: paddle.nn.Layer
     criterion: paddle.nn.Layer
     optimizer: paddle.optimizer.Optimizer
     schedule: optim.Schedule
     ema: Optional[optim.ModelEma]
     normalize: Normalize
+    mixup: Optional[Mixup]
+    precision: Precision
+    grad_clip: float
+    seed: int
     # what the last evaluation took, for the estimate of the time left
     evaluation_seconds: float = 0.0
+    # the newest checkpoint of this run, for the error that ends it
+    last_checkpoint: str = ''
 
 
 @dataclass
@@ -44,9 +93,14 @@ class Metrics:
     seconds: float
 
     @classmethod
-    def from_sums(cls, sums, n, seconds):
-        loss, correct1, correct5 = (float(value) / n for value in sums)
-        return cls(loss, 100 * correct1, 100 * correct5, n, seconds)
+    def reduced(cls, sums, n, start):
+        """Of the images of all ranks: `batch_sums` of this rank's n images, which have been looked at since `start`.
+
+        Waits for the device and for the other ranks.
+        """
+        *sums, n = reduce_over_ranks(paddle.concat([sums, paddle.to_tensor([n], dtype='float64')])).tolist()
+        loss, correct1, correct5 = (value / n for value in sums)
+        return cls(loss, 100 * correct1, 100 * correct5, round(n), time.perf_counter() - start)
 
     def record(self):
         return {'loss': self.loss, 'acc1': self.acc1, 'acc5': self.acc5, 'n': self.n,
@@ -67,48 +121,70 @@ def batch_sums(logits, labels, loss):
     return paddle.stack([loss.astype('float64') * len(labels), hits[:, 0].sum(), hits.sum()])
 
 
-def train_step(training, images, labels, step):
-    """One optimizer step on images uint8 [N, H, W, 3] and labels int64 [N]; step counts from 0 over the run.
+def train_step(training, batches, step):
+    """One optimizer step on a window of batches (uint8 [N, H, W, 3], int64 [N]); step counts from 0 over the run.
 
-    Returns `batch_sums` on the device: nothing here waits for it.
+    The gradient is the mean over the window's batches and over the ranks, which meet at the last batch alone.
+    Returns `batch_sums` of the window on the device: nothing here waits for it (but Paddle's scaler of float16).
     """
-    logits = training.model(training.normalize(images))
-    loss = training.criterion(logits, labels)
-    loss.backward()
-    training.optimizer.set_lr(training.schedule.lr(step))
-    training.optimizer.step()
-    training.optimizer.clear_grad()
+    rng = np.random.default_rng([training.seed, step, rank()])
+    scaler, optimizer = training.precision.scaler, training.optimizer
+    sums = paddle.zeros([3], dtype='float64')
+    for index, (images, labels) in enumerate(batches):
+        is_last = index + 1 == len(batches)
+        inputs, targets = training.normalize(images), labels
+        if training.mixup:
+            inputs, targets = training.mixup(inputs, labels, rng)
+            labels = targets.argmax(axis=1)
+        with contextlib.nullcontext() if is_last or world_size() == 1 else training.network.no_sync():
+            with training.precision.auto_cast():
+                logits = training.network(inputs)
+                loss = training.criterion(logits, targets)
+            scaler.scale(loss / len(batches)).backward()
+        sums += batch_sums(logits.detach(), labels, loss.detach())
+    if training.grad_clip:
+        scaler.unscale_(optimizer)
+        paddle.nn.utils.clip_grad_norm_(training.model.parameters(), training.grad_clip)
+    optimizer.set_lr(training.schedule.lr(step))
+    scaler.step(optimizer)
+    scaler.update()
+    optimizer.clear_grad()
     if training.ema:
         training.ema.update(training.schedule.ema_decay(step))
-    return batch_sums(logits.detach(), labels, loss.detach())
+    return sums
 
 
 @paddle.no_grad()
-def evaluate(model, loader, normalize, report_freq=50):
-    """Metrics of a model over every image of a loader, once. Leaves the model in evaluation mode.
+def evaluate(model, loader, normalize, report_freq=50, auto_cast=contextlib.nullcontext):
+    """Metrics of a model over every image of a loader's data set, once. Leaves the model in evaluation mode.
 
-    report_freq: batches between progress lines, where there is no terminal for a bar.
+    With several processes each has its share of the images, and all return the metrics of all.
+    report_freq: batches between progress lines, where there is no terminal for a bar; auto_cast: see `Precision`.
     """
     model.eval()
     start, n = time.perf_counter(), 0
     sums = paddle.zeros([3], dtype='float64')
     progress = Progress('evaluation', len(loader), report_freq)
     for images, labels in loader:
-        logits = model(normalize(images)).astype('float32')
+        with auto_cast():
+            logits = model(normalize(images))
+        logits = logits.astype('float32')
         sums += batch_sums(logits, labels, F.cross_entropy(logits, labels))
         n += len(labels)
         if progress.step():
-            progress.show(f'{n / (time.perf_counter() - start):.1f} images/s')
+            progress.show(f'{world_size() * n / (time.perf_counter() - start):.1f} images/s')
     progress.close()
-    if n != len(loader.dataset):
-        raise RuntimeError(f'evaluated {n} images of {len(loader.dataset)}')
-    return Metrics.from_sums(sums.numpy(), n, time.perf_counter() - start)
+    metrics = Metrics.reduced(sums, n, start)
+    if metrics.n != len(loader.dataset):
+        raise RuntimeError(f'evaluated {metrics.n} images of {len(loader.dataset)}')
+    return metrics
 
 
-def check_finite(loss, where):
-    """Raises: UserError unless the loss is a number; where: str, which loss it is."""
-    if not math.isfinite(loss):
-        raise UserError(f'the loss of {where} is {loss}: lower TRAIN.BASE_LR, or check MODEL.PRETRAINED and the labels')
+def check_finite(value, what, last_checkpoint=''):
+    """Raises: UserError unless a value is finite. what: the value's name; last_checkpoint: what the run has left."""
+    if not math.isfinite(value):
+        raise UserError(f'{what} is {value}: lower TRAIN.BASE_LR, or check MODEL.PRETRAINED and the labels; the last '
+                        f'good checkpoint is {last_checkpoint or "none"}')
 
 
 def time_left(seconds, steps_done, steps_left, evaluation_seconds=0.0):
@@ -121,28 +197,62 @@ def is_validated(config, epoch):
     return epoch % config.VALIDATE_FREQ == 0 or epoch == config.TRAIN.NUM_EPOCHS
 
 
+def steps_per_epoch(config, loader):
+    """Optimizer steps of an epoch: windows of TRAIN.ACCUM_ITER batches, the last one may be shorter."""
+    return -(-len(loader) // config.TRAIN.ACCUM_ITER)
+
+
+def windows(batches, size):
+    """Yield lists of `size` batches; the last one may be shorter."""
+    batches = iter(batches)
+    while window := list(itertools.islice(batches, size)):
+        yield window
+
+
 def train_one_epoch(training, loader, epoch, config):
-    """Train on every batch of epoch `epoch` (from 1). Returns Metrics of the training batches."""
+    """Train on every batch of epoch `epoch` (from 1). Returns Metrics of the training batches of all ranks."""
     training.model.train()
     loader.batch_sampler.set_epoch(epoch)
-    first_step = (epoch - 1) * len(loader)
+    steps = steps_per_epoch(config, loader)
     evaluations = sum(is_validated(config, later) for later in range(epoch, config.TRAIN.NUM_EPOCHS + 1))
     start, waited, n = time.perf_counter(), loader.waited, 0
     sums = paddle.zeros([3], dtype='float64')
-    progress = Progress(f'epoch {epoch}/{config.TRAIN.NUM_EPOCHS}', len(loader), config.REPORT_FREQ)
-    for step, (images, labels) in enumerate(loader, first_step):
-        sums += train_step(training, images, labels, step)
-        n += len(labels)
-        if progress.step() or progress.done == len(loader):
-            loss = float(sums[0]) / n  # waits for the device
-            check_finite(loss, f'training, epoch {epoch}, step {step + 1}')
-            seconds = time.perf_counter() - start
-            left = time_left(seconds, progress.done, training.schedule.total_steps - step - 1,
+    never = paddle.full([1], math.inf, dtype='float64')
+    first_bad = never  # step of the first loss that is not finite, remembered on the device
+    progress = Progress(f'epoch {epoch}/{config.TRAIN.NUM_EPOCHS}', steps, config.REPORT_FREQ)
+    for step, batches in enumerate(windows(loader, config.TRAIN.ACCUM_ITER), (epoch - 1) * steps):
+        losses = train_step(training, batches, step)
+        sums += losses
+        first_bad = paddle.minimum(first_bad, paddle.where(losses[:1].isfinite(), never, paddle.full_like(never, step)))
+        n += sum(len(labels) for _, labels in batches)
+        if progress.step() or progress.done == steps:
+            metrics = Metrics.reduced(sums, n, start)
+            if not math.isfinite(metrics.loss):  # on all ranks alike
+                bad = int(reduce_over_ranks(first_bad, 'MIN')[0]) + 1
+                check_finite(metrics.loss, f'the loss of training, epoch {epoch}, step {bad},',
+                             training.last_checkpoint)
+            left = time_left(metrics.seconds, progress.done, training.schedule.total_steps - step - 1,
                              evaluations * training.evaluation_seconds)
-            progress.show(f'loss {loss:.4f} lr {training.schedule.lr(step):.6g} {n / seconds:.1f} images/s '
-                          f'data {(loader.waited - waited) / seconds:.0%} ETA {left}')
+            progress.show(f'loss {metrics.loss:.4f} lr {training.schedule.lr(step):.6g} '
+                          f'{metrics.n / metrics.seconds:.1f} images/s '
+                          f'data {(loader.waited - waited) / metrics.seconds:.0%} ETA {left}')
     progress.close()
-    return Metrics.from_sums(sums.numpy(), n, time.perf_counter() - start)
+    average_statistics(training)
+    return metrics
+
+
+def average_statistics(training):
+    """Give all ranks the mean of their batch-norm statistics, which each gathered from its own images."""
+    if world_size() == 1:
+        return
+    tensors = {name: tensor for name, tensor in training.model.state_dict().items()
+               if name.endswith(('._mean', '._variance'))}
+    averages = [training.ema.average[name] for name in tensors] if training.ema else []
+    means = mean_over_ranks([tensor.numpy() for tensor in [*tensors.values(), *averages]])
+    for tensor, mean in zip(tensors.values(), means):
+        tensor.set_value(mean)
+    if training.ema:
+        training.ema.load(dict(zip(tensors, means[len(tensors):])))
 
 
 def load_model(config):
@@ -175,90 +285,200 @@ def load_model(config):
 
 
 def build_training(config, model, loader):
-    """The Training of a model on the batches of a loader."""
+    """The Training of a model on the batches of a loader. Its EMA starts from the model's present weights."""
+    if config.MODEL.SYNC_BN and world_size() > 1:
+        if not paddle.device.get_device().startswith('gpu'):
+            raise UserError('MODEL.SYNC_BN is True, but PaddlePaddle synchronises batch norms on GPUs only: leave it '
+                            'out')
+        model = paddle.nn.SyncBatchNorm.convert_sync_batchnorm(model)
+    network = paddle.DataParallel(model) if world_size() > 1 else model
     optimizer = optim.build_optimizer(config, model)
     decayed, rest = ((len(group), sum(p.size for p in group)) for group in optim.parameter_groups(model))
     LOG.info(f'weight decay on {decayed[0]} tensors ({decayed[1]:,} parameters), none on {rest[0]} tensors '
              f'({rest[1]:,} parameters)')
-    schedule = optim.Schedule(config, len(loader), loader.batch_sampler.total_batch)
-    LOG.info(f'{schedule.total_steps} steps of {loader.batch_sampler.total_batch} images, {len(loader)} per epoch; '
-             f'learning rate up to {schedule.base:g}')
+    if config.TRAIN.ACCUM_ITER > len(loader):
+        raise UserError(f'TRAIN.ACCUM_ITER is {config.TRAIN.ACCUM_ITER}, but an epoch has only {len(loader)} batches '
+                        f'of {loader.batch_sampler.total_batch} images; lower it, or DATA.BATCH_SIZE')
+    steps = steps_per_epoch(config, loader)
+    total_batch = loader.batch_sampler.total_batch * config.TRAIN.ACCUM_ITER
+    schedule = optim.Schedule(config, steps, total_batch)
+    LOG.info(f'{schedule.total_steps} steps of {total_batch} images (processes {world_size()} x DATA.BATCH_SIZE '
+             f'{config.DATA.BATCH_SIZE} x TRAIN.ACCUM_ITER {config.TRAIN.ACCUM_ITER}), {steps} per epoch; learning '
+             f'rate up to {schedule.base:g}, EMA decay up to {schedule.max_ema_decay:g}')
     ema = optim.ModelEma(model, config.TRAIN.MODEL_EMA_FORCE_CPU) if config.TRAIN.MODEL_EMA else None
-    criterion = LabelSmoothingCrossEntropyLoss(config.TRAIN.SMOOTHING)
+    mixup = build_mixup(config)
+    criterion = SoftTargetCrossEntropyLoss() if mixup else LabelSmoothingCrossEntropyLoss(config.TRAIN.SMOOTHING)
     normalize = Normalize(config.DATA.IMAGENET_MEAN, config.DATA.IMAGENET_STD)
-    return Training(model, criterion, optimizer, schedule, ema, normalize)
+    return Training(model, network, criterion, optimizer, schedule, ema, normalize, mixup, Precision(config),
+                    config.TRAIN.GRAD_CLIP, config.SEED)
+
+
+def build_mixup(config):
+    """The Mixup of a config, or None where both kinds are off."""
+    train = config.TRAIN
+    if max(train.MIXUP_ALPHA, train.CUTMIX_ALPHA, *train.CUTMIX_MINMAX) == 0 or train.MIXUP_PROB == 0:
+        return None
+    return Mixup(train.MIXUP_ALPHA, train.CUTMIX_ALPHA, train.CUTMIX_MINMAX, train.MIXUP_PROB, train.MIXUP_SWITCH_PROB,
+                 train.MIXUP_MODE.lower(), train.SMOOTHING, config.MODEL.NUM_CLASSES)
 
 
 class RunLog:
-    """Writes the records of a run's log.jsonl and says them."""
+    """Writes the records of a run's log.jsonl and says them; of a process group, on rank 0."""
 
     def __init__(self, config, schedule=None):
         self.path = os.path.join(config.SAVE, 'log.jsonl')
         self.image_size = config.DATA.IMAGE_SIZE
         self.schedule = schedule
 
-    def write(self, epoch, step, split, weights, metrics):
+    def write(self, epoch, step, split, weights, metrics, last_checkpoint=''):
         """step: optimizer steps done so far; its learning rate and weight decay are those of the last one.
 
         Raises: UserError for a loss that is not finite: a run does not go on, nor save, from there.
         """
-        check_finite(metrics.loss, f'{split} images with {weights} weights, epoch {epoch}')
+        check_finite(metrics.loss, f'the loss of {split} images with {weights} weights, epoch {epoch}', last_checkpoint)
         lr, weight_decay = None, None
         if self.schedule:
             lr, weight_decay = self.schedule.lr(step - 1), self.schedule.weight_decay(step - 1)
-        append_json(self.path, {'epoch': epoch, 'step': step, 'split': split, 'weights': weights, **metrics.record(),
-                                'lr': lr, 'weight_decay': weight_decay, 'image_size': self.image_size})
+        if rank() == 0:
+            append_json(self.path, {'epoch': epoch, 'step': step, 'split': split, 'weights': weights,
+                                    **metrics.record(), 'lr': lr, 'weight_decay': weight_decay,
+                                    'image_size': self.image_size})
         LOG.info(f'epoch {epoch} {split} {weights}: {metrics}')
+
+    def drop_after(self, epoch):
+        """Keep the records up to an epoch, for a run that is resumed there; what is left of a broken line goes too."""
+        if rank() > 0 or not os.path.exists(self.path):
+            return
+        with open(self.path, encoding='utf-8') as file:
+            lines = file.readlines()
+        kept = [line for line in lines if _epoch_of(line) <= epoch]
+        if kept != lines:
+            checkpoint.replace(self.path, lambda path: _write(path, ''.join(kept)))
+            LOG.info(f'{self.path}: dropped {len(lines) - len(kept)} records past epoch {epoch}')
+
+
+def _epoch_of(line):
+    try:
+        return json.loads(line)['epoch']
+    except (ValueError, TypeError, KeyError):
+        return math.inf
+
+
+def _write(path, text):
+    with open(path, 'w', encoding='utf-8') as file:
+        file.write(text)
+
+
+def check_weights(training, epoch):
+    """Raises: UserError, on all ranks alike, for weights or averages that are not finite: they must not be saved."""
+    finite = [paddle.stack([tensor.isfinite().all() for tensor in tensors.values()]).numpy()
+              for tensors in [training.model.state_dict()] + ([training.ema.average] if training.ema else [])]
+    good = reduce_over_ranks(np.concatenate(finite), 'MIN').all()
+    check_finite(0.0 if good else math.nan, f'a weight after epoch {epoch}', training.last_checkpoint)
 
 
 def save_checkpoints(config, training, epoch, step, best):
-    """Write latest.pdparams, at its epochs epoch_N.pdparams, and best.pdparams if this epoch is the best."""
-    state = checkpoint.to_arrays({
-        'model': training.model.state_dict(),
-        'model_ema': training.ema.average if training.ema else {},
-        'optimizer': training.optimizer.state_dict(),
-        'epoch': epoch,
-        'step': step,
-        'lr_scheduler': {'last_epoch': epoch, 'last_lr': training.optimizer.get_lr()},
-        'amp_grad_scaler': {},
-        'best': best,
-    })
-    checkpoint.save(state, os.path.join(config.SAVE, checkpoint.LATEST))
-    if best['epoch'] == epoch:
-        checkpoint.save(state, os.path.join(config.SAVE, checkpoint.BEST))
-    if config.SAVE_FREQ and epoch % config.SAVE_FREQ == 0:
-        checkpoint.save(state, os.path.join(config.SAVE, f'epoch_{epoch}.pdparams'))
-        checkpoint.prune(config.SAVE, config.KEEP_CHECKPOINTS)
+    """Write best.pdparams if this epoch is the best, at its epochs epoch_N.pdparams, and at last latest.pdparams.
+
+    Raises: UserError, on all ranks, for weights that are not finite.
+    """
+    check_weights(training, epoch)
+    latest = os.path.join(config.SAVE, checkpoint.LATEST)
+    if rank() == 0:
+        state = checkpoint.to_arrays({
+            'model': training.model.state_dict(),
+            'model_ema': training.ema.average if training.ema else {},
+            'optimizer': optim.optimizer_state(training.optimizer, training.model),
+            'epoch': epoch,
+            'step': step,
+            'lr_scheduler': {'last_epoch': epoch, 'last_lr': training.optimizer.get_lr()},
+            'amp_grad_scaler': training.precision.scaler.state_dict(),
+            'best': best,
+            'world_size': world_size(),
+        })
+        # latest comes last: should the run end between, it goes on from the one before and writes the others anew
+        if best['epoch'] == epoch:
+            checkpoint.save(state, os.path.join(config.SAVE, checkpoint.BEST))
+        if config.SAVE_FREQ and epoch % config.SAVE_FREQ == 0:
+            checkpoint.save(state, os.path.join(config.SAVE, f'epoch_{epoch}.pdparams'))
+            checkpoint.prune(config.SAVE, config.KEEP_CHECKPOINTS)
+        checkpoint.save(state, latest)
+    training.last_checkpoint = f'{latest} (epoch {epoch})'
 
 
 def run_evaluation(config, loader):
     model, is_ema = load_model(config)
     metrics = evaluate(model, loader, Normalize(config.DATA.IMAGENET_MEAN, config.DATA.IMAGENET_STD),
-                       config.REPORT_FREQ)
+                       config.REPORT_FREQ, Precision(config).auto_cast)
     RunLog(config).write(0, 0, 'val', 'ema' if is_ema else 'raw', metrics)
 
 
 def validate(config, training, loader, log, epoch, step):
     """Evaluate and log the raw weights, then the EMA. Returns the Metrics that choose the best: the EMA's, if any."""
+    def of_present_weights(name):
+        metrics = evaluate(training.model, loader, training.normalize, config.REPORT_FREQ,
+                           training.precision.auto_cast)
+        log.write(epoch, step, 'val', name, metrics, training.last_checkpoint)
+        return metrics
+
     start = time.perf_counter()
-    metrics = evaluate(training.model, loader, training.normalize, config.REPORT_FREQ)
-    log.write(epoch, step, 'val', 'raw', metrics)
+    metrics = of_present_weights('raw')
     if training.ema:
         with training.ema.applied():
-            metrics = evaluate(training.model, loader, training.normalize, config.REPORT_FREQ)
-        log.write(epoch, step, 'val', 'ema', metrics)
+            metrics = of_present_weights('ema')
     training.evaluation_seconds = time.perf_counter() - start
     return metrics
 
 
-def run_training(config, train_loader, val_loader):
+def start_training(config, loader):
+    """A new Training, its weights random or MODEL.PRETRAINED's. Returns: (Training, epochs done, best so far)."""
     model, _ = load_model(config)
-    training = build_training(config, model, train_loader)
+    return build_training(config, model, loader), config.TRAIN.LAST_EPOCH, {'acc1': -1.0, 'epoch': 0}
+
+
+def resume_training(config, loader, path, state):
+    """The Training that a checkpoint (`checkpoint.load_training`) left. Returns: as `start_training`.
+
+    Raises: UserError for a checkpoint of another network or optimizer.
+    """
+    epoch = state['epoch']
+    if config.TRAIN.LAST_EPOCH not in (0, epoch):
+        raise UserError(f'TRAIN.LAST_EPOCH is {config.TRAIN.LAST_EPOCH}, but {path} ends at epoch {epoch}: leave it '
+                        'out')
+    model = build_mobileone(config)
+    # the EMA starts from the weights that the model has when it is built
+    checkpoint.load_into(model, state['model_ema'] or state['model'], path)
+    training = build_training(config, model, loader)
+    checkpoint.load_into(model, state['model'], path)
+    optim.load_optimizer_state(training.optimizer, training.model, state['optimizer'], path)
+    if state['amp_grad_scaler']:
+        training.precision.scaler.load_state_dict(state['amp_grad_scaler'])
+    training.last_checkpoint = f'{path} (epoch {epoch})'
+    LOG.info(f'resumed {path} after epoch {epoch}, step {state["step"]}')
+    if config.TRAIN.MODEL_EMA and not state['model_ema']:
+        LOG.info('it holds no EMA: the average starts from its weights')
+    step = epoch * steps_per_epoch(config, loader)
+    for name, then, now in (('processes', state['world_size'], world_size()), ('steps', state['step'], step)):
+        if then != now:
+            LOG.info(f'it counts {then} {name}, this run {now}: the run goes on after epoch {epoch}, but not bitwise '
+                     'as it would have')
+    return training, epoch, state['best']
+
+
+def run_training(config, train_loader, val_loader, resumed=None):
+    """resumed: (path, state) of the checkpoint to go on from."""
+    if resumed:
+        training, done, best = resume_training(config, train_loader, *resumed)
+    else:
+        training, done, best = start_training(config, train_loader)
     log = RunLog(config, training.schedule)
-    best = {'acc1': -1.0, 'epoch': 0}
-    for epoch in range(config.TRAIN.LAST_EPOCH + 1, config.TRAIN.NUM_EPOCHS + 1):
-        step = epoch * len(train_loader)
-        log.write(epoch, step, 'train', 'raw', train_one_epoch(training, train_loader, epoch, config))
+    if config.MODEL.RESUME:
+        log.drop_after(done)
+    steps = steps_per_epoch(config, train_loader)
+    for epoch in range(done + 1, config.TRAIN.NUM_EPOCHS + 1):
+        step = epoch * steps
+        metrics = train_one_epoch(training, train_loader, epoch, config)
+        log.write(epoch, step, 'train', 'raw', metrics, training.last_checkpoint)
         if is_validated(config, epoch):
             metrics = validate(config, training, val_loader, log, epoch, step)
             if metrics.acc1 > best['acc1']:
@@ -269,21 +489,26 @@ def run_training(config, train_loader, val_loader):
 
 
 def prepare_folder(config):
-    """Make the folder of a run and save its config there; a run without a SAVE gets a new folder below output/.
+    """Make the folder of a run and save its config there.
 
+    A run without a SAVE gets the folder of the checkpoint that it resumes, or a new one below output/.
     Returns: the config, frozen, with the folder as SAVE.
     Raises: UserError for a training in a folder that holds the results of another run.
     """
-    folder = config.SAVE
+    resume = config.MODEL.RESUME
+    if resume != 'auto':
+        checkpoint.check_exists(resume)
+    folder = config.SAVE or (os.path.dirname(resume) or '.' if resume else '')
     if not folder:
         folder = _new_folder(os.path.join('output', f'{config.MODEL.NAME}-{time.strftime("%Y%m%d-%H%M%S")}'))
     os.makedirs(folder, exist_ok=True)
     log = os.path.join(folder, 'log.jsonl')
     results = glob.glob(os.path.join(glob.escape(folder), '*.pdparams'))
     results += [log] if os.path.exists(log) and os.path.getsize(log) else []
-    if results and not config.EVAL:
+    goes_on = resume == 'auto' or (resume and os.path.realpath(os.path.dirname(resume)) == os.path.realpath(folder))
+    if results and not (config.EVAL or goes_on):
         raise UserError(f'{folder}: holds the results of another run ({os.path.basename(min(results))}); choose '
-                        'another -output, or remove it')
+                        'another -output, go on with it by -resume auto, or remove it')
     config = config.clone()
     config.defrost()
     config.SAVE = folder
@@ -291,9 +516,30 @@ def prepare_folder(config):
     path = os.path.join(folder, 'config.yaml')
     if config.EVAL and os.path.exists(path):
         path = os.path.join(folder, 'config-eval.yaml')  # a training's config stays
-    with open(path, 'w', encoding='utf-8') as file:
-        file.write(config.dump(default_flow_style=None))
+    saved = config.clone()
+    saved.defrost()
+    saved.MODEL.RESUME = ''  # says how this process began, not what the run is
+    _write(path, saved.dump(default_flow_style=None))
     return config
+
+
+def find_checkpoint(config):
+    """(path, state) of the checkpoint that MODEL.RESUME means; None when there is none.
+
+    Checkpoints of the run's folder that have seen more steps are put aside: the run will write others.
+    """
+    path = config.MODEL.RESUME
+    if not path:
+        return None
+    if path != 'auto':
+        found = path, checkpoint.load_training(path)
+        for other in checkpoint.put_aside(config.SAVE, found[1]['step']):
+            LOG.info(f'{other}: is past the checkpoint to resume; put aside as {other}.past')
+        return found
+    found = checkpoint.find_newest(config.SAVE)
+    if not found:
+        LOG.info(f'{config.SAVE}: no checkpoint to resume, so the run starts afresh')
+    return found
 
 
 def describe(dataset, num_classes):
@@ -315,20 +561,20 @@ def _new_folder(path):
 
 
 def run(config):
-    """Train, or with EVAL evaluate, as the config says, on the current device.
+    """Train, or with EVAL evaluate, as the config says, on the current device, in this process or its process group.
 
     Makes the run's folder (SAVE) with config.yaml, log.txt, log.jsonl and, in training, checkpoints.
     Raises: UserError for what the user can mend; OSError for a folder that cannot be written.
     """
     config = resolve_config(config)
     # the lists are read first: a wrong path leaves no folder behind
-    loaders = [get_dataloader(config, get_dataset(config, is_train), is_train)
+    loaders = [get_dataloader(config, get_dataset(config, is_train), is_train, rank(), world_size())
                for is_train in ([False] if config.EVAL else [True, False])]
     checkpoint.check_exists(config.MODEL.PRETRAINED)
-    config = prepare_folder(config)
+    config = from_main(lambda: prepare_folder(config))
     setup_logger(config.SAVE)
-    LOG.info(f'PaddlePaddle {paddle.__version__} on {paddle.device.get_device()}, folder {config.SAVE}, config:\n'
-             f'{config.dump(default_flow_style=None).rstrip()}')
+    LOG.info(f'PaddlePaddle {paddle.__version__} on {paddle.device.get_device()}, processes: {world_size()}, folder '
+             f'{config.SAVE}, config:\n{config.dump(default_flow_style=None).rstrip()}')
     for loader in loaders:
         LOG.info(describe(loader.dataset, config.MODEL.NUM_CLASSES))
     paddle.seed(config.SEED)
@@ -336,7 +582,10 @@ def run(config):
         if config.EVAL:
             run_evaluation(config, *loaders)
         else:
-            run_training(config, *loaders)
+            run_training(config, *loaders, from_main(lambda: find_checkpoint(config)))
     except UserError as error:
-        LOG.debug(f'error: {error}')  # for log.txt; the program says it on stderr
+        LOG.error(f'error: {error}')  # for log.txt; the program says it on stderr
+        raise
+    except Exception:
+        LOG.exception('error:')
         raise

@@ -19,8 +19,20 @@ class LabelSmoothingCrossEntropyLoss(nn.Layer):
         self.smoothing = smoothing
 
     def forward(self, logits, labels):
-        if logits.dtype in (paddle.float16, paddle.bfloat16):
-            logits = logits.astype('float32')
-        log_probs = F.log_softmax(logits, axis=-1)
+        log_probs = F.log_softmax(_as_float32(logits), axis=-1)
         nll = F.nll_loss(log_probs, labels)
         return (1 - self.smoothing) * nll - self.smoothing * log_probs.mean()
+
+
+class SoftTargetCrossEntropyLoss(nn.Layer):
+    """Cross entropy against a distribution over the classes, as mixup makes them.
+
+    logits: float [N, C]; targets: float [N, C], each row sums to 1. Half-precision logits are computed in float32.
+    """
+
+    def forward(self, logits, targets):
+        return -(targets * F.log_softmax(_as_float32(logits), axis=-1)).sum(axis=-1).mean()
+
+
+def _as_float32(logits):
+    return logits.astype('float32') if logits.dtype in (paddle.float16, paddle.bfloat16) else logits

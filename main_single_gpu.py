@@ -6,14 +6,14 @@
 The run's folder (-output) gets config.yaml, log.txt, log.jsonl, latest.pdparams, best.pdparams and epoch_N.pdparams.
 """
 from config import get_config, get_parser, update_config
-from utils import prepare_runtime, run_program, use_one_device
+from utils import prepare_runtime, run_program, use_device
 
 
 def main():
     config = update_config(get_config(), get_parser(__doc__).parse_args())
     prepare_runtime()
     import engine
-    use_one_device()
+    use_device()
     engine.run(config)
 
 

@@ -4,6 +4,11 @@ import math
 
 import paddle
 
+from utils import UserError, first_few
+
+# what an optimizer keeps for each parameter, under Paddle's names
+STATES = {'sgd': ['velocity'], 'adamw': ['moment1', 'moment2', 'beta1_pow_acc', 'beta2_pow_acc']}
+
 
 def learning_rate(step, total_steps, warmup_steps, base, start, end):
     """Learning rate of optimizer step `step` (from 0): a line from `start` to `base`, then a cosine to `end`.
@@ -18,7 +23,11 @@ def learning_rate(step, total_steps, warmup_steps, base, start, end):
 
 
 class Schedule:
-    """The values of a run's schedules at a step. steps_per_epoch: optimizer steps; total_batch: images of one."""
+    """The values of a run's schedules at a step. steps_per_epoch: optimizer steps; total_batch: images of one.
+
+    The learning rates grow with the total batch (arXiv 1706.02677), the EMA forgets per image, not per step
+    (arXiv 2307.13813), both from the batch TRAIN.LINEAR_SCALED_LR.
+    """
 
     def __init__(self, config, steps_per_epoch, total_batch):
         train = config.TRAIN
@@ -27,7 +36,7 @@ class Schedule:
         self.warmup_steps = train.WARMUP_EPOCHS * steps_per_epoch
         self.base, self.start, self.end = (scale * lr for lr in (train.BASE_LR, train.WARMUP_START_LR, train.END_LR))
         self.decay = train.WEIGHT_DECAY
-        self.max_ema_decay = train.MODEL_EMA_DECAY
+        self.max_ema_decay = train.MODEL_EMA_DECAY ** scale
 
     def lr(self, step):
         return learning_rate(step, self.total_steps, self.warmup_steps, self.base, self.start, self.end)
@@ -66,6 +75,43 @@ def build_optimizer(config, model):
                                   epsilon=options.EPS, parameters=groups)
 
 
+def _names_of_states(optimizer, model):
+    """Yield (our name, Paddle's name) of all that an optimizer keeps.
+
+    Ours follow the model's, fc.weight.velocity. Paddle's count the layers that a process has made before, so that a
+    second model in a process has others.
+    """
+    kind = 'sgd' if isinstance(optimizer, paddle.optimizer.Momentum) else 'adamw'
+    for name, parameter in model.named_parameters():
+        if not parameter.stop_gradient:
+            for state in STATES[kind]:
+                yield f'{name}.{state}', f'{parameter.name}_{state}_0'
+
+
+def optimizer_state(optimizer, model):
+    """{name: tensor} of what an optimizer has gathered over the steps of a model; empty before the first step."""
+    state = optimizer.state_dict()
+    return {ours: state[paddles] for ours, paddles in _names_of_states(optimizer, model)} if state else {}
+
+
+def load_optimizer_state(optimizer, model, state, path):
+    """Give a new optimizer the arrays of `optimizer_state`; every one must be there, with its size, and no other.
+
+    Raises: UserError that names `path` and what does not fit.
+    """
+    names = dict(_names_of_states(optimizer, model))
+    sizes = {f'{name}.{kind}': 1 if kind.endswith('_pow_acc') else parameter.size
+             for name, parameter in model.named_parameters() for kind in sum(STATES.values(), [])}
+    problems = [f'missing {name}' for name in names if name not in state]
+    problems += [f'unexpected {name}' for name in state if name not in names]
+    problems += [f'{name} has {state[name].size} numbers, not {sizes[name]}' for name in names
+                 if name in state and state[name].size != sizes[name]]
+    if problems:
+        raise UserError(f'{path}: its optimizer is another one: {first_few(problems)}; resume with the '
+                        'TRAIN.OPTIMIZER and the network of that run')
+    optimizer.set_state_dict({paddles: state[ours] for ours, paddles in names.items()})
+
+
 class ModelEma:
     """Exponential moving average of a model's whole state, batch-norm statistics included.
 
@@ -88,6 +134,10 @@ class ModelEma:
         for name, tensor in self.state.items():
             self.average[name].scale_(decay)
             self.average[name].add_(self._own(tensor) * (1 - decay))
+
+    def load(self, arrays):
+        """Replace the average of the named tensors by arrays."""
+        self.average.update({name: self._own(paddle.to_tensor(array)) for name, array in arrays.items()})
 
     @contextlib.contextmanager
     def applied(self):

@@ -1,4 +1,4 @@
-"""Helpers that every room may use: the user's errors, the runtime's settings, logging.
+"""Helpers that every room may use: the user's errors, the runtime's settings, the process group, logging.
 
 Importing this module does not import Paddle.
 """
@@ -6,15 +6,18 @@ Importing this module does not import Paddle.
 # its library exports symbols of its own zlib. Loaded before it, all is well. 3.x is not affected.
 import zlib  # noqa: F401  isort: skip
 import contextlib
+import ctypes
 import glob
 import importlib.metadata
 import io
 import json
 import logging
 import os
+import signal
 import sys
 import warnings
 
+import numpy as np
 from tqdm import tqdm
 
 
@@ -39,14 +42,16 @@ def prepare_runtime():
     except ImportError as error:
         raise UserError(f'PaddlePaddle cannot be imported ({error}); libgomp.so.1 comes with the system (on Debian: '
                         'apt install libgomp1), for anything else install PaddlePaddle anew') from None
+    # Paddle (2.6.2, 3.3.1) answers SIGTERM with a stack trace, in which a data worker just forked may deadlock
+    signal.signal(signal.SIGTERM, signal.SIG_DFL)
     # said at every start of a training, of what batch norms do anyway
     warnings.filterwarnings('ignore', 'When training, we now always track global mean and variance')
 
 
-def use_one_device():
-    """Compute on the first GPU, or on the CPU where Paddle finds none (a GPU build too). Returns: the device's name."""
+def use_device(index=0):
+    """Compute on this GPU, or on the CPU where Paddle finds none (a GPU build too). Returns: the device's name."""
     import paddle
-    paddle.set_device('gpu:0' if paddle.device.cuda.device_count() else 'cpu')
+    paddle.set_device(f'gpu:{index}' if paddle.device.cuda.device_count() else 'cpu')
     return paddle.device.get_device()
 
 
@@ -55,7 +60,8 @@ def _prepare_cpu():
     os.environ.setdefault('GLOG_minloglevel', '2')
     # Paddle computes on one thread unless told otherwise; not every system knows a process's affinity
     cores = len(os.sched_getaffinity(0)) if hasattr(os, 'sched_getaffinity') else os.cpu_count()
-    os.environ.setdefault('OMP_NUM_THREADS', str(cores))
+    processes = int(os.environ.get('PADDLE_LOCAL_SIZE', 1))
+    os.environ.setdefault('OMP_NUM_THREADS', str(max(1, cores // processes)))
     try:
         with open('/proc/cpuinfo', encoding='utf-8') as file:
             amd = 'AuthenticAMD' in file.read()
@@ -110,15 +116,87 @@ def program_name():
 
 
 def _fail(message, status):
-    print(f'{program_name()}: error: {message}', file=sys.stderr)
+    rank = os.environ.get('PADDLE_TRAINER_ID', '0')
+    print(f'{program_name()}: error: {message if rank == "0" else f"rank {rank}: {message}"}', file=sys.stderr)
     return status
+
+
+def join_process_group():
+    """Join the group that Paddle's launcher or main_multi_gpu.py has made of several processes, if one has."""
+    import paddle
+    if int(os.environ.get('PADDLE_TRAINERS_NUM', 1)) == 1:
+        return
+    if not paddle.device.cuda.device_count():
+        os.environ['PADDLE_DISTRI_BACKEND'] = 'gloo'
+    end_with_parent()
+    with contextlib.redirect_stderr(io.StringIO()):  # a banner on flags that Paddle (3.3.1) has set itself
+        paddle.distributed.init_parallel_env()
+
+
+def end_with_parent():
+    """Let the system kill this process when the one that started it has ended, however it ended (Linux only)."""
+    if sys.platform == 'linux':
+        set_parent_death_signal = 1
+        ctypes.CDLL(None).prctl(set_parent_death_signal, signal.SIGKILL)
+
+
+def rank():
+    """This process's number in the process group, from 0; 0 without a group."""
+    from paddle import distributed
+    return distributed.get_rank() if distributed.is_initialized() else 0
+
+
+def world_size():
+    """Processes in the process group; 1 without a group."""
+    from paddle import distributed
+    return distributed.get_world_size() if distributed.is_initialized() else 1
+
+
+def reduce_over_ranks(values, op='SUM'):
+    """A tensor or array of numbers, reduced entry by entry over all processes: float64 NumPy array. op: SUM or MIN."""
+    import paddle
+    from paddle import distributed
+    reduced = (values if isinstance(values, paddle.Tensor) else paddle.to_tensor(values)).astype('float64')
+    if world_size() > 1:
+        distributed.all_reduce(reduced, op=getattr(distributed.ReduceOp, op))
+    return reduced.numpy()
+
+
+def mean_over_ranks(arrays):
+    """The means over all processes of some float arrays, in one reduction."""
+    if not arrays:
+        return []
+    flat = reduce_over_ranks(np.concatenate([array.ravel() for array in arrays])) / world_size()
+    ends = np.cumsum([array.size for array in arrays])
+    return [part.reshape(array.shape).astype(array.dtype) for array, part in zip(arrays, np.split(flat, ends[:-1]))]
+
+
+def from_main(function):
+    """What function(), called by rank 0 alone, returned: on every rank; a UserError too is raised on every rank."""
+    result = None
+    if rank() == 0:
+        try:
+            result = function()
+        except UserError as error:
+            result = error
+    if world_size() > 1:
+        from paddle import distributed
+        results = [result]
+        distributed.broadcast_object_list(results, src=0)
+        result = results[0]
+    if isinstance(result, UserError):
+        raise result
+    return result
 
 
 LOG = logging.getLogger('mobileone')
 
 
 class _ConsoleHandler(logging.Handler):
-    """Writes to stdout without tearing a progress bar."""
+    """Writes to stdout without tearing a progress bar; not errors, which end the program and go to stderr."""
+
+    def filter(self, record):
+        return record.levelno < logging.ERROR
 
     def emit(self, record):
         tqdm.write(self.format(record))
@@ -132,17 +210,23 @@ class _FileHandler(logging.FileHandler):
 
 
 def setup_logger(folder=None):
-    """Let LOG write to the console and, if a folder is given, to `folder`/log.txt, which takes debug messages too."""
-    LOG.setLevel(logging.DEBUG)
+    """Let LOG write to the console and, if a folder is given, to `folder`/log.txt, which takes debug messages too.
+
+    Of a process group only rank 0 writes; of the others errors go to the same log.txt.
+    """
+    is_main = rank() == 0
+    LOG.setLevel(logging.DEBUG if is_main else logging.ERROR)
     LOG.propagate = False
     for handler in list(LOG.handlers):
         LOG.removeHandler(handler)
         handler.close()
     handlers = [_ConsoleHandler(logging.INFO)]
     if folder:
+        os.makedirs(folder, exist_ok=True)  # nodes need not share their disks
         handlers.append(_FileHandler(os.path.join(folder, 'log.txt'), encoding='utf-8'))
     for handler in handlers:
-        handler.setFormatter(logging.Formatter('%(asctime)s %(message)s', '%Y-%m-%d %H:%M:%S'))
+        handler.setFormatter(logging.Formatter('%(asctime)s %(message)s' if is_main else
+                                               f'%(asctime)s rank {rank()}: %(message)s', '%Y-%m-%d %H:%M:%S'))
         LOG.addHandler(handler)
 
 
@@ -154,7 +238,8 @@ class Progress:
         self.steps = steps
         self.every = every
         self.done = 0
-        self.bar = tqdm(total=steps, desc=name, leave=False, file=sys.stdout, disable=not sys.stdout.isatty())
+        self.bar = tqdm(total=steps, desc=name, leave=False, file=sys.stdout,
+                        disable=rank() > 0 or not sys.stdout.isatty())
 
     def step(self):
         """Count a step. Returns: whether it is time to `show` how it goes."""

@@ -68,6 +68,39 @@ def records(folder):
     return [json.loads(line) for line in (pathlib.Path(folder) / 'log.jsonl').read_text().splitlines()]
 
 
+def without_times(rows):
+    return [{k: v for k, v in row.items() if k not in ('seconds', 'images_per_second')} for row in rows]
+
+
+def options(fashion, *more):
+    """Flags of a run on a narrow network; `more` are pairs for -opts."""
+    return ['-data_path', fashion, '-batch_size', '16', '-opts', *NARROW, 'MODEL.NUM_CLASSES', '10', 'REPORT_FREQ', '2',
+            *more]
+
+
+def assert_same(first, second, path=''):
+    """Two checkpoints, bit by bit."""
+    assert type(first) is type(second), path
+    if isinstance(first, dict):
+        assert list(first) == list(second), path
+        for key in first:
+            assert_same(first[key], second[key], f'{path}/{key}')
+    elif isinstance(first, np.ndarray):
+        assert first.dtype == second.dtype and first.tobytes() == second.tobytes(), path
+    else:
+        assert first == second, path
+
+
+def with_lists(fashion, folder, **lists):
+    """A data set of the images of `fashion` and other list files: split -> lines."""
+    folder.mkdir()
+    for split in ('train', 'val'):
+        (folder / split).symlink_to(fashion / split)
+        lines = lists.get(split, (fashion / f'{split}_list.txt').read_text().splitlines())
+        (folder / f'{split}_list.txt').write_text('\n'.join(lines))
+    return folder
+
+
 @pytest.fixture(scope='session')
 def fashion(tmp_path_factory):
     """The demo set as image files, with lists of the first 60 training and 35 validation images."""

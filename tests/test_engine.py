@@ -1,4 +1,5 @@
 """Metrics, the training step and the evaluation, in one process."""
+import contextlib
 import json
 
 import numpy as np
@@ -11,7 +12,7 @@ import engine
 from datasets import get_dataloader, get_dataset
 from losses import LabelSmoothingCrossEntropyLoss
 from mobileone import build_mobileone
-from optim import ModelEma, Schedule, build_optimizer
+from optim import Schedule
 from transforms import Normalize
 from utils import UserError
 
@@ -64,13 +65,13 @@ def test_training_step(config, loaders):
     schedule = Schedule(config, len(loaders[0]), 16)
     normalize = Normalize(config.DATA.IMAGENET_MEAN, config.DATA.IMAGENET_STD)
     criterion = LabelSmoothingCrossEntropyLoss(0.2)
+    config.TRAIN.SMOOTHING = 0.2
     models = [build_mobileone(config), build_mobileone(config)]
     models[1].set_state_dict(models[0].state_dict())
-    trainings = [engine.Training(model, criterion, build_optimizer(config, model), schedule, ModelEma(model), normalize)
-                 for model in models]
+    trainings = [engine.build_training(config, model, loaders[0]) for model in models]
     images, labels = next(iter(loaders[0]))
     for step in (0, 1, 5):
-        sums = engine.train_step(trainings[0], images, labels, step)
+        sums = engine.train_step(trainings[0], [(images, labels)], step)
         model, optimizer = models[1], trainings[1].optimizer
         loss = criterion(model(normalize(images)), labels)
         assert float(sums[0]) == pytest.approx(16 * float(loss), rel=1e-6)
@@ -135,3 +136,127 @@ def test_time_left():
 def test_runs_that_start_together_have_folders_of_their_own(tmp_path):
     folders = [engine._new_folder(str(tmp_path / 'run')) for _ in range(3)]
     assert folders == [str(tmp_path / name) for name in ('run', 'run-2', 'run-3')]
+
+
+def test_the_last_window_is_a_mean_too(config, loaders):
+    """Windows of two batches: the gradient is the mean over the batches that are there."""
+    config.TRAIN.ACCUM_ITER, config.TRAIN.MODEL_EMA, config.TRAIN.OPTIMIZER.MOMENTUM = 2, False, 0.0
+    config.TRAIN.WARMUP_EPOCHS, config.TRAIN.WEIGHT_DECAY = 0, 0.0
+    batches = list(loaders[0])
+    assert [len(window) for window in engine.windows(batches, 2)] == [2, 1] and len(batches) == 3
+    assert engine.steps_per_epoch(config, loaders[0]) == 2
+    for window in engine.windows(batches, 2):
+        model = build_mobileone(config)
+        training = engine.build_training(config, model, loaders[0])
+        start = {name: tensor.numpy() for name, tensor in model.state_dict().items()}
+        gradients = []
+        for images, labels in window:
+            training.criterion(model(training.normalize(images)), labels).backward()
+            gradients.append(model.fc.weight.grad.numpy())
+            model.clear_gradients()
+        model.set_state_dict(start)
+        engine.train_step(training, window, 0)
+        np.testing.assert_allclose(start['fc.weight'] - model.fc.weight.numpy(),
+                                   training.schedule.lr(0) * np.mean(gradients, axis=0), rtol=1e-3, atol=1e-7)
+
+
+def test_gradients_are_clipped_by_their_norm_together(config, loaders):
+    config.TRAIN.OPTIMIZER.MOMENTUM = config.TRAIN.WEIGHT_DECAY = 0.0
+    config.TRAIN.WARMUP_EPOCHS = 0
+    moved = []
+    for clip in (0.0, 1e6, 0.01):
+        config.TRAIN.GRAD_CLIP = clip
+        paddle.seed(0)
+        model = build_mobileone(config)
+        start = [parameter.numpy() for parameter in model.parameters()]
+        training = engine.build_training(config, model, loaders[0])
+        engine.train_step(training, [next(iter(loaders[0]))], 0)
+        moved.append([(after.numpy() - before).ravel() for before, after in zip(start, model.parameters())
+                      if not after.stop_gradient])
+    free, loose, tight = map(np.concatenate, moved)
+    np.testing.assert_allclose(loose, free, rtol=1e-4, atol=1e-7)
+    lr = training.schedule.lr(0)
+    assert np.linalg.norm(tight) == pytest.approx(0.01 * lr, rel=1e-3)
+    np.testing.assert_allclose(tight / np.linalg.norm(tight), free / np.linalg.norm(free), atol=1e-3)
+
+
+def test_mixup_depends_on_seed_step_and_rank_alone(config, loaders, monkeypatch):
+    config.TRAIN.MIXUP_ALPHA = 1.0
+    batch = next(iter(loaders[0]))
+
+    def mixed(seed, step, rank=0):
+        config.SEED = seed
+        monkeypatch.setattr(engine, 'rank', lambda: rank)
+        paddle.seed(0)
+        training = engine.build_training(config, build_mobileone(config), loaders[0])
+        return float(engine.train_step(training, [batch], step)[0])
+    first = mixed(1, 5)
+    assert mixed(1, 5) == first and len({first, mixed(2, 5), mixed(1, 6), mixed(1, 5, rank=1)}) == 4
+
+
+class FakeScaler:
+    def __init__(self, enable, calls):
+        self.enable, self.calls = enable, calls
+
+    def __getattr__(self, name):
+        def call(*args):
+            self.calls.append(name)
+            if name == 'step':
+                args[0].step()
+            return args[0] if args else None
+        return call
+
+
+@pytest.mark.parametrize('dtype, level', [('float16', 'O1'), ('bfloat16', 'o2')])
+def test_mixed_precision_is_asked_for_in_training_and_evaluation(config, loaders, monkeypatch, dtype, level):
+    """On a GPU that is not there: what is handed to Paddle, and in which order the scaler is used."""
+    contexts, calls = [], []
+
+    @contextlib.contextmanager
+    def auto_cast(**kwargs):
+        contexts.append(kwargs)
+        yield
+    config.AMP, config.AMP_DTYPE, config.AMP_LEVEL, config.TRAIN.GRAD_CLIP = True, dtype, level, 1.0
+    training = engine.build_training(config, build_mobileone(config), loaders[0])
+    monkeypatch.setattr(paddle.device, 'get_device', lambda: 'gpu:0')
+    monkeypatch.setattr(paddle.amp, f'is_{dtype}_supported', lambda: True)
+    monkeypatch.setattr(paddle.amp, 'auto_cast', auto_cast)
+    monkeypatch.setattr(paddle.amp, 'GradScaler', lambda enable: FakeScaler(enable, calls))
+    training.precision = engine.Precision(config)
+    assert training.precision.scaler.enable == (dtype == 'float16')
+    engine.train_step(training, [next(iter(loaders[0]))], 0)
+    expected = {'enable': True, 'level': level.upper(), 'dtype': dtype}
+    assert contexts == [expected] and calls == ['scale', 'unscale_', 'step', 'update']
+    engine.evaluate(training.model, loaders[1], training.normalize, auto_cast=training.precision.auto_cast)
+    assert contexts == [expected] * (1 + len(loaders[1]))
+    monkeypatch.setattr(paddle.amp, f'is_{dtype}_supported', lambda: False)
+    with pytest.raises(UserError, match=f"AMP_DTYPE is '{dtype}', which this GPU cannot"):
+        engine.Precision(config)
+
+
+def test_weights_that_are_not_finite_are_not_saved(config, loaders, tmp_path):
+    config.SAVE = str(tmp_path)
+    training = engine.build_training(config, build_mobileone(config), loaders[0])
+    engine.train_step(training, [next(iter(loaders[0]))], 0)
+    engine.save_checkpoints(config, training, 1, 1, {'acc1': 0.0, 'epoch': 1})
+    before = (tmp_path / 'latest.pdparams').read_bytes()
+    for holder in (training.ema.average, training.model.state_dict()):
+        holder['fc.bias'].set_value(np.full([10], np.inf, 'float32'))
+        with pytest.raises(UserError, match='a weight after epoch 2 is nan: .* the last good checkpoint is .*latest'
+                                            r'\.pdparams \(epoch 1\)'):
+            engine.save_checkpoints(config, training, 2, 2, {'acc1': 0.0, 'epoch': 2})
+        holder['fc.bias'].set_value(np.zeros([10], 'float32'))
+    assert (tmp_path / 'latest.pdparams').read_bytes() == before
+
+
+def test_synchronised_batch_norms_keep_names_and_weights(config):
+    """They have no CPU kernel: the conversion alone."""
+    model = build_mobileone(config)
+    converted = paddle.nn.SyncBatchNorm.convert_sync_batchnorm(build_mobileone(config))
+    assert [(name, tensor.shape) for name, tensor in converted.state_dict().items()] == [
+        (name, tensor.shape) for name, tensor in model.state_dict().items()]
+    kinds = {type(layer).__name__ for layer in converted.sublayers()}
+    assert 'SyncBatchNorm' in kinds and 'BatchNorm2D' not in kinds
+    weights = {name: tensor.numpy() for name, tensor in model.state_dict().items()}
+    assert checkpoint.load_into(converted, weights, 'x') == []
+    np.testing.assert_array_equal(converted.state_dict()['fc.weight'].numpy(), weights['fc.weight'])

@@ -10,7 +10,7 @@ import termios
 
 import numpy as np
 import pytest
-from conftest import NARROW, ROOT, fails, records, run
+from conftest import ROOT, assert_same, fails, options, records, run, with_lists, without_times
 
 import checkpoint
 from config import get_config
@@ -20,15 +20,6 @@ from mobileone import build_mobileone
 MAIN = 'main_single_gpu.py'
 KEYS = ['epoch', 'step', 'split', 'weights', 'loss', 'acc1', 'acc5', 'n', 'seconds', 'images_per_second', 'lr',
         'weight_decay', 'image_size']
-
-
-def options(fashion, *more):
-    return ['-data_path', fashion, '-batch_size', '16', '-opts', *NARROW, 'MODEL.NUM_CLASSES', '10', 'REPORT_FREQ', '2',
-            *more]
-
-
-def without_times(rows):
-    return [{k: v for k, v in row.items() if k not in ('seconds', 'images_per_second')} for row in rows]
 
 
 @pytest.fixture(scope='module')
@@ -79,7 +70,7 @@ def test_checkpoint_content(trained):
     folder, _ = trained
     state = checkpoint.load(str(folder / 'latest.pdparams'))
     assert sorted(state) == ['amp_grad_scaler', 'best', 'epoch', 'lr_scheduler', 'model', 'model_ema', 'optimizer',
-                             'step']
+                             'step', 'world_size']
     assert (state['epoch'], state['step']) == (4, 12)
     rows = [row for row in records(folder) if row['weights'] == 'ema']
     best = max(rows, key=lambda row: row['acc1'])
@@ -101,9 +92,7 @@ def test_same_run_same_weights_whatever_the_workers(trained, fashion, tmp_path):
         fashion, 'TRAIN.NUM_EPOCHS', '4', 'VALIDATE_FREQ', '3', 'DATA.NUM_WORKERS', '0', 'SAVE_FREQ', '0'))
     assert without_times(records(tmp_path / 'again')) == without_times(records(folder))
     first, again = (checkpoint.load(str(path / 'latest.pdparams')) for path in (folder, tmp_path / 'again'))
-    for part in ('model', 'model_ema', 'optimizer'):
-        for name, value in first[part].items():
-            assert np.array_equal(value, again[part][name])
+    assert_same(first, again)
     assert not (tmp_path / 'again/epoch_4.pdparams').exists()
 
 
@@ -250,14 +239,7 @@ def test_output_that_nobody_reads(fashion, tmp_path):
 
 @pytest.mark.parametrize('workers', [0, 2])
 def test_an_unreadable_image_is_named(fashion, tmp_path, workers):
-    data = tmp_path / 'data'
-    data.mkdir()
-    (data / 'train').symlink_to(fashion / 'train')
-    (data / 'val').symlink_to(fashion / 'val')
-    for split in ('train', 'val'):
-        shutil.copy(fashion / f'{split}_list.txt', data)
-    with open(data / 'val_list.txt', 'a') as file:
-        file.write('val/no such.png 3\n')
+    data = with_lists(fashion, tmp_path / 'data', val=['val/no such.png 3'])
     line = fails(MAIN, '-output', tmp_path / 'run', *options(fashion, 'TRAIN.NUM_EPOCHS', '1', 'DATA.NUM_WORKERS',
                                                             workers)[2:], '-data_path', data)
     assert line == (f'main_single_gpu.py: error: {data}/val/no such.png: cannot read the image (No such file or '

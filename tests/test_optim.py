@@ -7,7 +7,16 @@ import pytest
 
 from losses import LabelSmoothingCrossEntropyLoss
 from mobileone import build_mobileone
-from optim import ModelEma, Schedule, build_optimizer, learning_rate, parameter_groups
+from optim import (
+    ModelEma,
+    Schedule,
+    build_optimizer,
+    learning_rate,
+    load_optimizer_state,
+    optimizer_state,
+    parameter_groups,
+)
+from utils import UserError
 
 
 def test_learning_rate():
@@ -32,6 +41,9 @@ def test_schedule_scales_with_the_total_batch(config):
     config.TRAIN.MODEL_EMA_DECAY = 0.99
     decays = [Schedule(config, 7, 512).ema_decay(step) for step in (0, 90, 10000)]
     assert decays == [0.1, 0.91, 0.99]
+    config.TRAIN.LINEAR_SCALED_LR = 256
+    for total in (64, 256, 512):  # two steps of 256 images forget as much as one of 512
+        assert Schedule(config, 7, total).ema_decay(10000) == pytest.approx(0.99 ** (total / 256), rel=1e-12)
 
 
 def test_parameter_groups(config):
@@ -132,3 +144,39 @@ def test_label_smoothing():
         assert float(loss) == pytest.approx(-(target * log_probs).sum(1).mean(), abs=1e-9)
     with pytest.raises(ValueError, match='smoothing is 2'):
         LabelSmoothingCrossEntropyLoss(2)
+
+
+@pytest.mark.parametrize('name, kinds', [('SGD', 1), ('AdamW', 4)])
+def test_optimizer_state_goes_to_another_model_of_the_process(config, name, kinds):
+    """Paddle's names count the layers of a process; ours are those of the model."""
+    config.TRAIN.OPTIMIZER.NAME = name
+    models = [build_mobileone(config) for _ in range(2)]
+    models[1].set_state_dict(models[0].state_dict())
+    optimizers = [build_optimizer(config, model) for model in models]
+    images = paddle.randn([4, 3, 32, 32])
+
+    def step(model, optimizer):
+        model(images).square().mean().backward()
+        optimizer.set_lr(0.01)
+        optimizer.step()
+        optimizer.clear_grad()
+    assert optimizer_state(optimizers[0], models[0]) == {}
+    for _ in range(2):
+        step(models[0], optimizers[0])
+    state = {key: tensor.numpy() for key, tensor in optimizer_state(optimizers[0], models[0]).items()}
+    trainable = [name for name, parameter in models[0].named_parameters() if not parameter.stop_gradient]
+    assert len(state) == kinds * len(trainable) and all(key.rpartition('.')[0] in trainable for key in state)
+    models[1].set_state_dict(models[0].state_dict())
+    load_optimizer_state(optimizers[1], models[1], state, 'x')
+    for model, optimizer in zip(models, optimizers):
+        step(model, optimizer)
+    for key, tensor in models[0].state_dict().items():
+        assert (tensor.numpy() == models[1].state_dict()[key].numpy()).all(), key
+    for key, tensor in optimizer_state(optimizers[0], models[0]).items():
+        assert (tensor.numpy() == optimizer_state(optimizers[1], models[1])[key].numpy()).all(), key
+
+    key = next(key for key in state if key.startswith('fc.weight'))
+    for broken in ({k: v for k, v in state.items() if k != key}, {**state, 'x.velocity': state[key]},
+                   {**state, key: state[key][:-1]}):
+        with pytest.raises(UserError, match='file: its optimizer is another one: (missing|unexpected|fc.weight)'):
+            load_optimizer_state(build_optimizer(config, models[0]), models[0], broken, 'file')

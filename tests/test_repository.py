@@ -27,10 +27,9 @@ def test_sizes_in_the_readme():
 def test_files_named_in_the_readme_exist():
     names = set(re.findall(r'\b((?:tools/|configs/|tests/)?[\w]+\.(?:py|sh|yaml|png))\b', README))
     names |= {f'tools/{name}.py' for name in re.findall(r'python -m tools\.(\w+)', README)}
-    coming = {'main_multi_gpu.py'}  # the README says that it is not there yet
     made = {'config.yaml', 'output/config.yaml'}  # by a run
     assert len(names) > 10
-    assert [name for name in names - coming - made if not (ROOT / name).exists()] == []
+    assert [name for name in names - made if not (ROOT / name).exists()] == []
 
 
 @pytest.fixture

@@ -13,7 +13,7 @@ import time
 import numpy as np
 
 from config import get_config, get_parser, resolve_config, update_config
-from utils import UserError, prepare_runtime, run_program, setup_logger, use_one_device
+from utils import UserError, prepare_runtime, run_program, setup_logger, use_device
 
 
 def count_parameters(model):
@@ -64,7 +64,7 @@ def main():
     from engine import evaluate, load_model
     from mobileone import model_convert
     from transforms import Normalize
-    device = use_one_device()
+    device = use_device()
     loader = None if args.no_data else get_dataloader(config, get_dataset(config, False), False)
     setup_logger()
     model, _ = load_model(config)

@@ -1,0 +1,110 @@
+"""Train or evaluate MobileOne on all visible GPUs, a process each; on a CPU where there is no GPU.
+
+  python main_multi_gpu.py -cfg configs/mobileone_s0.yaml -data_path /dataset/imagenet
+  CUDA_VISIBLE_DEVICES=0,1 python main_multi_gpu.py -cfg configs/mobileone_s0.yaml -eval -pretrained s0.pdparams
+  python main_multi_gpu.py -nproc 2 -cfg configs/mobileone_s0.yaml          # no GPU: two processes on the CPU
+  python -m paddle.distributed.launch main_multi_gpu.py -cfg configs/mobileone_s0.yaml
+
+run_train_multi.sh and run_eval_multi.sh call it, on several nodes too. The run's folder is that of main_single_gpu.py.
+"""
+import contextlib
+import os
+import signal
+import socket
+import subprocess
+import sys
+import tempfile
+import time
+
+from config import get_config, get_parser, resolve_config, update_config
+from utils import UserError, join_process_group, prepare_runtime, run_program, use_device
+
+
+def main():
+    parser = get_parser(__doc__)
+    parser.add_argument('-nproc', metavar='N', type=int, help='processes to start on this machine, unless a launcher '
+                        'did (default: one per visible GPU, one without GPUs)')
+    args = parser.parse_args()
+    config = update_config(get_config(), args)
+    resolve_config(config)  # a mistake is said before processes are started
+    prepare_runtime()
+    from paddle import device
+
+    import engine
+    gpus = device.cuda.device_count()
+    if 'PADDLE_TRAINER_ID' not in os.environ:  # no launcher has started us
+        count = max(1, gpus) if args.nproc is None else args.nproc
+        if count < 1 or 0 < gpus < count:
+            raise UserError(f'-nproc is {count}, but must be from 1 to the number of visible GPUs, if there are any: '
+                            f'{gpus}')
+        if count > 1:
+            sys.exit(run_processes([sys.executable, *sys.argv], count))
+    use_device(int(os.environ.get('FLAGS_selected_gpus', '0').split(',')[0]))  # noqa: SIM112  Paddle's name
+    join_process_group()
+    engine.run(config)
+
+
+def run_processes(command, count):
+    """Run a command in `count` processes that form a group; as soon as one fails, end them all.
+
+    Returns: the exit status, that of the process that failed. What it wrote to stderr is written to ours; what the
+    others wrote, that it is gone, is not.
+    """
+    with contextlib.ExitStack() as stack:
+        sockets = [stack.enter_context(socket.socket()) for _ in range(count)]
+        for port in sockets:
+            port.bind(('127.0.0.1', 0))
+        endpoints = [f'127.0.0.1:{port.getsockname()[1]}' for port in sockets]
+    errors, processes = [], []
+    for rank, endpoint in enumerate(endpoints):
+        group = {'PADDLE_TRAINER_ID': rank, 'PADDLE_TRAINERS_NUM': count, 'PADDLE_LOCAL_SIZE': count,
+                 'PADDLE_TRAINER_ENDPOINTS': ','.join(endpoints), 'PADDLE_CURRENT_ENDPOINT': endpoint,
+                 'FLAGS_selected_gpus': rank}
+        errors.append(tempfile.TemporaryFile())  # noqa: SIM115  open until the end
+        processes.append(subprocess.Popen(command, stderr=errors[rank], env={
+            **os.environ, **{name: str(value) for name, value in group.items()}}))
+    signal.signal(signal.SIGTERM, lambda number, frame: sys.exit(128 + number))
+    try:
+        failed = wait_for(processes)
+    finally:
+        end(processes)
+    if failed is None:
+        return 0
+    errors[failed].seek(0)
+    sys.stderr.write(errors[failed].read().decode(errors='replace'))
+    status = processes[failed].returncode
+    if status < 0:
+        print(f'rank {failed} was ended by {signal.Signals(-status).name}', file=sys.stderr)
+    return status if status > 0 else 128 - status
+
+
+def wait_for(processes):
+    """Wait until all processes have ended (returns None) or one has failed: returns its number."""
+    failed, statuses = [], [None]
+    while not failed and None in statuses:
+        time.sleep(0.1)
+        statuses = [process.poll() for process in processes]
+        failed = [number for number, status in enumerate(statuses) if status]
+    if not failed:
+        return None
+    # a user's mistake (status 2) is often found by all, and what follows from one rank's end is no news
+    time.sleep(0.5)
+    mistakes = [number for number, process in enumerate(processes) if process.poll() == 2]
+    return (mistakes or failed)[0]
+
+
+def end(processes, patience=30):
+    """Terminate processes, and kill those that have not ended after `patience` seconds."""
+    deadline = time.monotonic() + patience
+    for process in processes:
+        process.terminate()
+    for process in processes:
+        try:
+            process.wait(max(0, deadline - time.monotonic()))
+        except subprocess.TimeoutExpired:
+            process.kill()
+            process.wait()
+
+
+if __name__ == '__main__':
+    run_program(main)

@@ -1,0 +1,31 @@
+#!/bin/sh
+# Evaluate weights on all visible GPUs of this machine, or of several. Every image of the val list counts once.
+#
+#   sh run_eval_multi.sh
+#   CFG=configs/mobileone_s1.yaml PRETRAINED=mobileone_s1.pdparams GPUS=0 sh run_eval_multi.sh -deploy
+#
+# Flags go to main_multi_gpu.py (-h lists them). Variables, all optional:
+#   CFG         config file (configs/mobileone_s0.yaml)
+#   PRETRAINED  weights (./mobileone_s0.pdparams)
+#   DATA_PATH   folder with val_list.txt (/dataset/imagenet)
+#   OUTPUT      folder for the log (output/eval- and the config's name); what it holds is added to
+#   BATCH_SIZE  images per step and GPU (256)
+#   GPUS        which ones, e.g. 0,1,2,3 (all that are visible)
+#   NNODES, MASTER, RANK  machines, the first one's address:port, this one's number from 0
+#   PYTHON      the interpreter (python)
+# Without a GPU one process computes on the CPU; PADDLE_NPROC_PER_NODE=2 makes it two.
+set -eu
+cd "$(dirname "$0")"
+case ${1:-} in -h | --help)
+    sed -n '2,/^set/s/^# \{0,1\}//p' run_eval_multi.sh
+    exit 0 ;;
+esac
+cfg=${CFG:-configs/mobileone_s0.yaml}
+output=${OUTPUT:-output/eval-$(basename "$cfg" .yaml)}
+# an empty list of devices stops the launcher
+[ -n "${CUDA_VISIBLE_DEVICES:-}" ] || unset CUDA_VISIBLE_DEVICES
+exec "${PYTHON:-python}" -m paddle.distributed.launch ${GPUS:+--devices "$GPUS"} \
+    ${NNODES:+--nnodes "$NNODES"} ${MASTER:+--master "$MASTER"} ${RANK:+--rank "$RANK"} \
+    --log_dir "$output/launch-${RANK:-0}" main_multi_gpu.py \
+    -cfg "$cfg" -data_path "${DATA_PATH:-/dataset/imagenet}" -output "$output" -amp -eval \
+    -batch_size "${BATCH_SIZE:-256}" -pretrained "${PRETRAINED:-./mobileone_s0.pdparams}" "$@"

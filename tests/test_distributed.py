@@ -1,0 +1,294 @@
+"""Several processes, on gloo: the ways to start them, exact evaluation, equal training, failures."""
+import os
+import signal
+import subprocess
+import sys
+import time
+
+import numpy as np
+import pytest
+from conftest import ROOT, assert_same, fails, options, records, run, with_lists, without_times
+
+import checkpoint
+
+MAIN = 'main_multi_gpu.py'
+LAUNCH = ['-m', 'paddle.distributed.launch']
+GROUP = 'import sys, main_multi_gpu as m; sys.exit(m.run_processes([sys.executable, *sys.argv[2:]], int(sys.argv[1])))'
+
+
+def group(count, *args, status=0):
+    """Run a function of workers.py in `count` processes."""
+    start = ['-c', GROUP, count] if count > 1 else []
+    return run(*start, ROOT / 'tests/workers.py', *args, status=status,
+               env={'PYTHONPATH': f'{ROOT}:{ROOT / "tests"}'})
+
+
+@pytest.fixture(scope='module')
+def trained(fashion, tmp_path_factory):
+    """Two processes train for 4 epochs."""
+    folder = tmp_path_factory.mktemp('runs') / 'two'
+    process = run(MAIN, '-nproc', '2', '-output', folder, *options(
+        fashion, 'TRAIN.NUM_EPOCHS', '4', 'SAVE_FREQ', '1', 'DATA.BATCH_SIZE', '8'))
+    return folder, process
+
+
+def test_a_run_of_two_processes(trained):
+    folder, process = trained
+    rows = records(folder)
+    assert [(row['epoch'], row['split'], row['weights'], row['n']) for row in rows] == [
+        (epoch, *rest) for epoch in range(1, 5)
+        for rest in (('train', 'raw', 48), ('val', 'raw', 35), ('val', 'ema', 35))]
+    assert process.stderr == '' and process.stdout == (folder / 'log.txt').read_text()
+    assert '12 steps of 16 images (processes 2 x DATA.BATCH_SIZE 8 x TRAIN.ACCUM_ITER 1), 3 per epoch' in process.stdout
+    assert checkpoint.load(str(folder / 'latest.pdparams'))['world_size'] == 2
+
+
+def test_two_processes_resume_bitwise(trained, fashion, tmp_path):
+    folder, _ = trained
+    again = tmp_path / 'again'
+    again.mkdir()
+    # what a run leaves that is ended while it writes the third epoch's checkpoints
+    os.link(folder / 'epoch_2.pdparams', again / 'latest.pdparams')
+    lines = (folder / 'log.jsonl').read_text().splitlines(True)
+    (again / 'log.jsonl').write_text(''.join(lines[:8]) + '{"epoch": 3, "s')
+    out = run(MAIN, '-nproc', '2', '-output', again, '-resume', 'auto', *options(
+        fashion, 'TRAIN.NUM_EPOCHS', '4', 'SAVE_FREQ', '1', 'DATA.BATCH_SIZE', '8')).stdout
+    assert 'resumed' in out and 'after epoch 2, step 6' in out and 'bitwise' not in out
+    assert 'dropped 3 records past epoch 2' in out
+    assert without_times(records(again)) == without_times(records(folder))
+    assert_same(*(checkpoint.load(str(path / 'latest.pdparams')) for path in (folder, again)))
+    assert_same(*(checkpoint.load(str(path / 'best.pdparams')) for path in (folder, again)))
+    assert (again / 'config.yaml').read_text().replace(str(again), str(folder)) == (folder / 'config.yaml').read_text()
+
+
+def test_another_world_size_goes_on_and_says_so(trained, fashion, tmp_path):
+    folder, _ = trained
+    out = run(MAIN, '-output', tmp_path / 'one', '-resume', folder / 'epoch_2.pdparams', *options(
+        fashion, 'TRAIN.NUM_EPOCHS', '4')).stdout
+    assert 'it counts 2 processes, this run 1: the run goes on after epoch 2, but not bitwise' in out
+    assert 'it counts 6 steps' not in out  # the batch is the same in all
+    assert [row['epoch'] for row in records(tmp_path / 'one')] == [3, 3, 3, 4, 4, 4]
+
+
+@pytest.mark.parametrize('images', [7, 2])
+def test_evaluation_counts_every_image_once(trained, fashion, tmp_path, images):
+    lines = (fashion / 'val_list.txt').read_text().splitlines()[:images]
+    data = with_lists(fashion, tmp_path / 'data', val=lines)
+    rows = []
+    for count in (1, 2, 3):
+        output = tmp_path / f'eval-{count}'
+        run(MAIN, '-nproc', count, '-eval', '-pretrained', trained[0] / 'latest.pdparams', '-output', output, *options(
+            fashion, 'DATA.BATCH_SIZE_EVAL', '2'), '-data_path', data)
+        rows.append(records(output)[0])
+    for row in rows:
+        assert row['n'] == images and (row['acc1'], row['acc5']) == (rows[0]['acc1'], rows[0]['acc5'])
+        assert row['loss'] == pytest.approx(rows[0]['loss'], rel=1e-6)
+
+
+@pytest.mark.parametrize('count', [1, 2, 3])
+def test_helpers(count):
+    out = group(count, 'helpers').stdout
+    assert sorted(out.splitlines()) == [f'rank {rank} of {count} ok' for rank in range(count)]
+
+
+def test_world_size_and_accumulation_make_no_difference(fashion, tmp_path):
+    """Without batch norm: processes x batch x accumulated batches = 20 in all four."""
+    results = []
+    for count, batch, accumulated in ((1, 20, 1), (2, 10, 1), (1, 10, 2), (2, 5, 2)):
+        target = tmp_path / f'{count}-{accumulated}.npz'
+        args = ['train_plain', fashion, target, 'DATA.BATCH_SIZE', batch, 'TRAIN.ACCUM_ITER', accumulated,
+                'TRAIN.GRAD_CLIP', '0.2', 'TRAIN.LINEAR_SCALED_LR', '10', 'REPORT_FREQ', '100']
+        group(count, *args)
+        results.append(np.load(target))
+    assert results[0]['n'].tolist() == [60, 60] and results[0]['loss'][1] < results[0]['loss'][0]
+    for other in results[1:]:
+        for name in results[0].files:
+            np.testing.assert_allclose(other[name], results[0][name], rtol=1e-4, atol=1e-6, err_msg=name)
+
+
+def test_statistics_are_averaged_at_the_end_of_an_epoch(fashion):
+    out = group(2, 'statistics', fashion).stdout
+    counts = {int(line.split()[2]) for line in out.splitlines()}
+    assert len(counts) == 1 and counts.pop() > 20
+
+
+@pytest.mark.parametrize('count', [1, 2])
+def test_nothing_synchronises_between_log_lines(fashion, count):
+    args = ['count', fashion, 'DATA.BATCH_SIZE', 12 // count, 'REPORT_FREQ', '2', 'TRAIN.ACCUM_ITER', '1']
+    out = group(count, *args).stdout
+    lines = [line for line in out.splitlines() if line.startswith('rank')]
+    assert len(lines) == count
+    for line in lines:
+        steps = eval(line.split(': ')[1].split(' then ')[0])
+        calls = line.split(' then ')[1].split()
+        # five steps, lines after the second, fourth and fifth
+        per_line = steps[2]
+        assert steps == [0, 0, per_line, per_line, 2 * per_line] and per_line == len(calls[:per_line])
+        assert calls[:per_line].count('numpy') == 1 and calls[:per_line].count('all_reduce') == count - 1
+        assert calls.count('all_reduce') == (4 if count > 1 else 0)  # three lines, and the batch-norm statistics
+
+
+@pytest.mark.parametrize('count', [1, 2])
+def test_a_loss_that_is_not_finite_ends_all_ranks_together(fashion, count):
+    args = ['not_finite', fashion, 'DATA.BATCH_SIZE', 10 // count, 'REPORT_FREQ', '5']
+    process = group(count, *args, status=2)
+    # the sum over the steps so far: infinite at step 4, not a number after the next, with the weights of that step
+    assert process.stderr == ('workers.py: error: the loss of training, epoch 1, step 4, is nan: lower TRAIN.BASE_LR, '
+                              'or check MODEL.PRETRAINED and the labels; the last good checkpoint is none\n')
+
+
+def ended(folder):
+    """Whether the processes that left their number in a folder have ended."""
+    pids = [int(path.stem) for path in folder.glob('*.pid')]
+    return pids and not any(os.path.exists(f'/proc/{pid}') for pid in pids)
+
+
+@pytest.mark.parametrize('how, status, message', [
+    ('raise', 1, 'RuntimeError: boom'),
+    ('kill', 128 + signal.SIGKILL, 'rank 1 was ended by SIGKILL'),
+    ('mistake', 2, 'workers.py: error: rank 1: a mistake'),
+    ('together', 2, 'workers.py: error: a mistake'),
+])
+def test_a_rank_that_fails_ends_all(tmp_path, how, status, message):
+    start = time.monotonic()
+    process = group(3, 'fail', tmp_path, how, status=status)
+    assert process.stderr.splitlines()[-1] == message and ended(tmp_path)
+    assert how == 'raise' or len(process.stderr.splitlines()) == 1
+    assert time.monotonic() - start < 60
+
+
+def test_a_parent_that_is_terminated_ends_its_processes(tmp_path):
+    process = subprocess.Popen([sys.executable, '-c', GROUP, '2', ROOT / 'tests/workers.py', 'fail', tmp_path, 'sleep'],
+                               env={**os.environ, 'PYTHONPATH': f'{ROOT}:{ROOT / "tests"}'}, cwd=ROOT)
+    while len(list(tmp_path.glob('*.pid'))) < 2:
+        assert process.poll() is None
+        time.sleep(0.1)
+    process.terminate()
+    assert process.wait(40) == 128 + signal.SIGTERM and ended(tmp_path)
+
+
+def test_an_image_that_one_rank_cannot_read(trained, fashion, tmp_path):
+    """Its name reaches the console and log.txt, and the others do not hang."""
+    lines = (fashion / 'val_list.txt').read_text().splitlines()[:6]
+    data = with_lists(fashion, tmp_path / 'data', val=[*lines, 'val/no such.png 3'])
+    # image 6 of 7: the first of three ranks; image 6 of 8: not the first
+    args = ['-eval', '-pretrained', trained[0] / 'latest.pdparams', *options(fashion), '-data_path', data, '-output']
+    line = fails(MAIN, '-nproc', '3', *args, tmp_path / 'three')
+    assert line.startswith(f'main_multi_gpu.py: error: {data}/val/no such.png: cannot read the image')
+    line = fails(MAIN, '-nproc', '2', *args, tmp_path / 'two', '-opts', 'DATA.NUM_WORKERS', '0')
+    assert 'no such.png' in line
+    (data / 'val_list.txt').write_text('\n'.join([*lines[:5], 'val/no such.png 3']))
+    line = fails(MAIN, '-nproc', '2', *args, tmp_path / 'odd')
+    assert line.startswith(f'main_multi_gpu.py: error: rank 1: {data}/val/no such.png: cannot read the image')
+    assert 'rank 1: error: ' in (tmp_path / 'odd/log.txt').read_text()
+
+
+@pytest.mark.parametrize('args, message', [
+    (['-data_path', 'nowhere'], 'nowhere/train_list.txt: cannot read the list'),
+    (['-opts', 'TRAIN.NUM_EPOCHS', '0'], 'TRAIN.NUM_EPOCHS is 0'),
+    (['-opts', 'MODEL.SYNC_BN', 'True'], 'MODEL.SYNC_BN is True, but PaddlePaddle synchronises batch norms on GPUs'),
+    (['-opts', 'TRAIN.ACCUM_ITER', '9'], 'TRAIN.ACCUM_ITER is 9, but an epoch has only'),
+    (['-nproc', '0'], '-nproc is 0, but must be from 1'),
+    (['-output', '/dev/null/x'], '/dev/null/x: Not a directory'),
+])
+def test_mistakes_are_said_once(fashion, tmp_path, args, message):
+    line = fails(MAIN, '-nproc', '2', '-output', tmp_path / 'run', *options(fashion), *args)
+    assert line.startswith('main_multi_gpu.py: error: ') and message in line
+
+
+def test_one_process_is_main_single_gpu(fashion, tmp_path):
+    for main in (MAIN, 'main_single_gpu.py'):
+        run(main, '-output', tmp_path / main, *options(fashion, 'TRAIN.NUM_EPOCHS', '1'))
+    assert without_times(records(tmp_path / MAIN)) == without_times(records(tmp_path / 'main_single_gpu.py'))
+
+
+def test_the_commands_of_the_first_readme(trained, fashion, tmp_path):
+    """Devices that are not there, quotes, equals signs, -amp; only the paths differ."""
+    narrow = ' '.join(map(str, options(fashion, 'TRAIN.NUM_EPOCHS', '1')[5:]))
+    for task in ('', f"-eval -pretrained='{trained[0]}/best.pdparams'"):
+        command = (f"CUDA_VISIBLE_DEVICES=0,1,2,3,4,5,6,7 {sys.executable} main_multi_gpu.py "
+                   f"-cfg='./configs/mobileone_s0.yaml' -dataset='imagenet2012' -batch_size=16 -data_path='{fashion}' "
+                   f"{task} -amp -output='{tmp_path / 'run'}' -opts {narrow}")
+        process = subprocess.run(command, shell=True, cwd=ROOT, capture_output=True, text=True)
+        assert process.returncode == 0 and process.stderr == '', process.stderr
+        assert process.stdout.count('mixed precision (AMP) has no effect on a CPU') == 1
+    assert [row['split'] for row in records(tmp_path / 'run')] == ['train', 'val', 'val', 'val']
+
+
+def test_launcher(trained, fashion, tmp_path):
+    run(*LAUNCH, '--nproc_per_node', '2', '--log_dir', tmp_path / 'log', MAIN, '-output', tmp_path / 'run', *options(
+        fashion, 'TRAIN.NUM_EPOCHS', '4', 'SAVE_FREQ', '1', 'DATA.BATCH_SIZE', '8'))
+    assert without_times(records(tmp_path / 'run')) == without_times(records(trained[0]))
+    assert_same(*(checkpoint.load(str(path / 'latest.pdparams')) for path in (trained[0], tmp_path / 'run')))
+
+
+def free_port():
+    import socket
+    with socket.socket() as port:
+        port.bind(('127.0.0.1', 0))
+        return port.getsockname()[1]
+
+
+def test_two_launchers_are_two_nodes(trained, fashion, tmp_path):
+    """Each on a disk of its own, as far as the folder goes: the second node need not see the first one's files."""
+    port = free_port()
+    nodes = [subprocess.Popen(['sh', 'run_train_multi.sh', '-output', str(tmp_path / 'run'), *map(str, options(
+        fashion, 'TRAIN.NUM_EPOCHS', '4', 'SAVE_FREQ', '1', 'DATA.BATCH_SIZE', '8'))], cwd=ROOT, stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT, text=True, env={
+            **os.environ, 'PYTHON': sys.executable, 'NNODES': '2', 'MASTER': f'127.0.0.1:{port}', 'RANK': str(rank),
+            'OUTPUT': str(tmp_path / 'run')}) for rank in range(2)]
+    outputs = [node.communicate(timeout=200)[0] for node in nodes]
+    assert [node.returncode for node in nodes] == [0, 0], outputs
+    assert without_times(records(tmp_path / 'run')) == without_times(records(trained[0]))
+    assert (tmp_path / 'run/launch-0/workerlog.0').exists() and (tmp_path / 'run/launch-1/workerlog.0').exists()
+
+
+def script(name, *args, status=0, **variables):
+    process = subprocess.run(['sh', name, *map(str, args)], cwd=ROOT, capture_output=True, text=True, timeout=300, env={
+        **os.environ, 'PYTHON': sys.executable, 'PADDLE_NPROC_PER_NODE': '2',
+        **{name: str(value) for name, value in variables.items()}})
+    assert process.returncode == status, process.stdout + process.stderr
+    return process.stdout
+
+
+def test_scripts(fashion, tmp_path):
+    narrow = options(fashion, 'TRAIN.NUM_EPOCHS', '2')[4:]
+    folder = tmp_path / 'run'
+    variables = {'DATA_PATH': fashion, 'OUTPUT': folder, 'BATCH_SIZE': '8', 'CFG': 'configs/mobileone_s4.yaml'}
+    out = script('run_train_multi.sh', *narrow, **variables)
+    assert 'no checkpoint to resume, so the run starts afresh' in out and 'NAME: mobileone_s4' in out
+    assert (folder / 'launch-0/workerlog.1').exists() and len(records(folder)) == 6
+    before = (folder / 'log.jsonl').read_text()
+    out = script('run_train_multi.sh', *narrow, **variables)  # again: nothing is left to do
+    assert 'resumed' in out and 'after epoch 2' in out and (folder / 'log.jsonl').read_text() == before
+    out = script('run_train_multi.sh', *narrow, 'TRAIN.NUM_EPOCHS', '3', **variables)
+    assert [row['epoch'] for row in records(folder)] == [1] * 3 + [2] * 3 + [3] * 3
+
+    variables.update(PRETRAINED=folder / 'best.pdparams', OUTPUT=tmp_path / 'eval')
+    out = script('run_eval_multi.sh', '-deploy', *narrow, **variables)
+    row, = records(tmp_path / 'eval')
+    best = max((row for row in records(folder) if row['weights'] == 'ema'), key=lambda row: row['acc1'])
+    assert 'fused the branches' in out and row['acc1'] == best['acc1'] and row['n'] == 35
+
+
+def test_a_script_that_is_ended_ends_python(fashion, tmp_path):
+    narrow = map(str, options(fashion, 'TRAIN.NUM_EPOCHS', '3000')[4:])
+    process = subprocess.Popen(['sh', 'run_train_multi.sh', *narrow], cwd=ROOT, stdout=subprocess.DEVNULL,
+                               stderr=subprocess.DEVNULL, env={
+        **os.environ, 'PYTHON': sys.executable, 'PADDLE_NPROC_PER_NODE': '2', 'DATA_PATH': str(fashion),
+        'OUTPUT': str(tmp_path / 'run'), 'BATCH_SIZE': '8'})
+    while not (tmp_path / 'run/latest.pdparams').exists():
+        assert process.poll() is None
+        time.sleep(0.1)
+
+    def members():
+        """Command lines of the run's processes."""
+        out = subprocess.run(['ps', '-ww', '-eo', 'args='], capture_output=True, text=True).stdout
+        return [line for line in out.splitlines() if str(tmp_path) in line]
+    assert len(members()) >= 3  # the launcher in the shell's place, and two ranks
+    process.terminate()
+    assert process.wait(60) != 0
+    deadline = time.monotonic() + 30
+    while members() and time.monotonic() < deadline:
+        time.sleep(0.2)
+    assert members() == []

@@ -1,0 +1,153 @@
+"""A run that is ended and resumed is the run that was never ended."""
+import os
+import shutil
+import signal
+import subprocess
+import sys
+import time
+
+import pytest
+from conftest import ROOT, assert_same, fails, options, records, run, without_times
+
+import checkpoint
+
+MAIN = 'main_single_gpu.py'
+# all that has a state or chance of its own
+STATEFUL = ['TRAIN.NUM_EPOCHS', '4', 'TRAIN.MIXUP_ALPHA', '0.5', 'TRAIN.CUTMIX_ALPHA', '1', 'TRAIN.ACCUM_ITER', '2',
+            'TRAIN.GRAD_CLIP', '1', 'SAVE_FREQ', '1', 'KEEP_CHECKPOINTS', '0', 'TRAIN.LINEAR_SCALED_LR', '16']
+OPTIMIZERS = {'SGD': [], 'AdamW': ['TRAIN.OPTIMIZER.NAME', 'AdamW', 'TRAIN.BASE_LR', '0.001']}
+
+
+@pytest.fixture(scope='module', params=OPTIMIZERS)
+def whole(request, fashion, tmp_path_factory):
+    """A run of 4 epochs, and its options."""
+    folder = tmp_path_factory.mktemp('whole') / request.param
+    opts = options(fashion, *STATEFUL, *OPTIMIZERS[request.param])
+    out = run(MAIN, '-output', folder, *opts).stdout
+    # two windows: of two batches, and of the one that is left of 60 // 16
+    assert '8 steps of 32 images' in out and '2 per epoch; learning rate up to ' in out
+    return folder, opts
+
+
+def assert_same_runs(first, second):
+    assert without_times(records(first)) == without_times(records(second))
+    for name in ('latest', 'best'):
+        assert_same(*(checkpoint.load(str(folder / f'{name}.pdparams')) for folder in (first, second)))
+
+
+def test_a_run_that_is_killed_goes_on_bitwise(whole, tmp_path):
+    folder, opts = whole
+    again = tmp_path / 'again'
+    process = subprocess.Popen([sys.executable, MAIN, '-output', str(again), '-resume', 'auto', *map(str, opts)],
+                               cwd=ROOT, stdout=subprocess.PIPE, text=True)
+    while not (again / 'epoch_2.pdparams').exists():
+        assert process.poll() is None
+        time.sleep(0.01)
+    process.kill()
+    assert f'{again}: no checkpoint to resume, so the run starts afresh' in process.communicate()[0]
+    assert process.returncode == -signal.SIGKILL and not (again / 'epoch_4.pdparams').exists()
+    out = run(MAIN, '-output', again, '-resume', 'auto', *opts).stdout
+    assert ' resumed ' in out and 'bitwise' not in out
+    assert_same_runs(folder, again)
+
+
+def copy_until(folder, epoch, target):
+    """The folder of a run as it was when the checkpoint of an epoch had been written."""
+    target.mkdir()
+    shutil.copy(folder / f'epoch_{epoch}.pdparams', target / 'latest.pdparams')
+    best = checkpoint.load(str(target / 'latest.pdparams'))['best']['epoch']
+    shutil.copy(folder / f'epoch_{best}.pdparams', target / 'best.pdparams')
+    shutil.copy(folder / 'log.jsonl', target)
+
+
+def test_ended_between_the_files_of_a_save(whole, tmp_path):
+    """best.pdparams of the third epoch is there, latest.pdparams not yet: the newer one is taken."""
+    folder, opts = whole
+    copy_until(folder, 2, tmp_path / 'again')
+    shutil.copy(folder / 'epoch_3.pdparams', tmp_path / 'again/best.pdparams')
+    (tmp_path / 'again/latest.pdparams.partial').write_bytes(b'half')
+    out = run(MAIN, '-output', tmp_path / 'again', '-resume', 'auto', *opts).stdout
+    assert f'resumed {tmp_path}/again/best.pdparams after epoch 3, step 6' in out
+    assert 'dropped 3 records past epoch 3' in out
+    assert without_times(records(folder)) == without_times(records(tmp_path / 'again'))
+    assert_same(*(checkpoint.load(str(path / 'latest.pdparams')) for path in (folder, tmp_path / 'again')))
+
+
+def test_a_truncated_checkpoint_is_passed_over(whole, tmp_path):
+    folder, opts = whole
+    copy_until(folder, 2, tmp_path / 'again')
+    shutil.copy(folder / 'epoch_1.pdparams', tmp_path / 'again/epoch_1.pdparams')
+    shutil.copy(folder / 'epoch_1.pdparams', tmp_path / 'again/best.pdparams')
+    os.truncate(tmp_path / 'again/latest.pdparams', 1000)
+    out = run(MAIN, '-output', tmp_path / 'again', '-resume', 'auto', *opts).stdout
+    assert f'passed over: {tmp_path}/again/latest.pdparams: not a .pdparams file' in out
+    assert 'after epoch 1, step 2' in out
+    assert without_times(records(folder)) == without_times(records(tmp_path / 'again'))
+
+
+def test_a_checkpoint_by_name_in_its_own_folder(whole, tmp_path):
+    """What is past it is put aside; no -output is needed."""
+    folder, opts = whole
+    again = tmp_path / 'again'
+    shutil.copytree(folder, again)
+    out = run(MAIN, '-resume', again / 'epoch_2.pdparams', *opts).stdout
+    for name in ('latest', 'epoch_3', 'epoch_4'):
+        assert f'{again}/{name}.pdparams: is past the checkpoint to resume' in out
+        assert (again / f'{name}.pdparams.past').exists()
+    assert without_times(records(folder)) == without_times(records(again))
+    assert_same(*(checkpoint.load(str(path / 'latest.pdparams')) for path in (folder, again)))
+    assert (again / 'config.yaml').read_text().replace(str(again), str(folder)) == (folder / 'config.yaml').read_text()
+
+
+def test_a_run_that_is_done_is_left_as_it_is(whole, tmp_path):
+    folder, opts = whole
+    again = tmp_path / 'again'
+    shutil.copytree(folder, again)
+    out = run(MAIN, '-output', again, '-resume', 'auto', *opts).stdout
+    assert f'resumed {again}/latest.pdparams after epoch 4' in out
+    for path in folder.iterdir():
+        if path.name not in ('log.txt', 'config.yaml'):
+            assert path.read_bytes() == (again / path.name).read_bytes(), path
+
+
+def test_checkpoints_that_cannot_be_resumed(whole, fashion, tmp_path):
+    folder, opts = whole
+    state = checkpoint.load(str(folder / 'epoch_2.pdparams'))
+    ancestors = {**state, 'optimizer': {'conv2d_0.w_0_velocity_0': state['model']['fc.weight']}}
+    for name in ('step', 'best', 'world_size'):
+        del ancestors[name]
+    checkpoint.save(ancestors, str(tmp_path / 'old.pdparams'))
+    checkpoint.save(state['model'], str(tmp_path / 'weights.pdparams'))
+
+    def message(*args):
+        return fails(MAIN, '-output', tmp_path / 'run', *opts[:4], *args, *opts[4:])
+    assert ('old.pdparams: is no checkpoint of this project (no step, best, world_size), and others cannot be resumed; '
+            'start from its weights with -pretrained') in message('-resume', tmp_path / 'old.pdparams')
+    assert 'weights alone, which cannot be resumed; start from them with -pretrained' in message(
+        '-resume', tmp_path / 'weights.pdparams')
+    assert 'no such weight file' in message('-resume', tmp_path / 'nowhere.pdparams')
+    assert "name the folder with -output" in fails(MAIN, '-resume', 'auto', *opts)
+    assert "EVAL takes its weights from -pretrained" in message('-eval', '-pretrained', 'x', '-resume', 'auto')
+    assert 'TRAIN.LAST_EPOCH is 3, but' in message('-last_epoch', '3', '-resume', folder / 'epoch_2.pdparams')
+    assert 'does not fit the network of the config' in fails(
+        MAIN, '-output', tmp_path / 'a', '-resume', folder / 'epoch_2.pdparams', *opts, 'MODEL.USE_SE', 'False')
+    other = OPTIMIZERS['SGD' if 'AdamW' in opts else 'AdamW'] or ['TRAIN.OPTIMIZER.NAME', 'SGD']
+    line = fails(MAIN, '-output', tmp_path / 'b', '-resume', folder / 'epoch_2.pdparams', *opts, *other)
+    assert 'its optimizer is another one: missing stages.0.' in line and 'unexpected' not in line.split(';')[0]
+    line = fails(MAIN, '-output', folder, '-resume', tmp_path / 'old.pdparams', *opts)
+    assert 'holds the results of another run' in line and '-resume auto' in line
+    # but their weights serve
+    run(MAIN, '-output', tmp_path / 'tuned', '-pretrained', tmp_path / 'old.pdparams', *opts, 'TRAIN.NUM_EPOCHS', '1')
+
+
+def test_other_batches_and_no_ema_go_on_and_say_so(whole, tmp_path):
+    folder, opts = whole
+    out = run(MAIN, '-output', tmp_path / 'a', '-resume', folder / 'epoch_2.pdparams', *opts, 'TRAIN.ACCUM_ITER', '1',
+              'TRAIN.MODEL_EMA', 'False').stdout
+    assert 'it counts 4 steps, this run 6: the run goes on after epoch 2, but not bitwise as it would have' in out
+    assert [row['step'] for row in records(tmp_path / 'a')] == [9, 9, 12, 12]
+    state = checkpoint.load(str(tmp_path / 'a/latest.pdparams'))
+    assert state['model_ema'] == {}
+    out = run(MAIN, '-output', tmp_path / 'a', '-resume', 'auto', *opts, 'TRAIN.NUM_EPOCHS', '5', 'TRAIN.ACCUM_ITER',
+              '1').stdout
+    assert 'it holds no EMA: the average starts from its weights' in out and records(tmp_path / 'a')[-1]['epoch'] == 5

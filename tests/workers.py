@@ -1,0 +1,173 @@
+"""What a process of a group does in test_distributed.py: python workers.py FUNCTION FOLDER [ARGUMENT ...]."""
+import os
+import signal
+import sys
+from pathlib import Path
+
+from utils import prepare_runtime, run_program
+
+prepare_runtime()
+
+import numpy as np  # noqa: E402
+import paddle  # noqa: E402
+from conftest import NARROW  # noqa: E402
+
+import engine  # noqa: E402
+from config import get_config, get_parser, resolve_config, update_config  # noqa: E402
+from datasets import get_dataloader, get_dataset  # noqa: E402
+from mobileone import build_mobileone  # noqa: E402
+from utils import (  # noqa: E402
+    UserError,
+    from_main,
+    join_process_group,
+    mean_over_ranks,
+    rank,
+    reduce_over_ranks,
+    world_size,
+)
+
+SYNCS = ['numpy', 'item', 'tolist', '__float__', '__int__', '__bool__', '__array__', '__index__', 'cpu', 'tobytes']
+COLLECTIVES = ['all_reduce', 'broadcast', 'broadcast_object_list', 'all_gather', 'all_gather_object', 'barrier',
+               'reduce', 'scatter', 'alltoall']
+
+
+class Plain(paddle.nn.Layer):
+    """A network without batch norm."""
+
+    def __init__(self):
+        super().__init__()
+        self.conv = paddle.nn.Conv2D(3, 4, 3, stride=2)
+        self.fc = paddle.nn.Linear(4, 10)
+
+    def forward(self, x):
+        return self.fc(paddle.nn.functional.relu(self.conv(x)).mean([2, 3]))
+
+
+def say(text):
+    """A line in one piece, between those of the other processes."""
+    os.write(1, f'{text}\n'.encode())
+
+
+def build(folder, network, *options):
+    """(Training, loader, config) on the data set in a folder."""
+    args = get_parser('').parse_args(['-data_path', folder, '-opts', *NARROW, 'MODEL.NUM_CLASSES', '10',
+                                      'DATA.NUM_WORKERS', '0', *options])
+    config = resolve_config(update_config(get_config(), args))
+    paddle.seed(0)
+    model = network() if network else build_mobileone(config)
+    loader = get_dataloader(config, get_dataset(config), True, rank(), world_size())
+    return engine.build_training(config, model, loader), loader, config
+
+
+def train_plain(folder, target, *options):
+    """Train a network without batch norm for two epochs and save its weights, average and metrics."""
+    training, loader, config = build(folder, Plain, *options)
+    metrics = [engine.train_one_epoch(training, loader, epoch, config) for epoch in (1, 2)]
+    if rank() == 0:
+        np.savez(target, loss=[m.loss for m in metrics], acc5=[m.acc5 for m in metrics], n=[m.n for m in metrics],
+                 **{name: tensor.numpy() for name, tensor in training.model.state_dict().items()},
+                 **{f'ema.{name}': tensor.numpy() for name, tensor in training.ema.average.items()})
+
+
+def count(folder, *options):
+    """Print how often an epoch synchronises, per log line, and that nothing does between log lines."""
+    training, loader, config = build(folder, None, *options)
+    engine.train_one_epoch(training, loader, 1, config)  # what is made once is made here
+    calls = []
+
+    def counted(owner, name):
+        original = getattr(owner, name, None)
+
+        def call(*args, **kwargs):
+            calls.append(name)
+            return original(*args, **kwargs)
+        if original:
+            setattr(owner, name, call)
+    for name in SYNCS:
+        counted(paddle.Tensor, name)
+    for name in COLLECTIVES:
+        counted(paddle.distributed, name)
+    at_steps = []
+    step = engine.train_step
+
+    def train_step(*args):
+        at_steps.append(list(calls))
+        return step(*args)
+    engine.train_step = train_step
+    engine.train_one_epoch(training, loader, 2, config)
+    say(f'rank {rank()}: {[len(before) for before in at_steps]} then {" ".join(calls)}')
+
+
+def not_finite(folder, *options):
+    """Train with a loss that is not finite from step 4 on, on the last rank alone."""
+    training, loader, config = build(folder, Plain, *options)
+    criterion, losses = training.criterion, []
+
+    def broken(logits, labels):
+        losses.append(None)
+        bad = len(losses) >= 4 and rank() == world_size() - 1
+        return criterion(logits, labels) * (float('inf') if bad else 1.0)
+    training.criterion = broken
+    engine.train_one_epoch(training, loader, 1, config)
+
+
+def helpers():
+    size = world_size()
+    assert reduce_over_ranks([rank(), 1]).tolist() == [size * (size - 1) / 2, size]
+    assert reduce_over_ranks(paddle.to_tensor([rank() + 3.0]), 'MIN').tolist() == [3]
+    means = mean_over_ranks([np.full([2, 2], rank(), 'float32'), np.array([1.0, rank()])])
+    assert means[0].dtype == np.float32 and (means[0] == (size - 1) / 2).all()
+    assert means[1].tolist() == [1, (size - 1) / 2]
+    assert from_main(lambda: {'from': rank()}) == {'from': 0}
+
+    def mistake():
+        raise UserError(f'said by {rank()}')
+    try:
+        from_main(mistake)
+    except UserError as error:
+        assert str(error) == 'said by 0'
+    else:
+        raise AssertionError
+    say(f'rank {rank()} of {size} ok')
+
+
+def statistics(folder):
+    """Every rank ends an epoch with the same batch-norm statistics, the mean of what each had."""
+    training, loader, config = build(folder, None, 'DATA.BATCH_SIZE', '5')
+    average, own = engine.average_statistics, {}
+
+    def spy(training):
+        own.update({name: tensor.numpy() for name, tensor in training.model.state_dict().items()})
+        own.update({f'ema.{name}': tensor.numpy() for name, tensor in training.ema.average.items()})
+        average(training)
+    engine.average_statistics = spy
+    engine.train_one_epoch(training, loader, 1, config)
+    state = {name: tensor.numpy() for name, tensor in training.model.state_dict().items()}
+    state.update({f'ema.{name}': tensor.numpy() for name, tensor in training.ema.average.items()})
+    differed = 0
+    for name, value in state.items():
+        mean = mean_over_ranks([own[name]])[0]
+        differed += (own[name] != mean).any()
+        if name.endswith(('._mean', '._variance')):
+            assert (value == mean).all(), name
+        else:
+            assert (value == own[name]).all() and np.allclose(own[name], mean, rtol=1e-6), name
+    say(f'rank {rank()}: {differed} differed')
+
+
+def fail(folder, how):
+    """Rank 1 fails in one way, the others wait for it."""
+    Path(folder, f'{os.getpid()}.pid').touch()
+    if rank() == 1 or how == 'together':
+        if how == 'raise':
+            raise RuntimeError('boom')
+        if how == 'kill':
+            os.kill(os.getpid(), signal.SIGKILL)
+        if how != 'wait':
+            raise UserError('a mistake')
+    reduce_over_ranks([0])
+
+
+if __name__ == '__main__':
+    join_process_group()
+    run_program(lambda: globals()[sys.argv[1]](*sys.argv[2:]))

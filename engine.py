@@ -449,7 +449,7 @@ def resume_training(config, loader, path, state):
     # the EMA starts from the weights that the model has when it is built
     checkpoint.load_into(model, state['model_ema'] or state['model'], path)
     training = build_training(config, model, loader)
-    checkpoint.load_into(model, state['model'], path)
+    checkpoint.load_into(training.model, state['model'], path)
     optim.load_optimizer_state(training.optimizer, training.model, state['optimizer'], path)
     if state['amp_grad_scaler']:
         training.precision.scaler.load_state_dict(state['amp_grad_scaler'])

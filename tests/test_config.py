@@ -76,7 +76,7 @@ def test_every_config_is_valid_and_has_a_header(path):
     resolve_config(get_config(str(path)))
     header = path.read_text().split('\n\n')[0]
     assert header.startswith('#') and 'xpected result' in path.read_text()
-    assert any(line.startswith(('#   python ', '#   sh ')) for line in path.read_text().splitlines())
+    assert re.search(r'^#   ([A-Z_]+=\S+ )*(python|sh) ', path.read_text(), re.M)
 
 
 def test_base_is_relative_and_merged_first(tmp_path):
@@ -135,23 +135,28 @@ TRAIN:
   BASE_LR: 1
   WEIGHT_DECAY: 1e-5
   LINEAR_SCALED_LR: null
+  GRAD_CLIP: null
+  CUTMIX_MINMAX: None
   MULTI_SCALE_SAMPLER_DDP: False
   OPTIMIZER:
 DATA:
   BATCH_SIZE_EVAL: null
 MODEL:
   PRETRAINED: null
+  RESUME: null
   EXPANSIONS: [1, 2, 2.5, 3, 4]
 '''))
     assert (config.TRAIN.BASE_LR, config.TRAIN.WEIGHT_DECAY, config.TRAIN.LINEAR_SCALED_LR) == (1.0, 1e-5, 0)
     assert all(type(value) is float for value in [config.TRAIN.BASE_LR, *config.MODEL.EXPANSIONS])
-    assert (config.DATA.BATCH_SIZE_EVAL, config.MODEL.PRETRAINED) == (0, '')
+    assert (config.DATA.BATCH_SIZE_EVAL, config.MODEL.PRETRAINED, config.MODEL.RESUME) == (0, '', '')
+    assert (config.TRAIN.GRAD_CLIP, config.TRAIN.CUTMIX_MINMAX) == (0.0, [0.0, 0.0])
 
 
 def test_flags():
     config = parse('-cfg=' + str(ROOT / 'configs/mobileone_s4.yaml'), '-dataset=imagenet2012', '-data_path', 'a b',
                    '-output', 'out', '-batch_size', '16', '-image_size=160', '-pretrained', 'w.pdparams',
-                   '-last_epoch', '3', '-eval', '-deploy')
+                   '-last_epoch', '3', '-eval', '-deploy', '-amp', '-accum_iter=4', '-resume', 'auto')
+    assert config.AMP is True and config.TRAIN.ACCUM_ITER == 4 and config.MODEL.RESUME == 'auto'
     assert config.MODEL.USE_SE and config.EVAL and config.MODEL.DEPLOY
     assert (config.DATA.DATASET, config.DATA.DATA_PATH, config.SAVE) == ('imagenet2012', 'a b', 'out')
     assert (config.DATA.BATCH_SIZE, config.DATA.BATCH_SIZE_EVAL, config.DATA.IMAGE_SIZE) == (16, 16, 160)
@@ -228,6 +233,16 @@ def test_flags_are_exact(argv, capsys):
     ('TRAIN.OPTIMIZER.NESTEROV True TRAIN.OPTIMIZER.MOMENTUM 0', 'NESTEROV'),
     ('TRAIN.OPTIMIZER.BETAS [1.0,0.9]', 'TRAIN.OPTIMIZER.BETAS'),
     ('TRAIN.SMOOTHING -0.1', 'TRAIN.SMOOTHING'),
+    ('TRAIN.ACCUM_ITER 0', 'TRAIN.ACCUM_ITER is 0'),
+    ('TRAIN.GRAD_CLIP -1', 'TRAIN.GRAD_CLIP is -1.0'),
+    ('TRAIN.MIXUP_MODE half', 'must be one of batch, pair, elem'),
+    ('TRAIN.MIXUP_PROB 2', 'TRAIN.MIXUP_PROB is 2.0'),
+    ('TRAIN.CUTMIX_MINMAX [0.5,0.2]', 'TRAIN.CUTMIX_MINMAX is .* the smaller share comes first'),
+    ('TRAIN.CUTMIX_MINMAX [0.5]', 'TRAIN.CUTMIX_MINMAX is .*2 entries'),
+    ('AMP_LEVEL O3', 'must be one of O1, O2'),
+    ('AMP_DTYPE float32', 'must be one of float16, bfloat16'),
+    ('MODEL.RESUME auto', "MODEL.RESUME is 'auto', .* name the folder with -output"),
+    ('MODEL.RESUME x EVAL True MODEL.PRETRAINED y', "MODEL.RESUME is 'x', but EVAL takes its weights"),
     ('SEED -1', 'SEED is -1'),
 ])
 def test_values_that_cannot_run(options, message):

@@ -230,7 +230,6 @@ def free_port():
 
 
 def test_two_launchers_are_two_nodes(trained, fashion, tmp_path):
-    """Each on a disk of its own, as far as the folder goes: the second node need not see the first one's files."""
     port = free_port()
     nodes = [subprocess.Popen(['sh', 'run_train_multi.sh', '-output', str(tmp_path / 'run'), *map(str, options(
         fashion, 'TRAIN.NUM_EPOCHS', '4', 'SAVE_FREQ', '1', 'DATA.BATCH_SIZE', '8'))], cwd=ROOT, stdout=subprocess.PIPE,

@@ -11,7 +11,7 @@ import pytest
 from conftest import NARROW, ROOT, fails, records, run, write_images
 from PIL import Image
 
-PROGRAMS = [['main_single_gpu.py'], ['load_pytorch_weights.py']] + [
+PROGRAMS = [['main_single_gpu.py'], ['main_multi_gpu.py'], ['load_pytorch_weights.py']] + [
     ['-m', f'tools.{path.stem}'] for path in sorted((ROOT / 'tools').glob('[a-z]*.py'))]
 
 
@@ -21,7 +21,7 @@ def test_help_is_complete(program):
     name = program[-1]
     assert out.startswith(f'usage: {name}') and f'python {" ".join(program)}' in out
     flags = set(re.findall(r'(?<=[\[ ])-[a-z_]+', out.split('\n\n')[0])) - {'-h'}
-    assert flags and (name != 'main_single_gpu.py' or len(flags) == 15)
+    assert len(flags) == {'main_single_gpu.py': 15, 'main_multi_gpu.py': 16}.get(name, len(flags)) > 0
     # every flag of the usage has an entry of its own: flag and placeholders, then words
     entries = re.split(r'\n  (?=-)', '\n  ' + re.split(r'\n(?:options|optional arguments):\n', out)[1].strip('\n'))
     placeholders = r'^\S+( \[?[A-Z][A-Z ]*(\.\.\.)?\]?)?'
@@ -167,3 +167,14 @@ def test_picture(tmp_path):
     run('-m', 'tools.draw_block', '-save', tmp_path / 'x.png')
     assert Image.open(tmp_path / 'x.png').size[0] == pytest.approx(Image.open(ROOT / 'mobileone.png').size[0], rel=0.1)
     assert '/dev/null/x.png' in fails('-m', 'tools.draw_block', '-save', '/dev/null/x.png')
+
+
+def test_benchmark_of_processes(fashion):
+    args = ['-m', 'tools.benchmark_ddp', '-data_path', fashion, '-batch_size', '4', '-steps', '2', '-repeats', '1',
+            '-opts', *NARROW, 'MODEL.NUM_CLASSES', '10']
+    process = run(*args)
+    rows = [line.split() for line in process.stdout.splitlines()[2:]]
+    assert [row[0] for row in rows] == ['1', '2'] and all(float(row[1]) > 0 for row in rows) and process.stderr == ''
+    assert rows[0][5] == '100.0%'
+    assert '-steps and -repeats must be at least 1' in fails(*args, '-repeats', '0')
+    assert '-nproc 1: main_multi_gpu.py: error: ' in fails(*args, 'MODEL.NUM_BLOCKS', '[1,1]')

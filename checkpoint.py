@@ -1,5 +1,6 @@
 """Weight files and checkpoints: atomic writing, strict loading, latest and best."""
 import glob
+import itertools
 import os
 import re
 
@@ -83,17 +84,33 @@ def _checkpoints(folder):
 
 
 def find_newest(folder):
-    """(path, state) of the whole checkpoint of a folder that has seen the most steps; None where there is none."""
-    # of equal ones the last by name, which is latest.pdparams
-    return max(reversed(list(_checkpoints(folder))), key=lambda found: found[1]['step'], default=None)
+    """(path, state) of the whole checkpoint of a folder that has seen the most epochs; None where there is none.
+
+    Epochs, not steps: a run that is resumed with larger batches has fewer steps.
+    Raises: UserError when there are checkpoints and none can be read: to start afresh would replace them.
+    """
+    newest = None
+    for path, state in _checkpoints(folder):
+        # of equal ones the last by name, which is latest.pdparams
+        if newest is None or state['epoch'] >= newest[1]['epoch']:
+            newest = path, state
+    latest = os.path.join(folder, LATEST)
+    if newest is None and os.path.exists(latest):
+        raise UserError(f'{latest}: cannot be resumed (see above), nor is there another checkpoint in its folder; '
+                        'remove it to start afresh, or choose another -output')
+    return newest
 
 
-def put_aside(folder, step):
-    """Append .past to the names of a folder's checkpoints that have seen more than `step` steps; returns the paths."""
-    paths = [path for path, state in _checkpoints(folder) if state['step'] > step]
-    for path in paths:
-        os.replace(path, f'{path}.past')
-    return paths
+def put_aside(folder, epoch):
+    """Append .past to the names of a folder's checkpoints that are past an epoch. Returns: (old, new path) of each."""
+    renamed = []
+    for path, state in _checkpoints(folder):
+        if state['epoch'] > epoch:
+            names = itertools.chain([f'{path}.past'], (f'{path}.past-{number}' for number in itertools.count(2)))
+            renamed.append((path, next(name for name in names if not os.path.exists(name))))
+    for path, new in renamed:
+        os.replace(path, new)
+    return renamed
 
 
 def load_weights(path):

@@ -223,16 +223,16 @@ _LENGTH = {
 }
 
 
-def _leaves(node, prefix=''):
+def leaves(node, prefix=''):
     """Yield (dotted name, value) of every key below a config node."""
     for name, value in node.items():
         if isinstance(value, CN):
-            yield from _leaves(value, f'{prefix}{name}.')
+            yield from leaves(value, f'{prefix}{name}.')
         else:
             yield prefix + name, value
 
 
-_DEFAULTS = dict(_leaves(_C))
+_DEFAULTS = dict(leaves(_C))
 _SECTIONS = {key[:dot.start()] for key in _DEFAULTS for dot in re.finditer(r'\.', key)}
 
 
@@ -454,10 +454,10 @@ def resolve_config(config):
     Raises: UserError that names key, value and remedy.
     """
     resolved = _C.clone()
-    for key, value in _leaves(config):
+    for key, value in leaves(config):
         if key != 'BASE':
             _set(resolved, key, value, 'config')
-    for key, value in _leaves(resolved):
+    for key, value in leaves(resolved):
         _check_value(key, value)
     _check_combinations(resolved)
     resolved.freeze()

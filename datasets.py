@@ -3,6 +3,7 @@
 A sample's index is a pair (epoch, index). Whatever is random about it is a function of (SEED, epoch, index), so workers
 hold no state: any number of them gives the same batches.
 """
+import functools
 import os
 import pickle
 import time
@@ -92,7 +93,7 @@ class TrainSampler:
         if length < world_size:
             raise UserError(f'{length} training images are too few for {world_size} processes')
         self.length = length
-        self.total_batch = batch_size * world_size
+        self.total_batch = min(length, batch_size * world_size)
         self.seed = seed
         self.rank = rank
         self.world_size = world_size
@@ -159,9 +160,8 @@ def _collate(items):
     return np.stack(images), np.array(labels, dtype='int64')
 
 
-def _end_with_this_process(worker):
-    """A worker whose parent is killed may wait for ever for what that was writing (seen with Paddle 3.3.1)."""
-    end_with_parent()
+def _end_with_parent(parent, worker):
+    end_with_parent(parent)
 
 
 class Loader:
@@ -173,8 +173,9 @@ class Loader:
     def __init__(self, dataset, batch_sampler, num_workers):
         self.dataset = dataset
         self.batch_sampler = batch_sampler
+        # a worker whose parent is killed may wait for ever for what that was writing
         self.loader = DataLoader(_Caught(dataset), batch_sampler=batch_sampler, num_workers=num_workers,
-                                 collate_fn=_collate, worker_init_fn=_end_with_this_process)
+                                 collate_fn=_collate, worker_init_fn=functools.partial(_end_with_parent, os.getpid()))
         self.waited = 0.0
 
     def __len__(self):

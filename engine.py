@@ -11,6 +11,8 @@ import itertools
 import json
 import math
 import os
+import re
+import sys
 import time
 from dataclasses import dataclass
 from typing import Optional
@@ -21,7 +23,7 @@ import paddle.nn.functional as F
 
 import checkpoint
 import optim
-from config import resolve_config
+from config import get_config, leaves, resolve_config
 from datasets import get_dataloader, get_dataset
 from losses import LabelSmoothingCrossEntropyLoss, SoftTargetCrossEntropyLoss
 from mixup import Mixup
@@ -32,8 +34,10 @@ from utils import (
     Progress,
     UserError,
     append_json,
+    first_few,
     from_main,
     mean_over_ranks,
+    program_name,
     rank,
     reduce_over_ranks,
     setup_logger,
@@ -184,7 +188,7 @@ def check_finite(value, what, last_checkpoint=''):
     """Raises: UserError unless a value is finite. what: the value's name; last_checkpoint: what the run has left."""
     if not math.isfinite(value):
         raise UserError(f'{what} is {value}: lower TRAIN.BASE_LR, or check MODEL.PRETRAINED and the labels; the last '
-                        f'good checkpoint is {last_checkpoint or "none"}')
+                        f'good checkpoint is {last_checkpoint or "none: no epoch was saved yet"}')
 
 
 def time_left(seconds, steps_done, steps_left, evaluation_seconds=0.0):
@@ -349,7 +353,7 @@ class RunLog:
         """Keep the records up to an epoch, for a run that is resumed there; what is left of a broken line goes too."""
         if rank() > 0 or not os.path.exists(self.path):
             return
-        with open(self.path, encoding='utf-8') as file:
+        with open(self.path, encoding='utf-8', errors='replace') as file:
             lines = file.readlines()
         kept = [line for line in lines if _epoch_of(line) <= epoch]
         if kept != lines:
@@ -358,8 +362,9 @@ class RunLog:
 
 
 def _epoch_of(line):
+    """The epoch of a record's line; beyond all epochs for what is no whole record."""
     try:
-        return json.loads(line)['epoch']
+        return int(json.loads(line)['epoch']) if line.endswith('\n') else math.inf
     except (ValueError, TypeError, KeyError):
         return math.inf
 
@@ -385,7 +390,7 @@ def save_checkpoints(config, training, epoch, step, best):
     check_weights(training, epoch)
     latest = os.path.join(config.SAVE, checkpoint.LATEST)
     if rank() == 0:
-        state = checkpoint.to_arrays({
+        write_checkpoints(config, checkpoint.to_arrays({
             'model': training.model.state_dict(),
             'model_ema': training.ema.average if training.ema else {},
             'optimizer': optim.optimizer_state(training.optimizer, training.model),
@@ -395,15 +400,19 @@ def save_checkpoints(config, training, epoch, step, best):
             'amp_grad_scaler': training.precision.scaler.state_dict(),
             'best': best,
             'world_size': world_size(),
-        })
-        # latest comes last: should the run end between, it goes on from the one before and writes the others anew
-        if best['epoch'] == epoch:
-            checkpoint.save(state, os.path.join(config.SAVE, checkpoint.BEST))
-        if config.SAVE_FREQ and epoch % config.SAVE_FREQ == 0:
-            checkpoint.save(state, os.path.join(config.SAVE, f'epoch_{epoch}.pdparams'))
-            checkpoint.prune(config.SAVE, config.KEEP_CHECKPOINTS)
-        checkpoint.save(state, latest)
+        }))
     training.last_checkpoint = f'{latest} (epoch {epoch})'
+
+
+def write_checkpoints(config, state):
+    """Write the state of an epoch to the files that are due; latest.pdparams last, as the mark that the others are."""
+    epoch = state['epoch']
+    if state['best']['epoch'] == epoch:
+        checkpoint.save(state, os.path.join(config.SAVE, checkpoint.BEST))
+    if config.SAVE_FREQ and epoch % config.SAVE_FREQ == 0:
+        checkpoint.save(state, os.path.join(config.SAVE, f'epoch_{epoch}.pdparams'))
+        checkpoint.prune(config.SAVE, config.KEEP_CHECKPOINTS)
+    checkpoint.save(state, os.path.join(config.SAVE, checkpoint.LATEST))
 
 
 def run_evaluation(config, loader):
@@ -442,7 +451,7 @@ def resume_training(config, loader, path, state):
     Raises: UserError for a checkpoint of another network or optimizer.
     """
     epoch = state['epoch']
-    if config.TRAIN.LAST_EPOCH not in (0, epoch):
+    if config.TRAIN.LAST_EPOCH > epoch:
         raise UserError(f'TRAIN.LAST_EPOCH is {config.TRAIN.LAST_EPOCH}, but {path} ends at epoch {epoch}: leave it '
                         'out')
     model = build_mobileone(config)
@@ -456,12 +465,12 @@ def resume_training(config, loader, path, state):
     training.last_checkpoint = f'{path} (epoch {epoch})'
     LOG.info(f'resumed {path} after epoch {epoch}, step {state["step"]}')
     if config.TRAIN.MODEL_EMA and not state['model_ema']:
-        LOG.info('it holds no EMA: the average starts from its weights')
+        LOG.info('the checkpoint holds no EMA: the average starts from its weights')
     step = epoch * steps_per_epoch(config, loader)
     for name, then, now in (('processes', state['world_size'], world_size()), ('steps', state['step'], step)):
         if then != now:
-            LOG.info(f'it counts {then} {name}, this run {now}: the run goes on after epoch {epoch}, but not bitwise '
-                     'as it would have')
+            LOG.info(f'the checkpoint counts {then} {name}, this run {now}: it goes on after epoch {epoch}, but not '
+                     'bitwise as it would have')
     return training, epoch, state['best']
 
 
@@ -471,9 +480,9 @@ def run_training(config, train_loader, val_loader, resumed=None):
         training, done, best = resume_training(config, train_loader, *resumed)
     else:
         training, done, best = start_training(config, train_loader)
+    # nothing of an earlier run is touched before the checkpoint has proved to fit
+    from_main(lambda: take_over(config, resumed, done))
     log = RunLog(config, training.schedule)
-    if config.MODEL.RESUME:
-        log.drop_after(done)
     steps = steps_per_epoch(config, train_loader)
     for epoch in range(done + 1, config.TRAIN.NUM_EPOCHS + 1):
         step = epoch * steps
@@ -484,12 +493,15 @@ def run_training(config, train_loader, val_loader, resumed=None):
             if metrics.acc1 > best['acc1']:
                 best = {'acc1': metrics.acc1, 'epoch': epoch}
         save_checkpoints(config, training, epoch, step, best)
-    LOG.info(f'best top-1 {best["acc1"]:.2f}% ({"EMA" if training.ema else "raw"} weights) at epoch '
-             f'{best["epoch"]}: {os.path.join(config.SAVE, checkpoint.BEST)}')
+    if done >= config.TRAIN.NUM_EPOCHS:
+        LOG.info(f'all {config.TRAIN.NUM_EPOCHS} epochs are done: nothing is left to train')
+    path = os.path.join(config.SAVE, checkpoint.BEST)
+    LOG.info(f'best top-1 {best["acc1"]:.2f}% ({"EMA" if training.ema else "raw"} weights) at epoch {best["epoch"]}: '
+             f'{path if os.path.exists(path) else "its file is not in this folder"}')
 
 
 def prepare_folder(config):
-    """Make the folder of a run and save its config there.
+    """Make the folder of a run.
 
     A run without a SAVE gets the folder of the checkpoint that it resumes, or a new one below output/.
     Returns: the config, frozen, with the folder as SAVE.
@@ -513,29 +525,77 @@ def prepare_folder(config):
     config.defrost()
     config.SAVE = folder
     config.freeze()
-    path = os.path.join(folder, 'config.yaml')
-    if config.EVAL and os.path.exists(path):
-        path = os.path.join(folder, 'config-eval.yaml')  # a training's config stays
-    saved = config.clone()
-    saved.defrost()
-    saved.MODEL.RESUME = ''  # says how this process began, not what the run is
-    _write(path, saved.dump(default_flow_style=None))
     return config
 
 
-def find_checkpoint(config):
-    """(path, state) of the checkpoint that MODEL.RESUME means; None when there is none.
+def save_config(config):
+    """Write the config of a run to its folder; an evaluation in the folder of a training does not replace that one's.
 
-    Checkpoints of the run's folder that have seen more steps are put aside: the run will write others.
+    Says in which keys the run differs from the one that it goes on with.
     """
+    path = os.path.join(config.SAVE, 'config.yaml')
+    if config.EVAL and os.path.exists(path):
+        path = os.path.join(config.SAVE, 'config-eval.yaml')
+    saved = config.clone()
+    saved.defrost()
+    saved.MODEL.RESUME = ''  # says how this process began, not what the run is
+    if config.MODEL.RESUME and os.path.exists(path):
+        for line in config_differences(get_config(path), saved):
+            LOG.info(f'not as in {path}, so the run does not go on bitwise as it would have: {line}')
+    _write(path, saved.dump(default_flow_style=None))
+
+
+def config_differences(first, second):
+    """Lines on the keys that two configs differ in, but for those that make no difference to the weights."""
+    unrelated = ('BASE', 'SAVE', 'SAVE_FREQ', 'KEEP_CHECKPOINTS', 'REPORT_FREQ', 'VALIDATE_FREQ', 'DATA.NUM_WORKERS',
+                 'DATA.DATA_PATH', 'DATA.BATCH_SIZE_EVAL', 'MODEL.NAME', 'TRAIN.LAST_EPOCH')
+    values = dict(leaves(second))
+    return [f'{key} was {value!r} and is {values[key]!r}' for key, value in leaves(first)
+            if key not in unrelated and values[key] != value]
+
+
+def take_over(config, resumed, epoch):
+    """Make the folder what it was when the checkpoint of an epoch was written, for the run that goes on from there."""
+    save_config(config)
+    if not config.MODEL.RESUME:
+        return
+    RunLog(config).drop_after(epoch)
+    if not resumed:
+        return
+    path, state = resumed
+    if config.MODEL.PRETRAINED:
+        LOG.info(f'{config.MODEL.PRETRAINED} is not used: the run goes on from {path}')
+    for old, new in checkpoint.put_aside(config.SAVE, epoch):
+        LOG.info(f'{old}: is past the checkpoint to resume; put aside as {new}')
+    latest = os.path.join(config.SAVE, checkpoint.LATEST)
+    if os.path.dirname(os.path.realpath(path)) == os.path.realpath(config.SAVE) and not os.path.samefile(
+            path, latest if os.path.exists(latest) else config.SAVE):
+        write_checkpoints(config, state)  # the run may have ended between the files of a save
+
+
+def check_agreement(config, loaders):
+    """Raises: UserError, on all ranks, when one has another config or other lists than rank 0.
+
+    Machines may keep the data in different places.
+    """
+    def facts():
+        keys = {key: value for key, value in leaves(config) if key not in ('DATA.DATA_PATH', 'SAVE')}
+        return {**keys, **{f'images of {os.path.basename(loader.dataset.list_path)}': len(loader.dataset)
+                           for loader in loaders}}
+    first, own = from_main(facts), facts()
+    differing = [f'{key} is {own[key]!r}, not {first[key]!r}' for key in first if own[key] != first[key]]
+    if reduce_over_ranks([-len(differing)], 'MIN')[0] < 0:
+        raise UserError(f'not as on rank 0: {first_few(differing)}; start all processes alike' if differing else
+                        'another rank has another config or other lists than rank 0; see its message')
+
+
+def find_checkpoint(config):
+    """(path, state) of the checkpoint that MODEL.RESUME means; None when there is none."""
     path = config.MODEL.RESUME
     if not path:
         return None
     if path != 'auto':
-        found = path, checkpoint.load_training(path)
-        for other in checkpoint.put_aside(config.SAVE, found[1]['step']):
-            LOG.info(f'{other}: is past the checkpoint to resume; put aside as {other}.past')
-        return found
+        return path, checkpoint.load_training(path)
     found = checkpoint.find_newest(config.SAVE)
     if not found:
         LOG.info(f'{config.SAVE}: no checkpoint to resume, so the run starts afresh')
@@ -571,6 +631,7 @@ def run(config):
     loaders = [get_dataloader(config, get_dataset(config, is_train), is_train, rank(), world_size())
                for is_train in ([False] if config.EVAL else [True, False])]
     checkpoint.check_exists(config.MODEL.PRETRAINED)
+    check_agreement(config, loaders)
     config = from_main(lambda: prepare_folder(config))
     setup_logger(config.SAVE)
     LOG.info(f'PaddlePaddle {paddle.__version__} on {paddle.device.get_device()}, processes: {world_size()}, folder '
@@ -580,12 +641,22 @@ def run(config):
     paddle.seed(config.SEED)
     try:
         if config.EVAL:
+            from_main(lambda: save_config(config))
             run_evaluation(config, *loaders)
         else:
             run_training(config, *loaders, from_main(lambda: find_checkpoint(config)))
     except UserError as error:
         LOG.error(f'error: {error}')  # for log.txt; the program says it on stderr
         raise
-    except Exception:
+    except Exception as error:
         LOG.exception('error:')
+        if world_size() > 1 and re.search('gloo|nccl', str(error), re.IGNORECASE):
+            sys.exit(f'{program_name()}: error: lost the connection to another process: '
+                     f'{_message_of_another_rank(config.SAVE)}')
         raise
+
+
+def _message_of_another_rank(folder):
+    with open(os.path.join(folder, 'log.txt'), encoding='utf-8', errors='replace') as file:
+        messages = re.findall(r' (rank [1-9]\d*: error: .*)', file.read())
+    return messages[-1] if messages else 'its message is in its workerlog, on its machine'

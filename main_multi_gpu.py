@@ -27,6 +27,7 @@ def main():
     args = parser.parse_args()
     config = update_config(get_config(), args)
     resolve_config(config)  # a mistake is said before processes are started
+    threads = os.environ.get('OMP_NUM_THREADS')
     prepare_runtime()
     from paddle import device
 
@@ -35,9 +36,11 @@ def main():
     if 'PADDLE_TRAINER_ID' not in os.environ:  # no launcher has started us
         count = max(1, gpus) if args.nproc is None else args.nproc
         if count < 1 or 0 < gpus < count:
-            raise UserError(f'-nproc is {count}, but must be from 1 to the number of visible GPUs, if there are any: '
-                            f'{gpus}')
+            raise UserError(f'-nproc is {count}, but must be at least 1, and at most the number of GPUs if there are '
+                            f'any: {gpus}')
         if count > 1:
+            if threads is None:
+                os.environ.pop('OMP_NUM_THREADS', None)  # chosen for one process: each of them chooses its share
             sys.exit(run_processes([sys.executable, *sys.argv], count))
     use_device(int(os.environ.get('FLAGS_selected_gpus', '0').split(',')[0]))  # noqa: SIM112  Paddle's name
     join_process_group()
@@ -59,7 +62,7 @@ def run_processes(command, count):
     for rank, endpoint in enumerate(endpoints):
         group = {'PADDLE_TRAINER_ID': rank, 'PADDLE_TRAINERS_NUM': count, 'PADDLE_LOCAL_SIZE': count,
                  'PADDLE_TRAINER_ENDPOINTS': ','.join(endpoints), 'PADDLE_CURRENT_ENDPOINT': endpoint,
-                 'FLAGS_selected_gpus': rank}
+                 'FLAGS_selected_gpus': rank, 'MOBILEONE_PARENT': os.getpid()}
         errors.append(tempfile.TemporaryFile())  # noqa: SIM115  open until the end
         processes.append(subprocess.Popen(command, stderr=errors[rank], env={
             **os.environ, **{name: str(value) for name, value in group.items()}}))

@@ -40,15 +40,18 @@ class Mixup:
         """
         n, _, height, width = images.shape
         shares, boxes = self.draw(n, height, width, rng or np.random.default_rng())
-        rows, columns = np.arange(height).reshape([1, 1, -1, 1]), np.arange(width).reshape([1, 1, 1, -1])
-        top, bottom, left, right = boxes.T.reshape([4, n, 1, 1, 1])
-        outside = ~((top <= rows) & (rows < bottom) & (left <= columns) & (columns < right))
-        is_box = (bottom > top) & (right > left)
-        # a pixel's weight is 0 or 1 where a box is pasted, else the share
-        weights = paddle.to_tensor(np.where(is_box, outside, shares.reshape([n, 1, 1, 1])).astype('float32'))
+        has_box = (boxes[:, 1] > boxes[:, 0]) & (boxes[:, 3] > boxes[:, 2])
+        # a few numbers per image go to the device; a pixel's weight is 0 or 1 where a box is pasted, else the share
+        shares = paddle.to_tensor(shares.astype('float32')).unsqueeze(1)
+        weights = shares.reshape([n, 1, 1, 1])
+        if has_box.any():
+            top, bottom, left, right = paddle.to_tensor(boxes.T.reshape([4, n, 1, 1, 1]))
+            rows, columns = paddle.arange(height).reshape([1, 1, -1, 1]), paddle.arange(width).reshape([1, 1, 1, -1])
+            inside = (top <= rows) & (rows < bottom) & (left <= columns) & (columns < right)
+            weights = paddle.where(paddle.to_tensor(has_box).reshape([n, 1, 1, 1]),
+                                   1 - inside.astype('float32'), weights)
         weights = weights.astype(images.dtype)
         mixed = images * weights + images.flip(axis=0) * (1 - weights)
-        shares = paddle.to_tensor(shares.astype('float32')).unsqueeze(1)
         one_hot = F.one_hot(labels, self.num_classes)
         targets = F.label_smooth(one_hot * shares + one_hot.flip(axis=0) * (1 - shares), epsilon=self.label_smoothing)
         return mixed, targets

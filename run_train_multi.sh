@@ -23,6 +23,10 @@ case ${1:-} in -h | --help)
 esac
 cfg=${CFG:-configs/mobileone_s0.yaml}
 output=${OUTPUT:-output/$(basename "$cfg" .yaml)}
+if [ "${NNODES:-1}" != 1 ] && [ "${MASTER:+x}${RANK:+x}" != xx ]; then
+    echo "run_train_multi.sh: error: NNODES is $NNODES: set MASTER (the first machine's address:port) and RANK (from 0) too" >&2
+    exit 2
+fi
 # an empty list of devices stops the launcher
 [ -n "${CUDA_VISIBLE_DEVICES:-}" ] || unset CUDA_VISIBLE_DEVICES
 exec "${PYTHON:-python}" -m paddle.distributed.launch ${GPUS:+--devices "$GPUS"} \

@@ -42,8 +42,9 @@ def prepare_runtime():
     except ImportError as error:
         raise UserError(f'PaddlePaddle cannot be imported ({error}); libgomp.so.1 comes with the system (on Debian: '
                         'apt install libgomp1), for anything else install PaddlePaddle anew') from None
-    # Paddle (2.6.2, 3.3.1) answers SIGTERM with a stack trace, in which a data worker just forked may deadlock
-    signal.signal(signal.SIGTERM, signal.SIG_DFL)
+    # Paddle (2.6.2, 3.3.1) answers SIGTERM with a stack trace, in which a data worker just forked may deadlock; and it
+    # leaves its batches in shared memory, unless Python ends in order
+    signal.signal(signal.SIGTERM, lambda number, frame: sys.exit(128 + number))
     # said at every start of a training, of what batch norms do anyway
     warnings.filterwarnings('ignore', 'When training, we now always track global mean and variance')
 
@@ -124,20 +125,28 @@ def _fail(message, status):
 def join_process_group():
     """Join the group that Paddle's launcher or main_multi_gpu.py has made of several processes, if one has."""
     import paddle
+    if 'PADDLE_TRAINER_ID' in os.environ:
+        end_with_parent(int(os.environ.get('MOBILEONE_PARENT', 0)) or None)
     if int(os.environ.get('PADDLE_TRAINERS_NUM', 1)) == 1:
         return
     if not paddle.device.cuda.device_count():
         os.environ['PADDLE_DISTRI_BACKEND'] = 'gloo'
-    end_with_parent()
+    # when a rank has gone, gloo aborts the others: their C++ stack traces are no news
+    paddle.disable_signal_handler()
     with contextlib.redirect_stderr(io.StringIO()):  # a banner on flags that Paddle (3.3.1) has set itself
         paddle.distributed.init_parallel_env()
 
 
-def end_with_parent():
-    """Let the system kill this process when the one that started it has ended, however it ended (Linux only)."""
+def end_with_parent(parent=None):
+    """Let the system kill this process when the one that started it has ended, however it ended (Linux only).
+
+    parent: its process number, if it may have ended already.
+    """
     if sys.platform == 'linux':
         set_parent_death_signal = 1
         ctypes.CDLL(None).prctl(set_parent_death_signal, signal.SIGKILL)
+        if parent not in (None, os.getppid()):
+            os._exit(1)
 
 
 def rank():
@@ -172,19 +181,19 @@ def mean_over_ranks(arrays):
 
 
 def from_main(function):
-    """What function(), called by rank 0 alone, returned: on every rank; a UserError too is raised on every rank."""
+    """What function(), called by rank 0 alone, returned: on every rank; its UserError or OSError is raised on all."""
     result = None
     if rank() == 0:
         try:
             result = function()
-        except UserError as error:
+        except (UserError, OSError) as error:
             result = error
     if world_size() > 1:
         from paddle import distributed
         results = [result]
         distributed.broadcast_object_list(results, src=0)
         result = results[0]
-    if isinstance(result, UserError):
+    if isinstance(result, (UserError, OSError)):
         raise result
     return result
 

@@ -146,30 +146,38 @@ def test_prune(tmp_path):
     assert sorted(os.listdir(tmp_path)) == [f'{name}.pdparams' for name in kept]
 
 
-def write_checkpoint(path, step, **parts):
+def write_checkpoint(path, epoch, **parts):
     state = {name: kind() for name, kind in checkpoint.PARTS.items()}
-    checkpoint.save({**state, 'model': {'x': np.zeros(2, 'float32')}, 'step': step, **parts}, str(path))
+    checkpoint.save({**state, 'model': {'x': np.zeros(2, 'float32')}, 'epoch': epoch, **parts}, str(path))
 
 
 def test_newest_and_past_checkpoints(tmp_path, caplog):
     assert checkpoint.find_newest(str(tmp_path)) is None
-    for name, step in (('best', 20), ('epoch_1', 10), ('epoch_2', 20), ('latest', 20), ('epoch_3 copy', 20)):
-        write_checkpoint(tmp_path / f'{name}.pdparams', step)
+    # fewer steps for more epochs: resumed with larger batches
+    for name, epoch, step in (('best', 2, 5), ('epoch_1', 1, 20), ('epoch_2', 2, 5), ('latest', 2, 5),
+                              ('epoch_2 copy', 2, 5)):
+        write_checkpoint(tmp_path / f'{name}.pdparams', epoch, step=step)
     checkpoint.save({'stages.x': np.zeros(2)}, str(tmp_path / 'weights.pdparams'))
     path, state = checkpoint.find_newest(str(tmp_path))
-    assert os.path.basename(path) == 'latest.pdparams' and state['step'] == 20
+    assert os.path.basename(path) == 'latest.pdparams' and state['epoch'] == 2
     os.truncate(path, 100)
     assert os.path.basename(checkpoint.find_newest(str(tmp_path))[0]) != 'latest.pdparams'
-    put = checkpoint.put_aside(str(tmp_path), 10)
-    assert sorted(map(os.path.basename, put)) == ['best.pdparams', 'epoch_2.pdparams', 'epoch_3 copy.pdparams']
+    (tmp_path / 'best.pdparams.past').touch()
+    put = checkpoint.put_aside(str(tmp_path), 1)
+    assert sorted((os.path.basename(old), os.path.basename(new)) for old, new in put) == [
+        ('best.pdparams', 'best.pdparams.past-2'), ('epoch_2 copy.pdparams', 'epoch_2 copy.pdparams.past'),
+        ('epoch_2.pdparams', 'epoch_2.pdparams.past')]
     assert os.path.basename(checkpoint.find_newest(str(tmp_path))[0]) == 'epoch_1.pdparams'
-    assert (tmp_path / 'best.pdparams.past').exists() and (tmp_path / 'weights.pdparams').exists()
+    assert (tmp_path / 'best.pdparams.past-2').exists() and (tmp_path / 'weights.pdparams').exists()
+    (tmp_path / 'epoch_1.pdparams').unlink()
+    with pytest.raises(UserError, match='latest.pdparams: cannot be resumed .* nor is there another checkpoint'):
+        checkpoint.find_newest(str(tmp_path))
 
 
 @pytest.mark.parametrize('parts, message', [
     ({'step': 1.5}, 'no step'), ({'best': 3, 'epoch': 'x'}, 'no epoch, best'),
     ({'model': np.zeros(2)}, 'weights alone')])
 def test_what_is_no_checkpoint_of_training(tmp_path, parts, message):
-    write_checkpoint(tmp_path / 'x.pdparams', **{'step': 1, **parts})
+    write_checkpoint(tmp_path / 'x.pdparams', **{'epoch': 1, **parts})
     with pytest.raises(UserError, match=message):
         checkpoint.load_training(str(tmp_path / 'x.pdparams'))

@@ -65,8 +65,8 @@ def test_another_world_size_goes_on_and_says_so(trained, fashion, tmp_path):
     folder, _ = trained
     out = run(MAIN, '-output', tmp_path / 'one', '-resume', folder / 'epoch_2.pdparams', *options(
         fashion, 'TRAIN.NUM_EPOCHS', '4')).stdout
-    assert 'it counts 2 processes, this run 1: the run goes on after epoch 2, but not bitwise' in out
-    assert 'it counts 6 steps' not in out  # the batch is the same in all
+    assert 'the checkpoint counts 2 processes, this run 1: it goes on after epoch 2, but not bitwise' in out
+    assert 'counts 6 steps' not in out  # the batch is the same in all
     assert [row['epoch'] for row in records(tmp_path / 'one')] == [3, 3, 3, 4, 4, 4]
 
 
@@ -128,13 +128,27 @@ def test_nothing_synchronises_between_log_lines(fashion, count):
         assert calls.count('all_reduce') == (4 if count > 1 else 0)  # three lines, and the batch-norm statistics
 
 
+def test_a_window_of_batches_meets_once(fashion):
+    """DataParallel synchronises at the last batch of each window alone."""
+    out = group(2, 'windows', fashion, 'DATA.BATCH_SIZE', '6', 'TRAIN.ACCUM_ITER', '2').stdout
+    assert sorted(out.splitlines()) == [f'rank {rank}: 5 batches, 2 without meeting' for rank in range(2)]
+
+
+@pytest.mark.parametrize('option', [('SEED', '7'), ('DATA.BATCH_SIZE', '3'), ('TRAIN.BASE_LR', '0.3')])
+def test_ranks_that_disagree_are_refused(fashion, option):
+    process = group(2, 'disagree', fashion, *option, status=2)
+    assert f'rank 1: not as on rank 0: {option[0]} is {option[1]}, not ' in process.stderr or (
+        'another rank has another config' in process.stderr)
+
+
 @pytest.mark.parametrize('count', [1, 2])
 def test_a_loss_that_is_not_finite_ends_all_ranks_together(fashion, count):
     args = ['not_finite', fashion, 'DATA.BATCH_SIZE', 10 // count, 'REPORT_FREQ', '5']
     process = group(count, *args, status=2)
     # the sum over the steps so far: infinite at step 4, not a number after the next, with the weights of that step
     assert process.stderr == ('workers.py: error: the loss of training, epoch 1, step 4, is nan: lower TRAIN.BASE_LR, '
-                              'or check MODEL.PRETRAINED and the labels; the last good checkpoint is none\n')
+                              'or check MODEL.PRETRAINED and the labels; the last good checkpoint is none: no epoch '
+                              'was saved yet\n')
 
 
 def ended(folder):
@@ -188,7 +202,7 @@ def test_an_image_that_one_rank_cannot_read(trained, fashion, tmp_path):
     (['-opts', 'TRAIN.NUM_EPOCHS', '0'], 'TRAIN.NUM_EPOCHS is 0'),
     (['-opts', 'MODEL.SYNC_BN', 'True'], 'MODEL.SYNC_BN is True, but PaddlePaddle synchronises batch norms on GPUs'),
     (['-opts', 'TRAIN.ACCUM_ITER', '9'], 'TRAIN.ACCUM_ITER is 9, but an epoch has only'),
-    (['-nproc', '0'], '-nproc is 0, but must be from 1'),
+    (['-nproc', '0'], '-nproc is 0, but must be at least 1'),
     (['-output', '/dev/null/x'], '/dev/null/x: Not a directory'),
 ])
 def test_mistakes_are_said_once(fashion, tmp_path, args, message):

@@ -110,6 +110,42 @@ def test_a_run_that_is_done_is_left_as_it_is(whole, tmp_path):
             assert path.read_bytes() == (again / path.name).read_bytes(), path
 
 
+def test_fewer_steps_do_not_make_a_checkpoint_older(whole, tmp_path):
+    """Two epochs of small batches have more steps than four of which the last two have larger ones."""
+    folder, opts = whole
+    again = tmp_path / 'again'
+    again.mkdir()
+    state = checkpoint.load(str(folder / 'epoch_2.pdparams'))
+    checkpoint.save({**state, 'step': 1000}, str(again / 'epoch_2.pdparams'))
+    run(MAIN, '-output', again, '-resume', 'auto', *opts)
+    before = (again / 'latest.pdparams').read_bytes()
+    assert 'after epoch 4' in run(MAIN, '-output', again, '-resume', 'auto', *opts).stdout
+    assert (again / 'latest.pdparams').read_bytes() == before
+
+
+def test_a_resume_that_fails_leaves_the_folder(whole, tmp_path):
+    folder, opts = whole
+    again = tmp_path / 'again'
+    shutil.copytree(folder, again)
+    assert 'does not fit' in fails(MAIN, '-resume', again / 'epoch_2.pdparams', *opts, 'MODEL.USE_SE', 'False')
+    for path in folder.iterdir():
+        assert path.name == 'log.txt' or path.read_bytes() == (again / path.name).read_bytes(), path
+    assert len(list(again.iterdir())) == len(list(folder.iterdir()))
+
+
+def test_ended_in_the_last_save(whole, tmp_path):
+    """best.pdparams of the last epoch is there, epoch_4 and latest are not: they are written from it."""
+    folder, opts = whole
+    again = tmp_path / 'again'
+    shutil.copytree(folder, again)
+    shutil.copy(folder / 'epoch_4.pdparams', again / 'best.pdparams')
+    shutil.copy(folder / 'epoch_3.pdparams', again / 'latest.pdparams')
+    (again / 'epoch_4.pdparams').unlink()
+    assert 'all 4 epochs are done' in run(MAIN, '-output', again, '-resume', 'auto', *opts).stdout
+    for name in ('epoch_4', 'latest'):
+        assert (again / f'{name}.pdparams').read_bytes() == (folder / f'{name}.pdparams').read_bytes()
+
+
 def test_checkpoints_that_cannot_be_resumed(whole, fashion, tmp_path):
     folder, opts = whole
     state = checkpoint.load(str(folder / 'epoch_2.pdparams'))
@@ -144,10 +180,13 @@ def test_other_batches_and_no_ema_go_on_and_say_so(whole, tmp_path):
     folder, opts = whole
     out = run(MAIN, '-output', tmp_path / 'a', '-resume', folder / 'epoch_2.pdparams', *opts, 'TRAIN.ACCUM_ITER', '1',
               'TRAIN.MODEL_EMA', 'False').stdout
-    assert 'it counts 4 steps, this run 6: the run goes on after epoch 2, but not bitwise as it would have' in out
+    assert 'the checkpoint counts 4 steps, this run 6: it goes on after epoch 2, but not bitwise' in out
+    assert 'TRAIN.ACCUM_ITER was' not in out  # another folder's config is not at hand
     assert [row['step'] for row in records(tmp_path / 'a')] == [9, 9, 12, 12]
     state = checkpoint.load(str(tmp_path / 'a/latest.pdparams'))
     assert state['model_ema'] == {}
     out = run(MAIN, '-output', tmp_path / 'a', '-resume', 'auto', *opts, 'TRAIN.NUM_EPOCHS', '5', 'TRAIN.ACCUM_ITER',
               '1').stdout
-    assert 'it holds no EMA: the average starts from its weights' in out and records(tmp_path / 'a')[-1]['epoch'] == 5
+    assert 'the checkpoint holds no EMA: the average starts from its weights' in out
+    assert 'so the run does not go on bitwise as it would have: TRAIN.MODEL_EMA was False and is True' in out
+    assert records(tmp_path / 'a')[-1]['epoch'] == 5

@@ -98,6 +98,25 @@ def count(folder, *options):
     say(f'rank {rank()}: {[len(before) for before in at_steps]} then {" ".join(calls)}')
 
 
+def windows(folder, *options):
+    """Count the batches of an epoch and those for which DataParallel does not synchronise."""
+    training, loader, config = build(folder, None, *options)
+    no_sync, entered = training.network.no_sync, []
+
+    def counted():
+        entered.append(None)
+        return no_sync()
+    training.network.no_sync = counted
+    engine.train_one_epoch(training, loader, 1, config)
+    say(f'rank {rank()}: {len(loader)} batches, {len(entered)} without meeting')
+
+
+def disagree(folder, key, value):
+    """Rank 1 starts with another value of a key."""
+    _, loader, config = build(folder, Plain, *([key, value] if rank() else []))
+    engine.check_agreement(config, [loader])
+
+
 def not_finite(folder, *options):
     """Train with a loss that is not finite from step 4 on, on the last rank alone."""
     training, loader, config = build(folder, Plain, *options)

@@ -260,3 +260,56 @@ def test_synchronised_batch_norms_keep_names_and_weights(config):
     weights = {name: tensor.numpy() for name, tensor in model.state_dict().items()}
     assert checkpoint.load_into(converted, weights, 'x') == []
     np.testing.assert_array_equal(converted.state_dict()['fc.weight'].numpy(), weights['fc.weight'])
+
+
+class TimesScaler:
+    """Scales the loss by 1024, as Paddle's scaler of float16 does on a GPU."""
+
+    def __init__(self, model):
+        self.parameters = [parameter for parameter in model.parameters() if not parameter.stop_gradient]
+
+    def scale(self, loss):
+        return loss * 1024
+
+    def unscale_(self, optimizer):
+        for parameter in self.parameters:
+            parameter.grad = parameter.grad / 1024
+
+    def step(self, optimizer):
+        optimizer.step()
+
+    def update(self):
+        pass
+
+
+def test_gradients_are_clipped_after_they_are_unscaled(config, loaders):
+    config.TRAIN.OPTIMIZER.MOMENTUM = config.TRAIN.WEIGHT_DECAY = 0.0
+    config.TRAIN.WARMUP_EPOCHS = 0
+
+    def gradient(scaled, clip):
+        """All gradients of a step, from how the weights move."""
+        config.TRAIN.GRAD_CLIP = clip
+        paddle.seed(0)
+        model = build_mobileone(config)
+        training = engine.build_training(config, model, loaders[0])
+        parameters = [parameter for parameter in model.parameters() if not parameter.stop_gradient]
+        start = [parameter.numpy() for parameter in parameters]
+        if scaled:
+            training.precision.scaler = TimesScaler(model)
+        engine.train_step(training, [next(iter(loaders[0]))], 0)
+        return np.concatenate([(before - after.numpy()).ravel() for before, after in zip(start, parameters)]
+                              ) / training.schedule.lr(0)
+    free = gradient(False, 0.0)
+    norm = float(np.linalg.norm(free))
+    for clip, expected in ((2 * norm, norm), (norm / 2, norm / 2)):  # the first is far below the scaled norm
+        assert np.linalg.norm(gradient(True, clip)) == pytest.approx(expected, rel=1e-3)
+
+
+def test_training_accuracy_under_mixup_counts_the_larger_share(config, loaders):
+    """With CutMix boxes that cover nearly all, the class of the other image is the right one."""
+    config.TRAIN.CUTMIX_MINMAX, config.TRAIN.MODEL_EMA = [0.9, 0.9], False
+    training = engine.build_training(config, build_mobileone(config), loaders[0])
+    training.network = lambda images: paddle.nn.functional.one_hot(labels.flip(axis=0), 10).detach() + 0 * (
+        training.model(images))
+    images, labels = next(iter(loaders[0]))
+    assert engine.train_step(training, [(images, labels)], 0)[1].item() == len(labels)

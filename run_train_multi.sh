@@ -23,14 +23,5 @@ case ${1:-} in -h | --help)
 esac
 cfg=${CFG:-configs/mobileone_s0.yaml}
 output=${OUTPUT:-output/$(basename "$cfg" .yaml)}
-if [ "${NNODES:-1}" != 1 ] && [ "${MASTER:+x}${RANK:+x}" != xx ]; then
-    echo "run_train_multi.sh: error: NNODES is $NNODES: set MASTER (the first machine's address:port) and RANK (from 0) too" >&2
-    exit 2
-fi
-# an empty list of devices stops the launcher
-[ -n "${CUDA_VISIBLE_DEVICES:-}" ] || unset CUDA_VISIBLE_DEVICES
-exec "${PYTHON:-python}" -m paddle.distributed.launch ${GPUS:+--devices "$GPUS"} \
-    ${NNODES:+--nnodes "$NNODES"} ${MASTER:+--master "$MASTER"} ${RANK:+--rank "$RANK"} \
-    --log_dir "$output/launch-${RANK:-0}" main_multi_gpu.py \
-    -cfg "$cfg" -data_path "${DATA_PATH:-/dataset/imagenet}" -output "$output" -resume auto -amp \
+exec sh tools/launch.sh "$output" -cfg "$cfg" -data_path "${DATA_PATH:-/dataset/imagenet}" -resume auto \
     ${BATCH_SIZE:+-batch_size "$BATCH_SIZE"} ${PRETRAINED:+-pretrained "$PRETRAINED"} "$@"

@@ -284,6 +284,14 @@ def test_scripts(fashion, tmp_path):
     assert 'fused the branches' in out and row['acc1'] == best['acc1'] and row['n'] == 35
 
 
+def test_several_machines_need_an_address_and_a_number(tmp_path):
+    process = subprocess.run(['sh', 'run_train_multi.sh'], cwd=ROOT, capture_output=True, text=True, env={
+        **os.environ, 'NNODES': '2', 'RANK': '0', 'OUTPUT': str(tmp_path / 'run')})
+    assert process.returncode == 2 and not (tmp_path / 'run').exists()
+    assert process.stderr == ("launch.sh: error: NNODES is 2: set MASTER (the first machine's address:port) and RANK "
+                              '(from 0) too\n')
+
+
 def test_a_script_that_is_ended_ends_python(fashion, tmp_path):
     narrow = map(str, options(fashion, 'TRAIN.NUM_EPOCHS', '3000')[4:])
     process = subprocess.Popen(['sh', 'run_train_multi.sh', *narrow], cwd=ROOT, stdout=subprocess.DEVNULL,

@@ -7,7 +7,7 @@ import re
 import numpy as np
 import paddle
 
-from utils import LOG, UserError, first_few
+from utils import LOG, UserError, first_few, misfits
 
 LATEST, BEST = 'latest.pdparams', 'best.pdparams'
 # what a checkpoint of training holds, and of which type
@@ -154,10 +154,7 @@ def load_into(model, weights, path, allow_other_classifier=False):
         left_out = [name for name in CLASSIFIER if name in found and found[name] != expected[name]]
         expected = {name: shape for name, shape in expected.items() if name not in left_out}
         weights = {name: value for name, value in weights.items() if name not in left_out}
-    problems = [f'missing {name}' for name in expected if name not in found]
-    problems += [f'unexpected {name}' for name in weights if name not in expected]
-    problems += [f'{name} is {found[name]}, not {expected[name]}' for name in expected
-                 if name in found and found[name] != expected[name]]
+    problems = misfits(expected, {name: found[name] for name in weights})
     if problems:
         raise UserError(f'{path}: does not fit the network of the config: {first_few(problems)}; '
                         'give the -cfg (and MODEL.NUM_CLASSES) that these weights belong to')

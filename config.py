@@ -464,6 +464,16 @@ def resolve_config(config):
     return resolved
 
 
+def with_values(config, values):
+    """A frozen copy of a config with other values. values: {dotted key: value}."""
+    changed = config.clone()
+    changed.defrost()
+    for key, value in values.items():
+        _set(changed, key, value, 'config')
+    changed.freeze()
+    return changed
+
+
 def _check_value(key, value):
     low, high = _RANGE.get(key, (None, None))
     for item in value if isinstance(value, list) else [value]:

@@ -23,7 +23,7 @@ import paddle.nn.functional as F
 
 import checkpoint
 import optim
-from config import get_config, leaves, resolve_config
+from config import get_config, leaves, resolve_config, with_values
 from datasets import get_dataloader, get_dataset
 from losses import LabelSmoothingCrossEntropyLoss, SoftTargetCrossEntropyLoss
 from mixup import Mixup
@@ -272,10 +272,7 @@ def load_model(config):
         is_fused = checkpoint.is_fused(weights)
         if is_fused and not config.EVAL:
             raise UserError(f'{path}: holds fused weights, which cannot be trained; give the unfused ones')
-    network = config.clone()
-    network.defrost()
-    network.MODEL.DEPLOY = is_fused
-    model = build_mobileone(network)
+    model = build_mobileone(with_values(config, {'MODEL.DEPLOY': is_fused}))
     if path:
         left_out = checkpoint.load_into(model, weights, path, allow_other_classifier=not config.EVAL)
         LOG.info(f'loaded {"EMA " if is_ema else ""}weights ({"fused" if is_fused else "unfused"}) from {path}')
@@ -521,11 +518,7 @@ def prepare_folder(config):
     if results and not (config.EVAL or goes_on):
         raise UserError(f'{folder}: holds the results of another run ({os.path.basename(min(results))}); choose '
                         'another -output, go on with it by -resume auto, or remove it')
-    config = config.clone()
-    config.defrost()
-    config.SAVE = folder
-    config.freeze()
-    return config
+    return with_values(config, {'SAVE': folder})
 
 
 def save_config(config):
@@ -536,9 +529,7 @@ def save_config(config):
     path = os.path.join(config.SAVE, 'config.yaml')
     if config.EVAL and os.path.exists(path):
         path = os.path.join(config.SAVE, 'config-eval.yaml')
-    saved = config.clone()
-    saved.defrost()
-    saved.MODEL.RESUME = ''  # says how this process began, not what the run is
+    saved = with_values(config, {'MODEL.RESUME': ''})  # it says how this process began, not what the run is
     if config.MODEL.RESUME and os.path.exists(path):
         for line in config_differences(get_config(path), saved):
             LOG.info(f'not as in {path}, so the run does not go on bitwise as it would have: {line}')
@@ -565,11 +556,12 @@ def take_over(config, resumed, epoch):
     path, state = resumed
     if config.MODEL.PRETRAINED:
         LOG.info(f'{config.MODEL.PRETRAINED} is not used: the run goes on from {path}')
-    for old, new in checkpoint.put_aside(config.SAVE, epoch):
-        LOG.info(f'{old}: is past the checkpoint to resume; put aside as {new}')
-    latest = os.path.join(config.SAVE, checkpoint.LATEST)
-    if os.path.dirname(os.path.realpath(path)) == os.path.realpath(config.SAVE) and not os.path.samefile(
-            path, latest if os.path.exists(latest) else config.SAVE):
+    if config.MODEL.RESUME != 'auto':  # which takes the newest: nothing is past it
+        for old, new in checkpoint.put_aside(config.SAVE, epoch):
+            LOG.info(f'{old}: is past the checkpoint to resume; put aside as {new}')
+    latest = os.path.realpath(os.path.join(config.SAVE, checkpoint.LATEST))
+    path = os.path.realpath(path)
+    if os.path.dirname(path) == os.path.realpath(config.SAVE) and path != latest:
         write_checkpoints(config, state)  # the run may have ended between the files of a save
 
 

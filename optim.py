@@ -4,7 +4,7 @@ import math
 
 import paddle
 
-from utils import UserError, first_few
+from utils import UserError, first_few, misfits
 
 # what an optimizer keeps for each parameter, under Paddle's names
 STATES = {'sgd': ['velocity'], 'adamw': ['moment1', 'moment2', 'beta1_pow_acc', 'beta2_pow_acc']}
@@ -75,8 +75,8 @@ def build_optimizer(config, model):
                                   epsilon=options.EPS, parameters=groups)
 
 
-def _names_of_states(optimizer, model):
-    """Yield (our name, Paddle's name) of all that an optimizer keeps.
+def _states(optimizer, model):
+    """Yield (our name, Paddle's name, count of numbers) of all that an optimizer keeps.
 
     Ours follow the model's, fc.weight.velocity. Paddle's count the layers that a process has made before, so that a
     second model in a process has others.
@@ -85,13 +85,14 @@ def _names_of_states(optimizer, model):
     for name, parameter in model.named_parameters():
         if not parameter.stop_gradient:
             for state in STATES[kind]:
-                yield f'{name}.{state}', f'{parameter.name}_{state}_0'
+                size = 1 if state.endswith('_pow_acc') else parameter.size
+                yield f'{name}.{state}', f'{parameter.name}_{state}_0', size
 
 
 def optimizer_state(optimizer, model):
     """{name: tensor} of what an optimizer has gathered over the steps of a model; empty before the first step."""
     state = optimizer.state_dict()
-    return {ours: state[paddles] for ours, paddles in _names_of_states(optimizer, model)} if state else {}
+    return {ours: state[paddles] for ours, paddles, _ in _states(optimizer, model)} if state else {}
 
 
 def load_optimizer_state(optimizer, model, state, path):
@@ -99,17 +100,13 @@ def load_optimizer_state(optimizer, model, state, path):
 
     Raises: UserError that names `path` and what does not fit.
     """
-    names = dict(_names_of_states(optimizer, model))
-    sizes = {f'{name}.{kind}': 1 if kind.endswith('_pow_acc') else parameter.size
-             for name, parameter in model.named_parameters() for kind in sum(STATES.values(), [])}
-    problems = [f'missing {name}' for name in names if name not in state]
-    problems += [f'unexpected {name}' for name in state if name not in names]
-    problems += [f'{name} has {state[name].size} numbers, not {sizes[name]}' for name in names
-                 if name in state and state[name].size != sizes[name]]
+    states = list(_states(optimizer, model))
+    problems = misfits({ours: f'{size} numbers' for ours, _, size in states},
+                       {ours: f'{array.size} numbers' for ours, array in state.items()})
     if problems:
         raise UserError(f'{path}: its optimizer is another one: {first_few(problems)}; resume with the '
                         'TRAIN.OPTIMIZER and the network of that run')
-    optimizer.set_state_dict({paddles: state[ours] for ours, paddles in names.items()})
+    optimizer.set_state_dict({paddles: state[ours] for ours, paddles, _ in states})
 
 
 class ModelEma:

@@ -110,6 +110,14 @@ def first_few(problems, count=5):
     return '; '.join(problems[:count]) + more
 
 
+def misfits(expected, found):
+    """What is missing, unexpected or other in one dictionary of shapes or sizes, compared with another: a line each."""
+    problems = [f'missing {name}' for name in expected if name not in found]
+    problems += [f'unexpected {name}' for name in found if name not in expected]
+    return problems + [f'{name} is {found[name]}, not {expected[name]}' for name in expected
+                       if name in found and found[name] != expected[name]]
+
+
 def program_name():
     """How the user called the running program: main_single_gpu.py, or tools.fuse for `python -m tools.fuse`."""
     spec = sys.modules['__main__'].__spec__

@@ -1,6 +1,7 @@
 """Several processes, on gloo: the ways to start them, exact evaluation, equal training, failures."""
 import os
 import signal
+import socket
 import subprocess
 import sys
 import time
@@ -185,7 +186,7 @@ def test_an_image_that_one_rank_cannot_read(trained, fashion, tmp_path):
     """Its name reaches the console and log.txt, and the others do not hang."""
     lines = (fashion / 'val_list.txt').read_text().splitlines()[:6]
     data = with_lists(fashion, tmp_path / 'data', val=[*lines, 'val/no such.png 3'])
-    # image 6 of 7: the first of three ranks; image 6 of 8: not the first
+    # the last of seven images is the first rank's among three, the last of six the second's among two
     args = ['-eval', '-pretrained', trained[0] / 'latest.pdparams', *options(fashion), '-data_path', data, '-output']
     line = fails(MAIN, '-nproc', '3', *args, tmp_path / 'three')
     assert line.startswith(f'main_multi_gpu.py: error: {data}/val/no such.png: cannot read the image')
@@ -237,7 +238,6 @@ def test_launcher(trained, fashion, tmp_path):
 
 
 def free_port():
-    import socket
     with socket.socket() as port:
         port.bind(('127.0.0.1', 0))
         return port.getsockname()[1]

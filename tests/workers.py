@@ -2,6 +2,7 @@
 import os
 import signal
 import sys
+import time
 from pathlib import Path
 
 from utils import prepare_runtime, run_program
@@ -175,15 +176,16 @@ def statistics(folder):
 
 
 def fail(folder, how):
-    """Rank 1 fails in one way, the others wait for it."""
+    """Rank 1 fails in one way, and the others wait for it; or all fail together; or all sleep."""
     Path(folder, f'{os.getpid()}.pid').touch()
+    if how == 'sleep':
+        time.sleep(600)
     if rank() == 1 or how == 'together':
         if how == 'raise':
             raise RuntimeError('boom')
         if how == 'kill':
             os.kill(os.getpid(), signal.SIGKILL)
-        if how != 'wait':
-            raise UserError('a mistake')
+        raise UserError('a mistake')
     reduce_over_ranks([0])
 
 

@@ -15,7 +15,7 @@ import subprocess
 import sys
 import tempfile
 
-from config import get_config, get_parser, resolve_config, update_config
+from config import get_config, get_parser, resolve_config, update_config, with_values
 from utils import UserError, prepare_runtime, run_program
 
 MAIN = os.path.join(os.path.dirname(os.path.dirname(os.path.abspath(__file__))), 'main_multi_gpu.py')
@@ -27,11 +27,9 @@ def write_run(folder, config, images, count, steps):
         with open(os.path.join(folder, f'{split}_list.txt'), 'w', encoding='utf-8') as file:
             for path, label in itertools.islice(itertools.cycle(images), length):
                 file.write(f'{path} {label}\n')
-    config = config.clone()
-    config.defrost()
-    config.DATA.DATA_PATH, config.SAVE = folder, os.path.join(folder, 'run')
-    config.TRAIN.NUM_EPOCHS, config.TRAIN.WARMUP_EPOCHS = 2, 0
-    config.VALIDATE_FREQ, config.SAVE_FREQ, config.REPORT_FREQ = 2, 0, steps
+    config = with_values(config, {
+        'DATA.DATA_PATH': folder, 'SAVE': os.path.join(folder, 'run'), 'TRAIN.NUM_EPOCHS': 2, 'TRAIN.WARMUP_EPOCHS': 0,
+        'VALIDATE_FREQ': 2, 'SAVE_FREQ': 0, 'REPORT_FREQ': steps})
     with open(os.path.join(folder, 'config.yaml'), 'w', encoding='utf-8') as file:
         file.write(config.dump())
 

@@ -28,7 +28,7 @@ _C.DATA.BATCH_SIZE_EVAL = 0
 _C.DATA.DATA_PATH = '/dataset/imagenet/'
 # layout of the data set: imagenet2012 (list files)
 _C.DATA.DATASET = 'imagenet2012'
-# side of the square that the network sees, in pixels
+# side of the square that the network sees, in pixels; in training, TRAIN.CURRICULUM's where there is one
 _C.DATA.IMAGE_SIZE = 224
 # channels that the network expects; images are read as RGB, so a run needs 3
 _C.DATA.IMAGE_CHANNELS = 3
@@ -74,20 +74,25 @@ _C.MODEL.USE_SE = False
 # training on several GPUs: batch-norm statistics over the batches of all of them, not of each
 _C.MODEL.SYNC_BN = False
 
+# these defaults are the recipe that the paper trains all its networks by; what no source that could be read confirms is
+# marked so
 _C.TRAIN = CN()
 # epochs that count as done: the run starts with the next, at its place in the schedules
 _C.TRAIN.LAST_EPOCH = 0
 # epochs of the whole run, counted from 1
 _C.TRAIN.NUM_EPOCHS = 300
-# the lr rises linearly for this many epochs
+# the lr rises linearly for this many epochs (not confirmed: MMPretrain's)
 _C.TRAIN.WARMUP_EPOCHS = 5
-# decay of weights with two or more dimensions; none on batch norm and biases
+# decay of weights with two or more dimensions at the first step; none on batch norm and biases (not confirmed:
+# MMPretrain's, for batch norm)
 _C.TRAIN.WEIGHT_DECAY = 1e-4
+# what it falls to, on a cosine from the first step to the last
+_C.TRAIN.END_WEIGHT_DECAY = 1e-5
 # the lr after the warm-up
 _C.TRAIN.BASE_LR = 0.1
-# the lr of the warm-up's first step
+# the lr of the warm-up's first step (not confirmed)
 _C.TRAIN.WARMUP_START_LR = 0.0002
-# the lr that the cosine reaches after the last step
+# the lr that the cosine reaches after the last step (not confirmed)
 _C.TRAIN.END_LR = 0.0002
 # total batch that the three lrs and MODEL_EMA_DECAY are meant for: with r = total batch / this, the lrs are
 # multiplied by r, the EMA decay is raised to the power r; 0: neither
@@ -104,6 +109,25 @@ _C.TRAIN.MODEL_EMA_DECAY = 0.9995
 _C.TRAIN.MODEL_EMA_FORCE_CPU = False
 # label smoothing of the training loss
 _C.TRAIN.SMOOTHING = 0.1
+# brightness, contrast and colour are multiplied by factors from 1 - this to 1 + this; 0: left as they are
+_C.TRAIN.COLOR_JITTER = 0.0
+# AutoAugment's ImageNet policy; the paper's for S2 to S4
+_C.TRAIN.AUTO_AUGMENT = False
+# RandAugment
+_C.TRAIN.RAND_AUGMENT = False
+# RandAugment: operations per image
+_C.TRAIN.RAND_AUGMENT_LAYERS = 2
+# RandAugment: their magnitude, from 0 to 10
+_C.TRAIN.RAND_AUGMENT_MAGNITUDE = 9
+# random erasing: probability that an image is erased
+_C.TRAIN.RANDOM_ERASE_PROB = 0.0
+# random erasing: what fills a box: const (the mean colour), rand (one random colour), pixel (noise)
+_C.TRAIN.RANDOM_ERASE_MODE = 'pixel'
+# random erasing: largest number of boxes in an image
+_C.TRAIN.RANDOM_ERASE_COUNT = 1
+# stages of training, as a list of {EPOCH, IMAGE_SIZE, AUTO_AUGMENT_STRENGTH}: from EPOCH on (the first is 1) images
+# have sides of IMAGE_SIZE and AutoAugment this strength, from 0 to 1; []: DATA.IMAGE_SIZE and full strength throughout
+_C.TRAIN.CURRICULUM = []
 # mixup: share of an image in a mix is drawn from Beta(alpha, alpha); 0: no mixup
 _C.TRAIN.MIXUP_ALPHA = 0.0
 # CutMix: share of the image outside the pasted box, likewise; 0: no CutMix
@@ -117,12 +141,24 @@ _C.TRAIN.MIXUP_SWITCH_PROB = 0.5
 # what is drawn once: batch (all images alike), pair (image i and N - 1 - i alike), elem (each image its own)
 _C.TRAIN.MIXUP_MODE = 'batch'
 
+_C.TRAIN.DISTILLATION = CN()
+# what the loss takes from a teacher: none (there is none), soft (its probabilities), hard (its best class)
+_C.TRAIN.DISTILLATION.TYPE = 'none'
+# YAML file of the teacher, any MobileOne
+_C.TRAIN.DISTILLATION.TEACHER_CFG = ''
+# its weights
+_C.TRAIN.DISTILLATION.TEACHER_WEIGHTS = ''
+# share of the teacher's loss; the rest is the loss on the labels
+_C.TRAIN.DISTILLATION.ALPHA = 0.5
+# temperature of soft distillation
+_C.TRAIN.DISTILLATION.TAU = 1.0
+
 _C.TRAIN.OPTIMIZER = CN()
 # SGD or AdamW
 _C.TRAIN.OPTIMIZER.NAME = 'SGD'
-# SGD: momentum
+# SGD: momentum (the value is not confirmed: all ports use it)
 _C.TRAIN.OPTIMIZER.MOMENTUM = 0.9
-# SGD: whether the momentum is Nesterov's
+# SGD: whether the momentum is Nesterov's (not confirmed)
 _C.TRAIN.OPTIMIZER.NESTEROV = False
 # AdamW: added to the root of the second moment
 _C.TRAIN.OPTIMIZER.EPS = 1e-8
@@ -153,12 +189,17 @@ _C.AMP_DTYPE = 'float16'
 # keys of older YAML files whose feature was never there: False is ignored, anything else an error
 _UNSUPPORTED = ('TRAIN.MULTI_SCALE_SAMPLER_DDP', 'TRAIN.RANDOM_ERASE_SPLIT')
 
+# keys that make no difference to the weights that a run ends with
+UNRELATED = ('BASE', 'SAVE', 'SAVE_FREQ', 'KEEP_CHECKPOINTS', 'REPORT_FREQ', 'VALIDATE_FREQ', 'DATA.NUM_WORKERS',
+             'DATA.DATA_PATH', 'DATA.BATCH_SIZE_EVAL', 'MODEL.NAME', 'TRAIN.LAST_EPOCH')
+
 # `null` of older YAML files, for the keys where "none" means something
 _NULL = {
     'DATA.BATCH_SIZE_EVAL': 0,
     'MODEL.PRETRAINED': '',
     'MODEL.RESUME': '',
     'TRAIN.GRAD_CLIP': 0.0,
+    'TRAIN.CURRICULUM': [],
     'TRAIN.CUTMIX_MINMAX': [0.0, 0.0],
     'TRAIN.LINEAR_SCALED_LR': 0,
     'SAVE': '',
@@ -179,6 +220,14 @@ _RANGE = {
     'TRAIN.NUM_EPOCHS': (1, None),
     'TRAIN.WARMUP_EPOCHS': (0, None),
     'TRAIN.WEIGHT_DECAY': (0, None),
+    'TRAIN.END_WEIGHT_DECAY': (0, None),
+    'TRAIN.COLOR_JITTER': (0, 1),
+    'TRAIN.RAND_AUGMENT_LAYERS': (1, None),
+    'TRAIN.RAND_AUGMENT_MAGNITUDE': (0, 10),
+    'TRAIN.RANDOM_ERASE_PROB': (0, 1),
+    'TRAIN.RANDOM_ERASE_COUNT': (1, None),
+    'TRAIN.DISTILLATION.ALPHA': (0, 1),
+    'TRAIN.DISTILLATION.TAU': (0.01, None),
     'TRAIN.BASE_LR': (0, None),
     'TRAIN.WARMUP_START_LR': (0, None),
     'TRAIN.END_LR': (0, None),
@@ -209,6 +258,8 @@ _CHOICES = {
     'MODEL.TYPE': ['MobileOne'],
     'TRAIN.OPTIMIZER.NAME': ['SGD', 'AdamW'],
     'TRAIN.MIXUP_MODE': ['batch', 'pair', 'elem'],
+    'TRAIN.RANDOM_ERASE_MODE': ['const', 'rand', 'pixel'],
+    'TRAIN.DISTILLATION.TYPE': ['none', 'soft', 'hard'],
     'AMP_LEVEL': ['O1', 'O2'],
     'AMP_DTYPE': ['float16', 'bfloat16'],
 }
@@ -232,7 +283,9 @@ def leaves(node, prefix=''):
             yield prefix + name, value
 
 
-_DEFAULTS = dict(leaves(_C))
+# the default of each key; for TRAIN.CURRICULUM, a stage to tell what is one
+_DEFAULTS = {**dict(leaves(_C)),
+             'TRAIN.CURRICULUM': [{'EPOCH': 1, 'IMAGE_SIZE': 160, 'AUTO_AUGMENT_STRENGTH': 0.3}]}
 _SECTIONS = {key[:dot.start()] for key in _DEFAULTS for dot in re.finditer(r'\.', key)}
 
 
@@ -263,7 +316,11 @@ def _coerce(value, default, key, source):
     if isinstance(default, list):
         if not isinstance(value, (list, tuple)):
             raise fail()
-        return [_coerce(item, default[0], key, source) for item in value]
+        return [_coerce(item, default[0], f'{key}[{index}]', source) for index, item in enumerate(value)]
+    if isinstance(default, dict):
+        if not isinstance(value, dict) or set(value) != set(default):
+            raise fail()
+        return {name: _coerce(value[name], default[name], f'{key}.{name}', source) for name in default}
     if isinstance(default, bool) or isinstance(value, bool):
         if type(value) is not type(default):
             raise fail()
@@ -503,6 +560,13 @@ def _check_combinations(config):
     if train.LAST_EPOCH >= train.NUM_EPOCHS:
         raise UserError(f'TRAIN.LAST_EPOCH is {train.LAST_EPOCH}, but must be below TRAIN.NUM_EPOCHS, '
                         f'{train.NUM_EPOCHS}: nothing is left to train')
+    _check_stages(train)
+    if train.AUTO_AUGMENT and train.RAND_AUGMENT:
+        raise UserError('TRAIN.AUTO_AUGMENT and TRAIN.RAND_AUGMENT are both True: choose one')
+    distillation = train.DISTILLATION
+    if distillation.TYPE.lower() != 'none' and not (distillation.TEACHER_CFG and distillation.TEACHER_WEIGHTS):
+        raise UserError(f'TRAIN.DISTILLATION.TYPE is {distillation.TYPE!r}, but there is no teacher: set TEACHER_CFG '
+                        'and TEACHER_WEIGHTS')
     if train.WARMUP_EPOCHS >= train.NUM_EPOCHS:
         raise UserError(f'TRAIN.WARMUP_EPOCHS is {train.WARMUP_EPOCHS}, but must be below TRAIN.NUM_EPOCHS, '
                         f'{train.NUM_EPOCHS}')
@@ -513,3 +577,22 @@ def _check_combinations(config):
     if train.OPTIMIZER.NESTEROV and train.OPTIMIZER.MOMENTUM == 0:
         raise UserError('TRAIN.OPTIMIZER.NESTEROV needs TRAIN.OPTIMIZER.MOMENTUM above 0')
 
+
+def _check_stages(train):
+    """TRAIN.CURRICULUM: from epoch 1, in order, within the run, with sizes and strengths that there are."""
+    for number, stage in enumerate(train.CURRICULUM):
+        def fail(why, number=number, stage=stage):
+            return UserError(f'TRAIN.CURRICULUM[{number}] is {stage}, but {why}')
+        before = train.CURRICULUM[number - 1]['EPOCH'] if number else 0
+        if number == 0 and stage['EPOCH'] != 1:
+            raise fail('the first stage starts at EPOCH 1')
+        if stage['EPOCH'] <= before:
+            raise fail(f'the stage before starts at EPOCH {before}: order them')
+        if stage['EPOCH'] > train.NUM_EPOCHS:
+            raise fail(f'TRAIN.NUM_EPOCHS is {train.NUM_EPOCHS}: drop the stage (or all, by []), or train longer')
+        if stage['IMAGE_SIZE'] < 1:
+            raise fail('IMAGE_SIZE must be at least 1')
+        if not 0 <= stage['AUTO_AUGMENT_STRENGTH'] <= 1:
+            raise fail('AUTO_AUGMENT_STRENGTH must be between 0 and 1')
+        if stage['AUTO_AUGMENT_STRENGTH'] > 0 and not train.AUTO_AUGMENT:
+            raise fail('TRAIN.AUTO_AUGMENT is False: turn it on, or set the strength to 0.0')

@@ -9,12 +9,13 @@ import pickle
 import time
 import traceback
 import zlib  # noqa: F401  before Paddle: see utils.py
+from dataclasses import dataclass
 
 import numpy as np
 from paddle.io import DataLoader, Dataset
 from PIL import Image
 
-from transforms import EvalTransform, TrainTransform
+from transforms import AutoAugment, ColorJitter, EvalTransform, RandAugment, TrainTransform
 from utils import UserError, end_with_parent
 
 
@@ -195,8 +196,35 @@ class Loader:
             yield images, labels
 
 
-def get_dataset(config, is_train=True):
-    """The training or validation set of a config (DATA.*, MODEL.NUM_CLASSES, SEED).
+@dataclass(frozen=True)
+class Stage:
+    """What an epoch of training looks like: side of the images in pixels, strength of AutoAugment, 0 (off) to 1."""
+    image_size: int
+    auto_augment_strength: float
+
+
+def get_stage(config, epoch):
+    """The Stage of an epoch (from 1) by TRAIN.CURRICULUM; without one, all images are DATA.IMAGE_SIZE large."""
+    stages = [stage for stage in config.TRAIN.CURRICULUM if stage['EPOCH'] <= epoch]
+    if not stages:
+        return Stage(config.DATA.IMAGE_SIZE, float(config.TRAIN.AUTO_AUGMENT))
+    return Stage(stages[-1]['IMAGE_SIZE'], stages[-1]['AUTO_AUGMENT_STRENGTH'])
+
+
+def get_augmentations(train, strength):
+    """Functions (image, rng) -> image: the augmentations that TRAIN.* asks for. strength: AutoAugment's."""
+    augmentations = []
+    if train.AUTO_AUGMENT:
+        augmentations.append(AutoAugment(strength))
+    if train.RAND_AUGMENT:
+        augmentations.append(RandAugment(train.RAND_AUGMENT_LAYERS, train.RAND_AUGMENT_MAGNITUDE))
+    if train.COLOR_JITTER:
+        augmentations.append(ColorJitter(train.COLOR_JITTER))
+    return augmentations
+
+
+def get_dataset(config, is_train=True, epoch=1):
+    """The training set of a config as it is in an epoch, or its validation set (DATA.*, MODEL.NUM_CLASSES, SEED).
 
     Raises: UserError for an unknown DATA.DATASET, and for the reasons of `read_list`.
     """
@@ -204,7 +232,9 @@ def get_dataset(config, is_train=True):
     if data.DATASET.lower() != 'imagenet2012':
         raise UserError(f'DATA.DATASET is {data.DATASET!r}, but must be imagenet2012')
     if is_train:
-        transform = TrainTransform(data.IMAGE_SIZE, data.CROP_SCALE, data.INTERPOLATION)
+        stage = get_stage(config, epoch)
+        transform = TrainTransform(stage.image_size, data.CROP_SCALE, data.INTERPOLATION,
+                                   get_augmentations(config.TRAIN, stage.auto_augment_strength))
     else:
         transform = EvalTransform(data.IMAGE_SIZE, data.CROP_PCT, data.INTERPOLATION)
     return ImageNet2012Dataset(data.DATA_PATH, 'train_list.txt' if is_train else 'val_list.txt',

@@ -23,12 +23,12 @@ import paddle.nn.functional as F
 
 import checkpoint
 import optim
-from config import get_config, leaves, resolve_config, with_values
-from datasets import get_dataloader, get_dataset
-from losses import LabelSmoothingCrossEntropyLoss, SoftTargetCrossEntropyLoss
+from config import UNRELATED, get_config, leaves, resolve_config, with_values
+from datasets import get_dataloader, get_dataset, get_stage
+from losses import DistillationLoss, LabelSmoothingCrossEntropyLoss, SoftTargetCrossEntropyLoss
 from mixup import Mixup
 from mobileone import build_mobileone, model_convert
-from transforms import Normalize
+from transforms import Normalize, RandomErase
 from utils import (
     LOG,
     Progress,
@@ -77,6 +77,7 @@ class Training:
     schedule: optim.Schedule
     ema: Optional[optim.ModelEma]
     normalize: Normalize
+    erase: Optional[RandomErase]
     mixup: Optional[Mixup]
     precision: Precision
     grad_clip: float
@@ -137,19 +138,22 @@ def train_step(training, batches, step):
     for index, (images, labels) in enumerate(batches):
         is_last = index + 1 == len(batches)
         inputs, targets = training.normalize(images), labels
+        if training.erase:
+            inputs = training.erase(inputs, rng)
         if training.mixup:
             inputs, targets = training.mixup(inputs, labels, rng)
             labels = targets.argmax(axis=1)
         with contextlib.nullcontext() if is_last or world_size() == 1 else training.network.no_sync():
             with training.precision.auto_cast():
                 logits = training.network(inputs)
-                loss = training.criterion(logits, targets)
+                loss = training.criterion(inputs, logits, targets)
             scaler.scale(loss / len(batches)).backward()
         sums += batch_sums(logits.detach(), labels, loss.detach())
     if training.grad_clip:
         scaler.unscale_(optimizer)
         paddle.nn.utils.clip_grad_norm_(training.model.parameters(), training.grad_clip)
     optimizer.set_lr(training.schedule.lr(step))
+    optim.set_weight_decay(optimizer, training.schedule.weight_decay(step))
     scaler.step(optimizer)
     scaler.update()
     optimizer.clear_grad()
@@ -201,11 +205,6 @@ def is_validated(config, epoch):
     return epoch % config.VALIDATE_FREQ == 0 or epoch == config.TRAIN.NUM_EPOCHS
 
 
-def steps_per_epoch(config, loader):
-    """Optimizer steps of an epoch: windows of TRAIN.ACCUM_ITER batches, the last one may be shorter."""
-    return -(-len(loader) // config.TRAIN.ACCUM_ITER)
-
-
 def windows(batches, size):
     """Yield lists of `size` batches; the last one may be shorter."""
     batches = iter(batches)
@@ -217,7 +216,7 @@ def train_one_epoch(training, loader, epoch, config):
     """Train on every batch of epoch `epoch` (from 1). Returns Metrics of the training batches of all ranks."""
     training.model.train()
     loader.batch_sampler.set_epoch(epoch)
-    steps = steps_per_epoch(config, loader)
+    steps = training.schedule.steps_per_epoch
     evaluations = sum(is_validated(config, later) for later in range(epoch, config.TRAIN.NUM_EPOCHS + 1))
     start, waited, n = time.perf_counter(), loader.waited, 0
     sums = paddle.zeros([3], dtype='float64')
@@ -285,6 +284,11 @@ def load_model(config):
     return model, is_ema
 
 
+def build_loader(config, is_train, epoch=1):
+    """The loader of this rank's share of the training images, as they are in an epoch, or of the validation images."""
+    return get_dataloader(config, get_dataset(config, is_train, epoch), is_train, rank(), world_size())
+
+
 def build_training(config, model, loader):
     """The Training of a model on the batches of a loader. Its EMA starts from the model's present weights."""
     if config.MODEL.SYNC_BN and world_size() > 1:
@@ -297,21 +301,66 @@ def build_training(config, model, loader):
     decayed, rest = ((len(group), sum(p.size for p in group)) for group in optim.parameter_groups(model))
     LOG.info(f'weight decay on {decayed[0]} tensors ({decayed[1]:,} parameters), none on {rest[0]} tensors '
              f'({rest[1]:,} parameters)')
-    if config.TRAIN.ACCUM_ITER > len(loader):
-        raise UserError(f'TRAIN.ACCUM_ITER is {config.TRAIN.ACCUM_ITER}, but an epoch has only {len(loader)} batches '
-                        f'of {loader.batch_sampler.total_batch} images; lower it, or DATA.BATCH_SIZE')
-    steps = steps_per_epoch(config, loader)
-    total_batch = loader.batch_sampler.total_batch * config.TRAIN.ACCUM_ITER
-    schedule = optim.Schedule(config, steps, total_batch)
-    LOG.info(f'{schedule.total_steps} steps of {total_batch} images (processes {world_size()} x DATA.BATCH_SIZE '
-             f'{config.DATA.BATCH_SIZE} x TRAIN.ACCUM_ITER {config.TRAIN.ACCUM_ITER}), {steps} per epoch; learning '
-             f'rate up to {schedule.base:g}, EMA decay up to {schedule.max_ema_decay:g}')
+    schedule = build_schedule(config, loader.batch_sampler)
+    LOG.info(f'{schedule.total_steps} steps of {schedule.total_batch} images (processes {world_size()} x '
+             f'DATA.BATCH_SIZE {config.DATA.BATCH_SIZE} x TRAIN.ACCUM_ITER {config.TRAIN.ACCUM_ITER}), '
+             f'{schedule.steps_per_epoch} per epoch; learning rate up to {schedule.base:g}, EMA decay up to '
+             f'{schedule.max_ema_decay:g}')
     ema = optim.ModelEma(model, config.TRAIN.MODEL_EMA_FORCE_CPU) if config.TRAIN.MODEL_EMA else None
     mixup = build_mixup(config)
-    criterion = SoftTargetCrossEntropyLoss() if mixup else LabelSmoothingCrossEntropyLoss(config.TRAIN.SMOOTHING)
     normalize = Normalize(config.DATA.IMAGENET_MEAN, config.DATA.IMAGENET_STD)
-    return Training(model, network, criterion, optimizer, schedule, ema, normalize, mixup, Precision(config),
-                    config.TRAIN.GRAD_CLIP, config.SEED)
+    return Training(model, network, build_criterion(config, bool(mixup)), optimizer, schedule, ema, normalize,
+                    build_erase(config.TRAIN), mixup, Precision(config), config.TRAIN.GRAD_CLIP, config.SEED)
+
+
+def build_schedule(config, sampler):
+    """The Schedule of a config. An optimizer step is a window of TRAIN.ACCUM_ITER batches of a TrainSampler.
+
+    The last window of an epoch may be shorter. Raises: UserError for a window longer than an epoch.
+    """
+    window = config.TRAIN.ACCUM_ITER
+    if window > len(sampler):
+        raise UserError(f'TRAIN.ACCUM_ITER is {window}, but an epoch has only {len(sampler)} batches of '
+                        f'{sampler.total_batch} images; lower it, or DATA.BATCH_SIZE')
+    return optim.Schedule(config, -(-len(sampler) // window), sampler.total_batch * window)
+
+
+def build_erase(train):
+    """The RandomErase of a config's TRAIN, or None where it is off."""
+    if not train.RANDOM_ERASE_PROB:
+        return None
+    return RandomErase(train.RANDOM_ERASE_PROB, train.RANDOM_ERASE_MODE.lower(), train.RANDOM_ERASE_COUNT)
+
+
+def get_teacher_config(config):
+    """The config of TRAIN.DISTILLATION's teacher, to be loaded fused, or None without one.
+
+    Raises: UserError for files that are not there, and for a teacher that does not fit the student.
+    """
+    options = config.TRAIN.DISTILLATION
+    if options.TYPE.lower() == 'none':
+        return None
+    teacher = resolve_config(with_values(get_config(options.TEACHER_CFG), {
+        'MODEL.PRETRAINED': options.TEACHER_WEIGHTS, 'MODEL.RESUME': '', 'MODEL.DEPLOY': True, 'EVAL': True}))
+    checkpoint.check_exists(options.TEACHER_WEIGHTS)
+    for section, key in (('MODEL', 'NUM_CLASSES'), ('DATA', 'IMAGENET_MEAN'), ('DATA', 'IMAGENET_STD')):
+        theirs, ours = teacher[section][key], config[section][key]
+        if theirs != ours:
+            raise UserError(f'{options.TEACHER_CFG}: {section}.{key} is {theirs} for the teacher, {ours} for the '
+                            'student; make them equal: both see the same images and classes')
+    return teacher
+
+
+def build_criterion(config, has_mixup):
+    """The DistillationLoss of a config: around the loss on the labels, with the teacher, if there is one, fused."""
+    criterion = SoftTargetCrossEntropyLoss() if has_mixup else LabelSmoothingCrossEntropyLoss(config.TRAIN.SMOOTHING)
+    teacher_config = get_teacher_config(config)
+    if not teacher_config:
+        return DistillationLoss(criterion)
+    options = config.TRAIN.DISTILLATION
+    LOG.info(f'the teacher is {teacher_config.MODEL.NAME}:')
+    teacher, _ = load_model(teacher_config)
+    return DistillationLoss(criterion, teacher, options.TYPE.lower(), options.ALPHA, options.TAU)
 
 
 def build_mixup(config):
@@ -328,7 +377,7 @@ class RunLog:
 
     def __init__(self, config, schedule=None):
         self.path = os.path.join(config.SAVE, 'log.jsonl')
-        self.image_size = config.DATA.IMAGE_SIZE
+        self.config = config
         self.schedule = schedule
 
     def write(self, epoch, step, split, weights, metrics, last_checkpoint=''):
@@ -340,10 +389,11 @@ class RunLog:
         lr, weight_decay = None, None
         if self.schedule:
             lr, weight_decay = self.schedule.lr(step - 1), self.schedule.weight_decay(step - 1)
+        size = get_stage(self.config, epoch).image_size if split == 'train' else self.config.DATA.IMAGE_SIZE
         if rank() == 0:
             append_json(self.path, {'epoch': epoch, 'step': step, 'split': split, 'weights': weights,
                                     **metrics.record(), 'lr': lr, 'weight_decay': weight_decay,
-                                    'image_size': self.image_size})
+                                    'image_size': size})
         LOG.info(f'epoch {epoch} {split} {weights}: {metrics}')
 
     def drop_after(self, epoch):
@@ -463,7 +513,7 @@ def resume_training(config, loader, path, state):
     LOG.info(f'resumed {path} after epoch {epoch}, step {state["step"]}')
     if config.TRAIN.MODEL_EMA and not state['model_ema']:
         LOG.info('the checkpoint holds no EMA: the average starts from its weights')
-    step = epoch * steps_per_epoch(config, loader)
+    step = epoch * training.schedule.steps_per_epoch
     for name, then, now in (('processes', state['world_size'], world_size()), ('steps', state['step'], step)):
         if then != now:
             LOG.info(f'the checkpoint counts {then} {name}, this run {now}: it goes on after epoch {epoch}, but not '
@@ -480,9 +530,14 @@ def run_training(config, train_loader, val_loader, resumed=None):
     # nothing of an earlier run is touched before the checkpoint has proved to fit
     from_main(lambda: take_over(config, resumed, done))
     log = RunLog(config, training.schedule)
-    steps = steps_per_epoch(config, train_loader)
+    stage = get_stage(config, 1)  # that of the loader
     for epoch in range(done + 1, config.TRAIN.NUM_EPOCHS + 1):
-        step = epoch * steps
+        step = epoch * training.schedule.steps_per_epoch
+        if stage != get_stage(config, epoch):
+            stage = get_stage(config, epoch)
+            train_loader = build_loader(config, True, epoch)
+            LOG.info(f'epoch {epoch}: from here on images of {stage.image_size} pixels, AutoAugment strength '
+                     f'{stage.auto_augment_strength:g}')
         metrics = train_one_epoch(training, train_loader, epoch, config)
         log.write(epoch, step, 'train', 'raw', metrics, training.last_checkpoint)
         if is_validated(config, epoch):
@@ -538,11 +593,9 @@ def save_config(config):
 
 def config_differences(first, second):
     """Lines on the keys that two configs differ in, but for those that make no difference to the weights."""
-    unrelated = ('BASE', 'SAVE', 'SAVE_FREQ', 'KEEP_CHECKPOINTS', 'REPORT_FREQ', 'VALIDATE_FREQ', 'DATA.NUM_WORKERS',
-                 'DATA.DATA_PATH', 'DATA.BATCH_SIZE_EVAL', 'MODEL.NAME', 'TRAIN.LAST_EPOCH')
     values = dict(leaves(second))
     return [f'{key} was {value!r} and is {values[key]!r}' for key, value in leaves(first)
-            if key not in unrelated and values[key] != value]
+            if key not in UNRELATED and values[key] != value]
 
 
 def take_over(config, resumed, epoch):
@@ -620,9 +673,10 @@ def run(config):
     """
     config = resolve_config(config)
     # the lists are read first: a wrong path leaves no folder behind
-    loaders = [get_dataloader(config, get_dataset(config, is_train), is_train, rank(), world_size())
-               for is_train in ([False] if config.EVAL else [True, False])]
+    loaders = [build_loader(config, is_train) for is_train in ([False] if config.EVAL else [True, False])]
     checkpoint.check_exists(config.MODEL.PRETRAINED)
+    if not config.EVAL:
+        get_teacher_config(config)
     check_agreement(config, loaders)
     config = from_main(lambda: prepare_folder(config))
     setup_logger(config.SAVE)

@@ -1,4 +1,4 @@
-"""Training criteria: logits [N, C] and targets -> the mean loss, a scalar tensor."""
+"""Training criteria: what the network said and what it should have -> the mean loss, a scalar tensor."""
 import paddle
 import paddle.nn as nn
 import paddle.nn.functional as F
@@ -32,6 +32,46 @@ class SoftTargetCrossEntropyLoss(nn.Layer):
 
     def forward(self, logits, targets):
         return -(targets * F.log_softmax(_as_float32(logits), axis=-1)).sum(axis=-1).mean()
+
+
+class DistillationLoss(nn.Layer):
+    """(1 - alpha) * the loss on the targets + alpha * the loss on what a teacher says of the same images.
+
+    base_criterion: (logits, targets) -> loss.
+    teacher_model: images -> logits of the same classes; it is put into evaluation mode and gets no gradient.
+    distillation_type: 'none', the loss on the targets alone, without a teacher; 'soft', tau^2 * KL(teacher || student)
+    of the distributions at temperature tau, a mean over the images (arXiv 1503.02531, section 2.1); 'hard', cross
+    entropy against the teacher's best class (arXiv 2012.12877, equation 3).
+    Raises: UserError for another type, or without a teacher.
+    """
+
+    def __init__(self, base_criterion, teacher_model=None, distillation_type='none', alpha=0.5, tau=1.0):
+        super().__init__()
+        if distillation_type not in ('none', 'soft', 'hard'):
+            raise UserError(f'distillation_type is {distillation_type!r}, but must be none, soft or hard')
+        if distillation_type != 'none' and teacher_model is None:
+            raise UserError(f'distillation_type is {distillation_type!r}, but there is no teacher_model')
+        self.base_criterion = base_criterion
+        self.teacher_model = teacher_model
+        self.distillation_type = distillation_type
+        self.alpha = alpha
+        self.tau = tau
+
+    def forward(self, inputs, outputs, targets):
+        """inputs: the images [N, C, H, W] that the student saw; outputs: its logits [N, classes] of them."""
+        loss = self.base_criterion(outputs, targets)
+        if self.distillation_type == 'none':
+            return loss
+        self.teacher_model.eval()
+        with paddle.no_grad():
+            teacher = _as_float32(self.teacher_model(inputs))
+        student = _as_float32(outputs)
+        if self.distillation_type == 'hard':
+            distillation = F.cross_entropy(student, teacher.argmax(axis=-1))
+        else:
+            student, teacher = (F.log_softmax(logits / self.tau, axis=-1) for logits in (student, teacher))
+            distillation = self.tau ** 2 * (teacher.exp() * (teacher - student)).sum(axis=-1).mean()
+        return (1 - self.alpha) * loss + self.alpha * distillation
 
 
 def _as_float32(logits):

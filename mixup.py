@@ -3,6 +3,7 @@ import numpy as np
 import paddle
 import paddle.nn.functional as F
 
+from transforms import box_mask
 from utils import UserError
 
 
@@ -45,9 +46,7 @@ class Mixup:
         shares = paddle.to_tensor(shares.astype('float32')).unsqueeze(1)
         weights = shares.reshape([n, 1, 1, 1])
         if has_box.any():
-            top, bottom, left, right = paddle.to_tensor(boxes.T.reshape([4, n, 1, 1, 1]))
-            rows, columns = paddle.arange(height).reshape([1, 1, -1, 1]), paddle.arange(width).reshape([1, 1, 1, -1])
-            inside = (top <= rows) & (rows < bottom) & (left <= columns) & (columns < right)
+            inside = box_mask(boxes, height, width)
             weights = paddle.where(paddle.to_tensor(has_box).reshape([n, 1, 1, 1]),
                                    1 - inside.astype('float32'), weights)
         weights = weights.astype(images.dtype)

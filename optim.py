@@ -10,8 +10,8 @@ from utils import UserError, first_few, misfits
 STATES = {'sgd': ['velocity'], 'adamw': ['moment1', 'moment2', 'beta1_pow_acc', 'beta2_pow_acc']}
 
 
-def learning_rate(step, total_steps, warmup_steps, base, start, end):
-    """Learning rate of optimizer step `step` (from 0): a line from `start` to `base`, then a cosine to `end`.
+def warmup_cosine(step, total_steps, warmup_steps, base, start, end):
+    """Value at optimizer step `step` (from 0): a line from `start` to `base`, then a cosine to `end`.
 
     The warm-up takes warmup_steps steps; the cosine reaches `end` after the last step (arXiv 1608.03983, without
     restarts).
@@ -23,7 +23,7 @@ def learning_rate(step, total_steps, warmup_steps, base, start, end):
 
 
 class Schedule:
-    """The values of a run's schedules at a step. steps_per_epoch: optimizer steps; total_batch: images of one.
+    """The values of a run's schedules at optimizer step `step`, from 0. total_batch: images of a step.
 
     The learning rates grow with the total batch (arXiv 1706.02677), the EMA forgets per image, not per step
     (arXiv 2307.13813), both from the batch TRAIN.LINEAR_SCALED_LR.
@@ -32,17 +32,18 @@ class Schedule:
     def __init__(self, config, steps_per_epoch, total_batch):
         train = config.TRAIN
         scale = total_batch / train.LINEAR_SCALED_LR if train.LINEAR_SCALED_LR else 1.0
+        self.steps_per_epoch, self.total_batch = steps_per_epoch, total_batch
         self.total_steps = train.NUM_EPOCHS * steps_per_epoch
         self.warmup_steps = train.WARMUP_EPOCHS * steps_per_epoch
         self.base, self.start, self.end = (scale * lr for lr in (train.BASE_LR, train.WARMUP_START_LR, train.END_LR))
-        self.decay = train.WEIGHT_DECAY
+        self.decay, self.end_decay = train.WEIGHT_DECAY, train.END_WEIGHT_DECAY
         self.max_ema_decay = train.MODEL_EMA_DECAY ** scale
 
     def lr(self, step):
-        return learning_rate(step, self.total_steps, self.warmup_steps, self.base, self.start, self.end)
+        return warmup_cosine(step, self.total_steps, self.warmup_steps, self.base, self.start, self.end)
 
     def weight_decay(self, step):
-        return self.decay
+        return warmup_cosine(step, self.total_steps, 0, self.decay, self.decay, self.end_decay)
 
     def ema_decay(self, step):
         """Ramped up while steps are few, so that the random weights of the start are soon forgotten."""
@@ -73,6 +74,16 @@ def build_optimizer(config, model):
                                          use_nesterov=options.NESTEROV, parameters=groups)
     return paddle.optimizer.AdamW(learning_rate=0.0, beta1=options.BETAS[0], beta2=options.BETAS[1],
                                   epsilon=options.EPS, parameters=groups)
+
+
+def set_weight_decay(optimizer, value):
+    """Set the decay of the decayed group from the next step on.
+
+    Through a private field, the only way there is: both optimizers read it at every step (seen in Paddle 2.6.2 and
+    3.3.1, and by a test on either).
+    """
+    decayed = optimizer._param_groups[0]
+    decayed['regularization_coeff' if isinstance(optimizer, paddle.optimizer.Momentum) else 'weight_decay'] = value
 
 
 def _states(optimizer, model):

@@ -1,12 +1,15 @@
-"""What is done to an image: random crop and flip in training, resize and centre crop in evaluation, normalisation.
+"""What is done to an image (crop, flip, augmentation; resize and centre crop in evaluation) and, on the device, to a
+batch (normalisation, erasing).
 
-Random transforms take a NumPy generator, so that the caller decides what an image's randomness depends on.
+What is random takes a NumPy generator, so that the caller decides what the randomness depends on.
 """
 import math
+from dataclasses import dataclass
+from typing import Callable
 
 import numpy as np
 import paddle
-from PIL import Image
+from PIL import Image, ImageEnhance, ImageOps
 
 from utils import UserError
 
@@ -44,19 +47,193 @@ def random_crop_box(width, height, scale, rng, ratio=(3 / 4, 4 / 3), tries=10):
     return left, top, left + w, top + h
 
 
-class TrainTransform:
-    """RandomResizedCrop and horizontal flip: RGB image -> uint8 [size, size, 3]."""
+# what a geometric operation leaves empty
+GREY = (128, 128, 128)
 
-    def __init__(self, size, scale, interpolation):
+
+def _shear_x(image, share):
+    return image.transform(image.size, Image.Transform.AFFINE, (1, share, 0, 0, 1, 0), fillcolor=GREY)
+
+
+def _shear_y(image, share):
+    return image.transform(image.size, Image.Transform.AFFINE, (1, 0, 0, share, 1, 0), fillcolor=GREY)
+
+
+def _translate_x(image, share):
+    return image.transform(image.size, Image.Transform.AFFINE, (1, 0, share * image.width, 0, 1, 0), fillcolor=GREY)
+
+
+def _translate_y(image, share):
+    return image.transform(image.size, Image.Transform.AFFINE, (1, 0, 0, 0, 1, share * image.height), fillcolor=GREY)
+
+
+def _rotate(image, degrees):
+    return image.rotate(degrees, fillcolor=GREY)
+
+
+def _posterize(image, bits):
+    return ImageOps.posterize(image, 8 - round(bits))
+
+
+def _solarize(image, amount):
+    return ImageOps.solarize(image, 256 - amount)
+
+
+def _brightness(image, change):
+    return ImageEnhance.Brightness(image).enhance(1 + change)
+
+
+def _color(image, change):
+    return ImageEnhance.Color(image).enhance(1 + change)
+
+
+def _contrast(image, change):
+    return ImageEnhance.Contrast(image).enhance(1 + change)
+
+
+def _sharpness(image, change):
+    return ImageEnhance.Sharpness(image).enhance(1 + change)
+
+
+@dataclass
+class Operation:
+    """function(image, amount) -> image, which does nothing at an amount of 0.
+
+    largest: the amount at full magnitude; 0 for an operation that has no amount: function(image).
+    signed: whether the amount's sign is drawn.
+    """
+    function: Callable
+    largest: float = 0.0
+    signed: bool = False
+
+    def __call__(self, image, magnitude, rng):
+        """magnitude: in [0, 1]."""
+        if not self.largest:
+            return self.function(image)
+        sign = -1 if self.signed and rng.random() < 0.5 else 1
+        return self.function(image, sign * magnitude * self.largest)
+
+
+# the operations of AutoAugment and their largest amounts (arXiv 1805.09501, table 6). Magnitudes count from doing
+# nothing, as in torchvision, also where the paper's lowest does most: Color, Contrast, Brightness, Sharpness
+OPERATIONS = {
+    'ShearX': Operation(_shear_x, 0.3, signed=True),
+    'ShearY': Operation(_shear_y, 0.3, signed=True),
+    'TranslateX': Operation(_translate_x, 150 / 331, signed=True),
+    'TranslateY': Operation(_translate_y, 150 / 331, signed=True),
+    'Rotate': Operation(_rotate, 30, signed=True),
+    'AutoContrast': Operation(ImageOps.autocontrast),
+    'Invert': Operation(ImageOps.invert),
+    'Equalize': Operation(ImageOps.equalize),
+    'Solarize': Operation(_solarize, 256),
+    'Posterize': Operation(_posterize, 4),
+    'Contrast': Operation(_contrast, 0.9, signed=True),
+    'Color': Operation(_color, 0.9, signed=True),
+    'Brightness': Operation(_brightness, 0.9, signed=True),
+    'Sharpness': Operation(_sharpness, 0.9, signed=True),
+}
+
+# AutoAugment's policy for ImageNet (table 9 there): pairs of (operation, probability, magnitude from 0 to 9)
+IMAGENET_POLICY = [
+    (('Posterize', 0.4, 8), ('Rotate', 0.6, 9)),
+    (('Solarize', 0.6, 5), ('AutoContrast', 0.6, 5)),
+    (('Equalize', 0.8, 8), ('Equalize', 0.6, 3)),
+    (('Posterize', 0.6, 7), ('Posterize', 0.6, 6)),
+    (('Equalize', 0.4, 7), ('Solarize', 0.2, 4)),
+    (('Equalize', 0.4, 4), ('Rotate', 0.8, 8)),
+    (('Solarize', 0.6, 3), ('Equalize', 0.6, 7)),
+    (('Posterize', 0.8, 5), ('Equalize', 1.0, 2)),
+    (('Rotate', 0.2, 3), ('Solarize', 0.6, 8)),
+    (('Equalize', 0.6, 8), ('Posterize', 0.4, 6)),
+    (('Rotate', 0.8, 8), ('Color', 0.4, 0)),
+    (('Rotate', 0.4, 9), ('Equalize', 0.6, 2)),
+    (('Equalize', 0.0, 7), ('Equalize', 0.8, 8)),
+    (('Invert', 0.6, 4), ('Equalize', 1.0, 8)),
+    (('Color', 0.6, 4), ('Contrast', 1.0, 8)),
+    (('Rotate', 0.8, 8), ('Color', 1.0, 2)),
+    (('Color', 0.8, 8), ('Solarize', 0.8, 7)),
+    (('Sharpness', 0.4, 7), ('Invert', 0.6, 8)),
+    (('ShearX', 0.6, 5), ('Equalize', 1.0, 9)),
+    (('Color', 0.4, 0), ('Equalize', 0.6, 3)),
+    (('Equalize', 0.4, 7), ('Solarize', 0.2, 4)),
+    (('Solarize', 0.6, 5), ('AutoContrast', 0.6, 5)),
+    (('Invert', 0.6, 4), ('Equalize', 1.0, 8)),
+    (('Color', 0.6, 4), ('Contrast', 1.0, 8)),
+    (('Equalize', 0.8, 8), ('Equalize', 0.6, 3)),
+]
+
+
+class AutoAugment:
+    """One of AutoAugment's 25 pairs of operations, drawn for each image (arXiv 1805.09501).
+
+    strength: from 0, which leaves images as they are, to 1, the whole policy: a factor of the magnitudes, and of the
+    probabilities of operations that have none. MobileOne's training lets it grow.
+    """
+
+    def __init__(self, strength=1.0, policy=IMAGENET_POLICY):
+        self.strength = strength
+        self.policy = policy
+
+    def __call__(self, image, rng):
+        for name, probability, magnitude in self.policy[rng.integers(len(self.policy))]:
+            operation = OPERATIONS[name]
+            if not operation.largest:
+                probability *= self.strength
+            if rng.random() < probability:
+                image = operation(image, self.strength * magnitude / 9, rng)
+        return image
+
+
+class RandAugment:
+    """`layers` operations at one magnitude (0 to 10), drawn for each image (arXiv 1909.13719).
+
+    From the paper's 14: those of AutoAugment but Invert, and to do nothing.
+    """
+
+    names = ['Identity'] + [name for name in OPERATIONS if name != 'Invert']
+
+    def __init__(self, layers, magnitude):
+        self.layers = layers
+        self.magnitude = magnitude
+
+    def __call__(self, image, rng):
+        for name in rng.choice(self.names, self.layers):
+            if name != 'Identity':
+                image = OPERATIONS[name](image, self.magnitude / 10, rng)
+        return image
+
+
+class ColorJitter:
+    """Brightness, contrast and colour, in random order, each multiplied by a factor from [1 - amount, 1 + amount]."""
+
+    def __init__(self, amount):
+        self.amount = amount
+
+    def __call__(self, image, rng):
+        for name in rng.permutation(['Brightness', 'Contrast', 'Color']):
+            image = OPERATIONS[name].function(image, max(-1.0, rng.uniform(-self.amount, self.amount)))
+        return image
+
+
+class TrainTransform:
+    """RandomResizedCrop, horizontal flip, then each augmentation: RGB image -> uint8 [size, size, 3].
+
+    augmentations: functions (image, rng) -> image.
+    """
+
+    def __init__(self, size, scale, interpolation, augmentations=()):
         self.size = size
         self.scale = scale
         self.filter = find_filter(interpolation)
+        self.augmentations = augmentations
 
     def __call__(self, image, rng):
         box = random_crop_box(*image.size, self.scale, rng)
         image = image.crop(box).resize((self.size, self.size), self.filter)
         if rng.random() < 0.5:
             image = image.transpose(Image.Transpose.FLIP_LEFT_RIGHT)
+        for augment in self.augmentations:
+            image = augment(image, rng)
         return np.asarray(image)
 
 
@@ -87,3 +264,53 @@ class Normalize:
 
     def __call__(self, images):
         return (images.transpose([0, 3, 1, 2]).astype('float32') - self.shift) * self.scale
+
+
+def box_mask(boxes, height, width):
+    """Bool [N, 1, height, width] on the device, true inside each image's box.
+
+    boxes: int array [N, 4], (top, bottom, left, right) in pixels; four numbers an image go to the device, not a mask.
+    """
+    top, bottom, left, right = paddle.to_tensor(boxes.T.reshape([4, len(boxes), 1, 1, 1]))
+    rows, columns = paddle.arange(height).reshape([1, 1, -1, 1]), paddle.arange(width).reshape([1, 1, 1, -1])
+    return (top <= rows) & (rows < bottom) & (left <= columns) & (columns < right)
+
+
+class RandomErase:
+    """Random erasing (arXiv 1708.04896) of a normalised batch: float [N, C, H, W] -> the same, a new tensor.
+
+    prob: probability that an image is erased, in 1 to `count` boxes; together they cover at most a third of it, and
+    one alone at least 2 %. A box's ratio of height to width is drawn from 0.3 to 1 / 0.3; too long a side is cut.
+    mode: what fills a box: 'const', zeros, which are the data set's mean colour; 'rand', a colour drawn from the normal
+    distribution; 'pixel', noise drawn from it.
+    """
+
+    def __init__(self, prob, mode='pixel', count=1):
+        self.prob = prob
+        self.mode = mode
+        self.count = count
+
+    def draw(self, n, height, width, rng):
+        """Boxes, int [count, n, 4]: (top, bottom, left, right) in pixels; empty ones erase nothing."""
+        shape = [self.count, n]
+        counts = rng.integers(1, self.count + 1, n) * (rng.random(n) < self.prob)
+        area = height * width * rng.uniform(0.02, 1 / 3, shape) / np.maximum(counts, 1)
+        aspect = np.exp(rng.uniform(math.log(0.3), -math.log(0.3), shape))
+        sides = np.stack([np.sqrt(area * aspect), np.sqrt(area / aspect)])
+        size = np.array([height, width]).reshape([2, 1, 1])
+        sides = np.clip(np.rint(sides), 1, size).astype('int64') * (np.arange(self.count)[:, None] < counts)
+        starts = rng.integers(0, size - sides + 1)
+        return np.stack([starts[0], starts[0] + sides[0], starts[1], starts[1] + sides[1]], axis=-1)
+
+    def __call__(self, images, rng):
+        n, channels, height, width = images.shape
+        for boxes in self.draw(n, height, width, rng):
+            if self.mode == 'const':
+                fill = paddle.zeros([1])
+            elif self.mode == 'rand':
+                fill = paddle.to_tensor(rng.standard_normal([n, channels, 1, 1]).astype('float32'))
+            else:
+                paddle.seed(int(rng.integers(2 ** 31)))  # the device draws, and what it draws depends on rng alone
+                fill = paddle.randn(images.shape)
+            images = paddle.where(box_mask(boxes, height, width), fill.astype(images.dtype), images)
+        return images

@@ -111,9 +111,19 @@ def test_base_errors(tmp_path):
     ('TRAIN:\n  BASE_LR: .inf\n', 'TRAIN.BASE_LR is inf, but must be float'),
     ('TRAIN:\n  BASE_LR: fast\n', "TRAIN.BASE_LR is 'fast', but must be float"),
     ('DATA:\n  DATA_PATH: [a]\n', 'DATA.DATA_PATH is .*, but must be str'),
-    ('MODEL:\n  NUM_BLOCKS: [1, 2.5, 1, 1, 1]\n', 'MODEL.NUM_BLOCKS is 2.5, but must be a?.*int'),
+    ('MODEL:\n  NUM_BLOCKS: [1, 2.5, 1, 1, 1]\n', r'MODEL.NUM_BLOCKS\[1\] is 2.5, but must be int'),
     ('MODEL:\n  NUM_BLOCKS: 4\n', 'MODEL.NUM_BLOCKS is 4, but must be a list of int'),
     ('TRAIN:\n  MULTI_SCALE_SAMPLER_DDP: True\n', 'TRAIN.MULTI_SCALE_SAMPLER_DDP is True, but is not supported'),
+    ('TRAIN:\n  CURRICULUM: 3\n', 'TRAIN.CURRICULUM is 3, but must be a list of dict, like .*EPOCH'),
+    ('TRAIN:\n  CURRICULUM: [3]\n', r'TRAIN.CURRICULUM\[0\] is 3, but must be dict, like .*AUTO_AUGMENT_STRENGTH'),
+    ('TRAIN:\n  CURRICULUM: [{EPOCH: 1, IMAGE_SIZE: 8}]\n', r'TRAIN.CURRICULUM\[0\] is .*, but must be dict, like'),
+    ('TRAIN:\n  CURRICULUM: [{EPOCH: 1, IMAGE_SIZE: 8, AUTO_AUGMENT_STRENGTH: 0, RATE: 1}]\n', r'CURRICULUM\[0\] is'),
+    ('TRAIN:\n  CURRICULUM: [{EPOCH: 1.5, IMAGE_SIZE: 8, AUTO_AUGMENT_STRENGTH: 0}]\n',
+     r'TRAIN.CURRICULUM\[0\].EPOCH is 1.5, but must be int'),
+    ('TRAIN:\n  CURRICULUM: [{EPOCH: 1, IMAGE_SIZE: null, AUTO_AUGMENT_STRENGTH: 0}]\n',
+     r'TRAIN.CURRICULUM\[0\].IMAGE_SIZE is None, but must be int'),
+    ('TRAIN:\n  CURRICULUM: [{EPOCH: 1, IMAGE_SIZE: 8, AUTO_AUGMENT_STRENGTH: x}]\n',
+     r"TRAIN.CURRICULUM\[0\].AUTO_AUGMENT_STRENGTH is 'x', but must be float"),
     ('- a\n- b\n', 'mapping'),
     ('SEED: 1\nSEED: 2\n', 'SEED stands there twice'),
     ('MODEL:\n  NAME: 2022-02-30\n', 'not a YAML file .day is out of range'),
@@ -137,6 +147,8 @@ TRAIN:
   LINEAR_SCALED_LR: null
   GRAD_CLIP: null
   CUTMIX_MINMAX: None
+  CURRICULUM:
+    - {AUTO_AUGMENT_STRENGTH: 1, EPOCH: 1, IMAGE_SIZE: 96}
   MULTI_SCALE_SAMPLER_DDP: False
   OPTIMIZER:
 DATA:
@@ -150,6 +162,9 @@ MODEL:
     assert all(type(value) is float for value in [config.TRAIN.BASE_LR, *config.MODEL.EXPANSIONS])
     assert (config.DATA.BATCH_SIZE_EVAL, config.MODEL.PRETRAINED, config.MODEL.RESUME) == (0, '', '')
     assert (config.TRAIN.GRAD_CLIP, config.TRAIN.CUTMIX_MINMAX) == (0.0, [0.0, 0.0])
+    assert config.TRAIN.CURRICULUM == [{'EPOCH': 1, 'IMAGE_SIZE': 96, 'AUTO_AUGMENT_STRENGTH': 1.0}]
+    assert type(config.TRAIN.CURRICULUM[0]['AUTO_AUGMENT_STRENGTH']) is float
+    assert get_config(write(tmp_path / 'y.yaml', 'TRAIN:\n  CURRICULUM: null\n')).TRAIN.CURRICULUM == []
 
 
 def test_flags():
@@ -182,6 +197,8 @@ def test_opts(argv):
     config = parse(*argv)
     assert config.DATA.IMAGENET_MEAN == [-1.0, 0.0, -0.001]
     assert (config.SEED, config.TRAIN.BASE_LR, config.MODEL.NAME) == (3, 1.0, 'x y')
+    stages = "[{'EPOCH': 1, 'IMAGE_SIZE': 8, 'AUTO_AUGMENT_STRENGTH': 0.5}]"
+    assert str(parse('-opts', 'TRAIN.CURRICULUM', stages).TRAIN.CURRICULUM) == stages
     assert (config.DATA.BATCH_SIZE, config.DATA.IMAGE_SIZE) == (4, 64)
 
 
@@ -239,6 +256,19 @@ def test_flags_are_exact(argv, capsys):
     ('TRAIN.MIXUP_PROB 2', 'TRAIN.MIXUP_PROB is 2.0'),
     ('TRAIN.CUTMIX_MINMAX [0.5,0.2]', 'TRAIN.CUTMIX_MINMAX is .* the smaller share comes first'),
     ('TRAIN.CUTMIX_MINMAX [0.5]', 'TRAIN.CUTMIX_MINMAX is .*2 entries'),
+    ('TRAIN.END_WEIGHT_DECAY -1', 'TRAIN.END_WEIGHT_DECAY is -1.0'),
+    ('TRAIN.COLOR_JITTER 1.5', 'TRAIN.COLOR_JITTER is 1.5, but must be between 0 and 1'),
+    ('TRAIN.AUTO_AUGMENT True TRAIN.RAND_AUGMENT True', 'are both True: choose one'),
+    ('TRAIN.RAND_AUGMENT_LAYERS 0', 'TRAIN.RAND_AUGMENT_LAYERS is 0'),
+    ('TRAIN.RAND_AUGMENT_MAGNITUDE 11', 'TRAIN.RAND_AUGMENT_MAGNITUDE is 11, but must be between 0 and 10'),
+    ('TRAIN.RANDOM_ERASE_PROB -0.5', 'TRAIN.RANDOM_ERASE_PROB is -0.5'),
+    ('TRAIN.RANDOM_ERASE_MODE noise', 'must be one of const, rand, pixel'),
+    ('TRAIN.RANDOM_ERASE_COUNT 0', 'TRAIN.RANDOM_ERASE_COUNT is 0'),
+    ('TRAIN.DISTILLATION.TYPE warm', 'must be one of none, soft, hard'),
+    ('TRAIN.DISTILLATION.TYPE hard', 'there is no teacher: set TEACHER_CFG and TEACHER_WEIGHTS'),
+    ('TRAIN.DISTILLATION.TYPE soft TRAIN.DISTILLATION.TEACHER_CFG x', 'there is no teacher'),
+    ('TRAIN.DISTILLATION.ALPHA 1.5', 'TRAIN.DISTILLATION.ALPHA is 1.5'),
+    ('TRAIN.DISTILLATION.TAU 0', 'TRAIN.DISTILLATION.TAU is 0.0'),
     ('AMP_LEVEL O3', 'must be one of O1, O2'),
     ('AMP_DTYPE float32', 'must be one of float16, bfloat16'),
     ('MODEL.RESUME auto', "MODEL.RESUME is 'auto', .* name the folder with -output"),
@@ -248,6 +278,33 @@ def test_flags_are_exact(argv, capsys):
 def test_values_that_cannot_run(options, message):
     with pytest.raises(UserError, match=message):
         resolve_config(parse('-opts', *options.split()))
+
+
+@pytest.mark.parametrize('stages, message', [
+    ([(2, 160, 0.3)], r'TRAIN.CURRICULUM\[0\] is .*, but the first stage starts at EPOCH 1'),
+    ([(0, 160, 0.3)], 'the first stage starts at EPOCH 1'),
+    ([(1, 160, 0.3), (1, 192, 0.3)], r'TRAIN.CURRICULUM\[1\] is .*, but the stage before starts at EPOCH 1: order'),
+    ([(1, 160, 0.3), (40, 192, 0.3), (39, 224, 1.0)], r'\[2\] is .*, but the stage before starts at EPOCH 40'),
+    ([(1, 160, 0.3), (301, 192, 0.3)], 'TRAIN.NUM_EPOCHS is 300: drop the stage'),
+    ([(1, 0, 0.3)], 'IMAGE_SIZE must be at least 1'),
+    ([(1, 160, 1.5)], 'AUTO_AUGMENT_STRENGTH must be between 0 and 1'),
+    ([(1, 160, -0.1)], 'AUTO_AUGMENT_STRENGTH must be between 0 and 1'),
+])
+def test_curricula_that_cannot_run(stages, message):
+    config = get_config()
+    config.TRAIN.AUTO_AUGMENT = True
+    config.TRAIN.CURRICULUM = [dict(zip(('EPOCH', 'IMAGE_SIZE', 'AUTO_AUGMENT_STRENGTH'), stage)) for stage in stages]
+    with pytest.raises(UserError, match=message):
+        resolve_config(config)
+
+
+def test_strength_needs_auto_augment():
+    config = get_config()
+    config.TRAIN.CURRICULUM = [{'EPOCH': 1, 'IMAGE_SIZE': 160, 'AUTO_AUGMENT_STRENGTH': 0.3}]
+    with pytest.raises(UserError, match='TRAIN.AUTO_AUGMENT is False: turn it on, or set the strength to 0.0'):
+        resolve_config(config)
+    config.TRAIN.CURRICULUM[0]['AUTO_AUGMENT_STRENGTH'] = 0.0
+    resolve_config(config)
 
 
 def test_a_config_edited_by_hand_is_checked_too():

@@ -144,14 +144,15 @@ def test_the_last_window_is_a_mean_too(config, loaders):
     config.TRAIN.WARMUP_EPOCHS, config.TRAIN.WEIGHT_DECAY = 0, 0.0
     batches = list(loaders[0])
     assert [len(window) for window in engine.windows(batches, 2)] == [2, 1] and len(batches) == 3
-    assert engine.steps_per_epoch(config, loaders[0]) == 2
+    assert engine.build_schedule(config, loaders[0].batch_sampler).steps_per_epoch == 2
     for window in engine.windows(batches, 2):
         model = build_mobileone(config)
         training = engine.build_training(config, model, loaders[0])
         start = {name: tensor.numpy() for name, tensor in model.state_dict().items()}
         gradients = []
         for images, labels in window:
-            training.criterion(model(training.normalize(images)), labels).backward()
+            inputs = training.normalize(images)
+            training.criterion(inputs, model(inputs), labels).backward()
             gradients.append(model.fc.weight.grad.numpy())
             model.clear_gradients()
         model.set_state_dict(start)

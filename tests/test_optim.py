@@ -11,21 +11,22 @@ from optim import (
     ModelEma,
     Schedule,
     build_optimizer,
-    learning_rate,
     load_optimizer_state,
     optimizer_state,
     parameter_groups,
+    set_weight_decay,
+    warmup_cosine,
 )
 from utils import UserError
 
 
 def test_learning_rate():
-    lrs = [learning_rate(step, 100, 10, 1.0, 0.1, 0.2) for step in range(101)]
+    lrs = [warmup_cosine(step, 100, 10, 1.0, 0.1, 0.2) for step in range(101)]
     assert lrs[0] == pytest.approx(0.1) and lrs[5] == pytest.approx(0.55) and lrs[10] == pytest.approx(1.0)
     assert lrs[55] == pytest.approx(0.6) and lrs[100] == pytest.approx(0.2)
     assert lrs[32] == pytest.approx(0.2 + 0.8 * 0.5 * (1 + math.cos(math.pi * 22 / 90)))
     assert all(a < b for a, b in zip(lrs[:10], lrs[1:11])) and all(a > b for a, b in zip(lrs[10:], lrs[11:]))
-    assert learning_rate(0, 10, 0, 1.0, 0.1, 0.2) == 1.0
+    assert warmup_cosine(0, 10, 0, 1.0, 0.1, 0.2) == 1.0
 
 
 def test_schedule_scales_with_the_total_batch(config):
@@ -37,7 +38,11 @@ def test_schedule_scales_with_the_total_batch(config):
     assert schedule.lr(70) == pytest.approx(2 * config.TRAIN.END_LR)
     config.TRAIN.LINEAR_SCALED_LR = 0
     assert Schedule(config, 7, 512).lr(14) == config.TRAIN.BASE_LR
-    assert schedule.weight_decay(3) == config.TRAIN.WEIGHT_DECAY
+    config.TRAIN.WEIGHT_DECAY, config.TRAIN.END_WEIGHT_DECAY = 0.4, 0.1  # for any batch, and without a warm-up
+    for total in (256, 512):
+        decays = [Schedule(config, 7, total).weight_decay(step) for step in (0, 14, 35, 69, 70)]
+        assert decays == pytest.approx([0.4, 0.1 + 0.3 * (1 + math.cos(math.pi / 5)) / 2, 0.25,
+                                        0.1 + 0.3 * (1 + math.cos(math.pi * 69 / 70)) / 2, 0.1])
     config.TRAIN.MODEL_EMA_DECAY = 0.99
     decays = [Schedule(config, 7, 512).ema_decay(step) for step in (0, 90, 10000)]
     assert decays == [0.1, 0.91, 0.99]
@@ -59,15 +64,17 @@ def test_parameter_groups(config):
     assert not any('_mean' in name or '_variance' in name for name in trainable)
 
 
-def steps(config, count=3):
-    """Parameters of a small layer after `count` optimizer steps with gradient 1, and their start."""
+def steps(config, decays=()):
+    """Parameters of a small layer after three optimizer steps with gradient 1, with weight decays set if given."""
     layer = paddle.nn.Linear(2, 1)
     layer.weight.set_value(np.full((2, 1), 2.0, 'float32'))
     layer.bias.set_value(np.full((1,), 2.0, 'float32'))
     optimizer = build_optimizer(config, layer)
-    for step in range(count):
+    for step in range(3):
         (layer.weight.sum() + layer.bias.sum()).backward()
         optimizer.set_lr(0.1 * (step + 1))
+        if decays:
+            set_weight_decay(optimizer, decays[step])
         optimizer.step()
         optimizer.clear_grad()
     return layer.weight.numpy()[0, 0], layer.bias.numpy()[0]
@@ -112,6 +119,26 @@ def test_adamw_arithmetic(config):
             w -= 0.1 * (step + 1) * (1 + decay * w)
         expected.append(w)
     np.testing.assert_allclose(steps(config), expected, rtol=1e-5)
+
+
+@pytest.mark.parametrize('start', [0.0, 0.9])
+@pytest.mark.parametrize('name', ['SGD', 'AdamW'])
+def test_weight_decay_set_for_a_step(config, name, start):
+    """Whatever the decay that the optimizer was made with, and on the weight alone."""
+    config.TRAIN.OPTIMIZER.NAME, config.TRAIN.OPTIMIZER.MOMENTUM = name, 0.8
+    config.TRAIN.WEIGHT_DECAY = start
+    decays, expected = [0.5, 0.0, 0.3], []
+    for of_parameter in (decays, [0.0] * 3):
+        w, v = 2.0, 0.0
+        for step, decay in enumerate(of_parameter):
+            lr = 0.1 * (step + 1)
+            if name == 'SGD':
+                v = 0.8 * v + 1 + decay * w
+                w -= lr * v
+            else:
+                w -= lr * (1 + decay * w)
+        expected.append(w)
+    np.testing.assert_allclose(steps(config, decays), expected, rtol=1e-5)
 
 
 @pytest.mark.parametrize('on_cpu', [False, True])

@@ -14,6 +14,9 @@ import checkpoint
 MAIN = 'main_single_gpu.py'
 # all that has a state or chance of its own
 STATEFUL = ['TRAIN.NUM_EPOCHS', '4', 'TRAIN.MIXUP_ALPHA', '0.5', 'TRAIN.CUTMIX_ALPHA', '1', 'TRAIN.ACCUM_ITER', '2',
+            'TRAIN.AUTO_AUGMENT', 'True', 'TRAIN.RANDOM_ERASE_PROB', '0.5', 'TRAIN.CURRICULUM',
+            "[{'EPOCH': 1, 'IMAGE_SIZE': 24, 'AUTO_AUGMENT_STRENGTH': 0.3},"
+            " {'EPOCH': 3, 'IMAGE_SIZE': 32, 'AUTO_AUGMENT_STRENGTH': 1.0}]",
             'TRAIN.GRAD_CLIP', '1', 'SAVE_FREQ', '1', 'KEEP_CHECKPOINTS', '0', 'TRAIN.LINEAR_SCALED_LR', '16']
 OPTIMIZERS = {'SGD': [], 'AdamW': ['TRAIN.OPTIMIZER.NAME', 'AdamW', 'TRAIN.BASE_LR', '0.001']}
 
@@ -26,6 +29,7 @@ def whole(request, fashion, tmp_path_factory):
     out = run(MAIN, '-output', folder, *opts).stdout
     # two windows: of two batches, and of the one that is left of 60 // 16
     assert '8 steps of 32 images' in out and '2 per epoch; learning rate up to ' in out
+    assert [row['image_size'] for row in records(folder) if row['split'] == 'train'] == [24, 24, 32, 32]
     return folder, opts
 
 
@@ -173,7 +177,8 @@ def test_checkpoints_that_cannot_be_resumed(whole, fashion, tmp_path):
     line = fails(MAIN, '-output', folder, '-resume', tmp_path / 'old.pdparams', *opts)
     assert 'holds the results of another run' in line and '-resume auto' in line
     # but their weights serve
-    run(MAIN, '-output', tmp_path / 'tuned', '-pretrained', tmp_path / 'old.pdparams', *opts, 'TRAIN.NUM_EPOCHS', '1')
+    run(MAIN, '-output', tmp_path / 'tuned', '-pretrained', tmp_path / 'old.pdparams', *opts, 'TRAIN.NUM_EPOCHS', '1',
+        'TRAIN.CURRICULUM', '[]')
 
 
 def test_other_batches_and_no_ema_go_on_and_say_so(whole, tmp_path):

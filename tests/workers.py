@@ -123,10 +123,10 @@ def not_finite(folder, *options):
     training, loader, config = build(folder, Plain, *options)
     criterion, losses = training.criterion, []
 
-    def broken(logits, labels):
+    def broken(inputs, logits, labels):
         losses.append(None)
         bad = len(losses) >= 4 and rank() == world_size() - 1
-        return criterion(logits, labels) * (float('inf') if bad else 1.0)
+        return criterion(inputs, logits, labels) * (float('inf') if bad else 1.0)
     training.criterion = broken
     engine.train_one_epoch(training, loader, 1, config)
 

@@ -5,7 +5,8 @@
 Needs matplotlib (pip install matplotlib).
 """
 from config import ArgumentParser
-from utils import UserError, run_program
+from tools import import_pyplot
+from utils import run_program
 
 CONV, NORM, FUSED, PLAIN = '#cfe2f3', '#fff2cc', '#d9ead3', '#eeeeee'
 LINE, ACCENT = '#444444', '#a02020'
@@ -58,14 +59,7 @@ def fused_layer(axes, x, top, text):
 
 def draw(path):
     """Write the picture to `path`."""
-    try:
-        import matplotlib
-    except ImportError:
-        raise UserError('drawing needs matplotlib: pip install matplotlib') from None
-    matplotlib.use('Agg')
-    from matplotlib import pyplot
-
-    figure, axes = pyplot.subplots(figsize=(10, 6.6), dpi=110)
+    figure, axes = import_pyplot().subplots(figsize=(10, 6.6), dpi=110)
     training_layer(axes, 0, 0, DEPTHWISE)
     training_layer(axes, 0, -LAYER_HEIGHT, POINTWISE)
     fused_x = 6.8

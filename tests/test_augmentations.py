@@ -1,0 +1,295 @@
+"""Augmentations against results computed by hand on small images."""
+import numpy as np
+import paddle
+import pytest
+from PIL import Image
+
+from transforms import (
+    GREY,
+    IMAGENET_POLICY,
+    OPERATIONS,
+    AutoAugment,
+    ColorJitter,
+    RandAugment,
+    RandomErase,
+    TrainTransform,
+    box_mask,
+)
+
+
+class Drawn:
+    """Stands in for a generator: `random` returns the given values in turn."""
+
+    def __init__(self, *values):
+        self.values = list(values)
+
+    def random(self):
+        return self.values.pop(0)
+
+
+def image_of(rows):
+    """An RGB image of a table of grey values."""
+    return Image.fromarray(np.repeat(np.array(rows, 'uint8')[:, :, None], 3, axis=2))
+
+
+def rows_of(image):
+    pixels = np.asarray(image)
+    assert (pixels == pixels[:, :, :1]).all()
+    return pixels[:, :, 0].tolist()
+
+
+def colours(width=16, height=12, seed=0):
+    return Image.fromarray(np.random.default_rng(seed).integers(0, 256, (height, width, 3), dtype='uint8'))
+
+
+def apply(name, image, amount):
+    return OPERATIONS[name].function(image, amount)
+
+
+G = GREY[0]
+TABLE = [[1, 2, 3, 4], [5, 6, 7, 8]]  # 4 wide, 2 high
+
+
+@pytest.mark.parametrize('name, amount, expected', [
+    ('TranslateX', 0.25, [[2, 3, 4, G], [6, 7, 8, G]]),
+    ('TranslateX', -0.5, [[G, G, 1, 2], [G, G, 5, 6]]),
+    # half of the height is one row: half of the width would leave nothing
+    ('TranslateY', 0.5, [[5, 6, 7, 8], [G, G, G, G]]),
+    ('TranslateY', -0.5, [[G, G, G, G], [1, 2, 3, 4]]),
+    # the centres of the pixels are half a pixel and one and a half from the upper left corner, which stays
+    ('ShearX', 1.0, [[2, 3, 4, G], [7, 8, G, G]]),
+    ('ShearX', -1.0, [[1, 2, 3, 4], [G, 5, 6, 7]]),
+    ('ShearY', 0.5, [[1, 6, 7, G], [5, G, G, G]]),
+    ('Rotate', 180, [[8, 7, 6, 5], [4, 3, 2, 1]]),
+    ('Rotate', 90, [[G, 3, 7, G], [G, 2, 6, G]]),  # counter-clockwise about the centre
+])
+def test_geometry(name, amount, expected):
+    assert rows_of(apply(name, image_of(TABLE), amount)) == expected
+
+
+def test_a_square_turns_as_numpy_turns_it():
+    image = colours(9, 9)
+    np.testing.assert_array_equal(apply('Rotate', image, 90), np.rot90(np.asarray(image)))
+    corners = np.asarray(apply('Rotate', image, 45))[[0, 0, -1, -1], [0, -1, 0, -1]]
+    assert (corners == GREY).all()
+
+
+@pytest.mark.parametrize('name, amount, before, after', [
+    ('Solarize', 128, [0, 127, 128, 200, 255], [0, 127, 127, 55, 0]),
+    ('Solarize', 256, [0, 127, 255], [255, 128, 0]),
+    ('Posterize', 4, [0, 15, 16, 200, 255], [0, 0, 16, 192, 240]),
+    ('Posterize', 1, [0, 1, 254, 255], [0, 0, 254, 254]),
+    ('Brightness', 0.5, [0, 100, 200], [0, 150, 255]),
+    ('Brightness', -0.5, [0, 100, 200], [0, 50, 100]),
+    ('Contrast', 0.5, [60, 100, 140], [40, 100, 160]),  # about their mean, 100
+    ('Contrast', -1.0, [60, 100, 140], [100, 100, 100]),
+])
+def test_grey_values(name, amount, before, after):
+    assert rows_of(apply(name, image_of([before]), amount)) == [after]
+
+
+def test_operations_without_magnitude():
+    assert rows_of(OPERATIONS['Invert'](image_of([[0, 100, 255]]), 0.5, None)) == [[255, 155, 0]]
+    assert rows_of(OPERATIONS['AutoContrast'](image_of([[50, 60, 70]]), 0.5, None)) == [[0, 127, 255]]
+    # three values, each a third of the pixels: evenly spread over the range
+    image = image_of(np.repeat([[100], [101], [104]], 100, axis=0).repeat(255, axis=1))
+    equalized = np.array(rows_of(OPERATIONS['Equalize'](image, 0.5, None)))
+    assert [set(part.ravel()) for part in np.split(equalized, 3)] == [{0}, {128}, {255}]
+
+
+def test_colour_and_sharpness():
+    pixels = np.zeros((1, 1, 3), 'uint8')
+    pixels[0, 0] = 200, 100, 50
+    luma = 0.299 * 200 + 0.587 * 100 + 0.114 * 50
+    grey = np.asarray(apply('Color', Image.fromarray(pixels), -1.0))[0, 0]
+    assert np.abs(grey - luma).max() <= 1 and len(set(grey.tolist())) == 1
+    doubled = np.asarray(apply('Color', Image.fromarray(pixels), 0.5))[0, 0]
+    assert np.abs(doubled - (luma + 1.5 * (pixels[0, 0] - luma))).max() <= 1
+    # Pillow smooths with the centre counting 5, its neighbours 1 each, of 13
+    table = [[0, 0, 0], [0, 130, 0], [0, 0, 0]]
+    assert rows_of(apply('Sharpness', image_of(table), -1.0))[1][1] == 50
+    assert rows_of(apply('Sharpness', image_of(table), 1.0))[1][1] == 210
+
+
+@pytest.mark.parametrize('name', [name for name, operation in OPERATIONS.items() if operation.largest])
+def test_operations_do_nothing_at_magnitude_0(name):
+    image = colours()
+    np.testing.assert_array_equal(OPERATIONS[name](image, 0.0, np.random.default_rng(0)), image)
+    assert (np.asarray(OPERATIONS[name](image, 1.0, np.random.default_rng(0))) != np.asarray(image)).any()
+
+
+def test_the_sign_is_drawn():
+    image = image_of(TABLE)
+    for value, expected in ((0.4, [[G, 1, 2, 3], [G, 5, 6, 7]]), (0.6, [[2, 3, 4, G], [6, 7, 8, G]])):
+        share = 0.25 / OPERATIONS['TranslateX'].largest
+        assert rows_of(OPERATIONS['TranslateX'](image, share, Drawn(value))) == expected
+    signed = {name for name, operation in OPERATIONS.items() if operation.signed}
+    assert signed == {'ShearX', 'ShearY', 'TranslateX', 'TranslateY', 'Rotate', 'Contrast', 'Color', 'Brightness',
+                      'Sharpness'}
+
+
+def applied(monkeypatch, augment, draws=4000):
+    """What `augment` applies to an image: lists of (operation, magnitude), one for each of many draws."""
+    calls = []
+
+    def record(name, operation):
+        def call(image, magnitude, rng):
+            calls[-1].append((name, magnitude if operation.largest else None))
+            return image
+        call.largest = operation.largest
+        return call
+    for name, operation in list(OPERATIONS.items()):
+        monkeypatch.setitem(OPERATIONS, name, record(name, operation))
+    rng, image = np.random.default_rng(0), colours()
+    for _ in range(draws):
+        calls.append([])
+        assert augment(image, rng) is image
+    return calls
+
+
+@pytest.mark.parametrize('strength', [0.0, 0.3, 1.0])
+def test_auto_augment_draws_its_policy(monkeypatch, strength):
+    draws = 20000
+    calls = applied(monkeypatch, AutoAugment(strength), draws)
+    expected = {}  # how often each (operation, magnitude) is to come, per image
+    for pair in IMAGENET_POLICY:
+        for name, probability, magnitude in pair:
+            has_magnitude = bool(OPERATIONS[name].largest)
+            key = (name, pytest.approx(strength * magnitude / 9) if has_magnitude else None)
+            rate = probability * (1 if has_magnitude else strength) / 25
+            for known in expected:
+                if known[0] == name and known[1] == (key[1].expected if has_magnitude else None):
+                    expected[known] += rate
+                    break
+            else:
+                expected[name, key[1].expected if has_magnitude else None] = rate
+    counted = {}
+    for name, magnitude in sum(calls, []):
+        counted[name, magnitude] = counted.get((name, magnitude), 0) + 1
+    assert set(counted) == {key for key, rate in expected.items() if rate}
+    for key, count in counted.items():
+        assert abs(count / draws - expected[key]) < 5 * (expected[key] / draws) ** 0.5, key
+    assert max(map(len, calls)) <= 2
+
+
+def test_auto_augment_of_strength_0_does_nothing():
+    rng = np.random.default_rng(0)
+    for seed in range(100):
+        image = colours(seed=seed)
+        np.testing.assert_array_equal(AutoAugment(0.0)(image, rng), image)
+
+
+def test_the_imagenet_policy():
+    """25 pairs of operations of the table; the first and last, and the counts of the paper's table."""
+    assert len(IMAGENET_POLICY) == 25
+    assert IMAGENET_POLICY[0] == (('Posterize', 0.4, 8), ('Rotate', 0.6, 9))
+    assert IMAGENET_POLICY[24] == (('Equalize', 0.8, 8), ('Equalize', 0.6, 3))
+    names = [name for pair in IMAGENET_POLICY for name, _, _ in pair]
+    assert {name: names.count(name) for name in set(names)} == {
+        'Equalize': 17, 'Solarize': 7, 'Posterize': 5, 'Color': 6, 'Rotate': 6, 'Invert': 3, 'Contrast': 2,
+        'AutoContrast': 2, 'Sharpness': 1, 'ShearX': 1}
+
+
+def test_rand_augment(monkeypatch):
+    calls = applied(monkeypatch, RandAugment(3, 7), 5000)
+    counted = {}
+    for name, magnitude in sum(calls, []):
+        assert magnitude == (0.7 if OPERATIONS[name].largest else None)
+        counted[name] = counted.get(name, 0) + 1
+    assert set(counted) == set(OPERATIONS) - {'Invert'}
+    for count in counted.values():  # 14 choices, one of them to do nothing
+        assert abs(count / 15000 - 1 / 14) < 0.012
+    assert set(map(len, calls)) == {0, 1, 2, 3} or set(map(len, calls)) == {1, 2, 3}
+
+
+def test_colour_jitter():
+    rng = np.random.default_rng(0)
+    grey = image_of([[100] * 4] * 4)
+    levels = [rows_of(ColorJitter(0.4)(grey, rng))[0][0] for _ in range(300)]
+    assert min(levels) >= 60 and max(levels) <= 140 and max(levels) - min(levels) > 70
+    image = colours()
+    jittered = [np.asarray(ColorJitter(0.4)(image, rng)) for _ in range(2)]
+    assert all((pixels != np.asarray(image)).any() for pixels in jittered) and (jittered[0] != jittered[1]).any()
+    # contrast and colour too: brightness alone would keep the ratio of the channels
+    reds = [np.asarray(ColorJitter(1.0)(image, rng)).astype(float)[..., 0].std() for _ in range(50)]
+    assert np.std(reds) > 1
+    np.testing.assert_array_equal(ColorJitter(0.0)(image, rng), image)
+
+
+def test_augmentations_come_after_the_crop_and_the_flip():
+    seen = []
+
+    def augment(image, rng):
+        seen.append((image.size, rng))
+        return image.point(lambda value: 255 - value)
+    rng = np.random.default_rng(3)
+    image = colours(40, 30)
+    plain = TrainTransform(8, (0.5, 1.0), 'bilinear')(image, np.random.default_rng(3))
+    np.testing.assert_array_equal(TrainTransform(8, (0.5, 1.0), 'bilinear', [augment])(image, rng), 255 - plain)
+    assert seen == [((8, 8), rng)]
+
+
+def test_box_mask():
+    boxes = np.array([[0, 2, 1, 3], [1, 1, 0, 4], [2, 3, 0, 4]])  # the second is empty
+    expected = np.zeros((3, 1, 3, 4), bool)
+    expected[0, 0, :2, 1:3] = expected[2, 0, 2:, :] = True
+    mask = box_mask(boxes, 3, 4)
+    assert mask.dtype == paddle.bool
+    np.testing.assert_array_equal(mask.numpy(), expected)
+
+
+def test_erased_boxes():
+    height, width, n = 40, 60, 4000
+    boxes = RandomErase(0.25, count=3).draw(n, height, width, np.random.default_rng(0))
+    assert boxes.shape == (3, n, 4)
+    top, bottom, left, right = np.moveaxis(boxes, -1, 0)
+    h, w = bottom - top, right - left
+    assert (top >= 0).all() and (left >= 0).all() and (bottom <= height).all() and (right <= width).all()
+    counts = (h * w > 0).sum(axis=0)
+    assert ((h > 0) == (w > 0)).all()
+    assert abs((counts > 0).mean() - 0.25) < 0.02
+    assert [abs((counts == k).sum() / (counts > 0).sum() - 1 / 3) < 0.06 for k in (1, 2, 3)] == [True] * 3
+    # shares of the area, with the rounding of the sides
+    one = (h * w)[0, counts == 1] / (height * width)
+    assert 0.015 < one.min() < 0.03 and 0.3 < one.max() < 0.36
+    assert (h * w).sum(axis=0).max() < 0.36 * height * width
+    ratio = (h / np.maximum(w, 1))[:, counts > 0]
+    assert ratio.max() > 2.5 and ratio[ratio > 0].min() < 0.4
+    assert top[h > 0].max() > 0.7 * height and left[w > 0].max() > 0.7 * width and top[h > 0].min() == 0
+
+
+@pytest.mark.parametrize('mode', ['const', 'rand', 'pixel'])
+def test_erasing_fills_boxes_by_its_mode(mode):
+    images = paddle.full([6, 3, 20, 30], 7.0)
+    erase = RandomErase(1.0, mode)
+    out = erase(images, np.random.default_rng(1)).numpy()
+    assert (images.numpy() == 7.0).all() and out.dtype == np.float32
+    boxes = erase.draw(6, 20, 30, np.random.default_rng(1))[0]
+    for image, (top, bottom, left, right) in zip(out, boxes):
+        inside = np.zeros((20, 30), bool)
+        inside[top:bottom, left:right] = True
+        assert inside.any() and (image[:, ~inside] == 7.0).all()
+        values = [len(np.unique(channel[inside])) for channel in image]
+        if mode == 'const':
+            assert (image[:, inside] == 0.0).all()
+        elif mode == 'rand':
+            assert values == [1, 1, 1] and len(np.unique(image[:, inside])) == 3
+        else:
+            assert values == [inside.sum()] * 3
+    filled = out[out != 7.0]
+    if mode == 'pixel':
+        assert abs(filled.mean()) < 0.1 and abs(filled.std() - 1) < 0.1
+    again = [erase(images, np.random.default_rng(seed)).numpy() for seed in (1, 2)]
+    assert (again[0] == out).all() and (again[1] != out).any()
+
+
+def test_several_boxes_have_colours_of_their_own():
+    out = RandomErase(1.0, 'rand', 3)(paddle.full([40, 1, 30, 30], 7.0), np.random.default_rng(0)).numpy()
+    assert {len(np.unique(image)) - 1 for image in out} == {1, 2, 3}
+
+
+def test_erasing_leaves_the_rest_alone():
+    images = paddle.randn([4, 3, 8, 8])
+    np.testing.assert_array_equal(RandomErase(0.0)(images, np.random.default_rng(0)), images)
+    out = RandomErase(0.5, 'const')(paddle.ones([200, 1, 8, 8]), np.random.default_rng(0)).numpy()
+    assert 60 < (out.min(axis=(1, 2, 3)) == 0).sum() < 140

@@ -1,5 +1,6 @@
 """The tools, and the three commands from own photographs to a fine-tuned model."""
 import gzip
+import json
 import os
 import pathlib
 import re
@@ -8,7 +9,7 @@ import struct
 
 import numpy as np
 import pytest
-from conftest import NARROW, ROOT, fails, records, run, write_images
+from conftest import NARROW, ROOT, fails, options, records, run, write_images
 from PIL import Image
 
 PROGRAMS = [['main_single_gpu.py'], ['main_multi_gpu.py'], ['load_pytorch_weights.py']] + [
@@ -178,3 +179,51 @@ def test_benchmark_of_processes(fashion):
     assert rows[0][5] == '100.0%'
     assert '-steps and -repeats must be at least 1' in fails(*args, '-repeats', '0')
     assert '-nproc 1: main_multi_gpu.py: error: ' in fails(*args, 'MODEL.NUM_BLOCKS', '[1,1]')
+
+
+def test_plot_log(fashion, tmp_path):
+    pytest.importorskip('matplotlib', reason='drawing is an optional extra')
+    from matplotlib import pyplot
+
+    from tools import plot_log
+
+    folders = [tmp_path / name for name in ('a', 'b', 'c')]
+    stages = str([{'EPOCH': epoch, 'IMAGE_SIZE': size, 'AUTO_AUGMENT_STRENGTH': 0.0}
+                  for epoch, size in ((1, 24), (3, 32))])
+    for folder, decay, epochs in zip(folders, ('1e-4', '1e-2', '1e-2'), ('3', '4', '4')):
+        run('main_single_gpu.py', '-output', folder, *options(
+            fashion, 'TRAIN.NUM_EPOCHS', epochs, 'TRAIN.WEIGHT_DECAY', decay, 'TRAIN.CURRICULUM', stages))
+    run('-m', 'tools.plot_log', *folders, '-save', tmp_path / 'x.png')
+    assert Image.open(tmp_path / 'x.png').size == (1200, 696)
+
+    assert plot_log.label_runs(folders[:2]) == ['TRAIN.NUM_EPOCHS 3\nTRAIN.WEIGHT_DECAY 0.0001',
+                                               'TRAIN.NUM_EPOCHS 4\nTRAIN.WEIGHT_DECAY 0.01']
+    assert plot_log.label_runs(folders[1:]) == [str(folder) for folder in folders[1:]]
+    assert plot_log.label_runs(folders)[1] == f'{folders[1]}\nTRAIN.NUM_EPOCHS 4\nTRAIN.WEIGHT_DECAY 0.01'
+    # as right after a resume: the last line is not whole yet, and an evaluation alone has no epoch
+    log = folders[1] / 'log.jsonl'
+    rows = records(folders[1])
+    log.write_text(json.dumps({**rows[-1], 'epoch': 0}) + '\n' + log.read_text() + '{"epoch": 5, "st')
+    assert plot_log.read_log(folders[1]) == rows
+    pyplot.close('all')
+    plot_log.draw([('first', plot_log.read_log(folders[0])), ('second', rows)], tmp_path / 'y.png')
+    axes = pyplot.gcf().axes
+    drawn = {axis.get_title(): [list(map(list, line.get_data())) for line in axis.lines] for axis in axes}
+
+    def curve(split, weights, field):
+        return [[row['epoch'] for row in rows if (row['split'], row['weights']) == (split, weights)],
+                [row[field] for row in rows if (row['split'], row['weights']) == (split, weights)]]
+    assert drawn['training loss'][1] == curve('train', 'raw', 'loss')
+    assert drawn['validation top-1 (%)'][2:] == [curve('val', 'raw', 'acc1'), curve('val', 'ema', 'acc1')]
+    assert drawn['learning rate'][1] == curve('train', 'raw', 'lr')
+    assert drawn['weight decay'][1] == curve('train', 'raw', 'weight_decay')
+    assert drawn['training image size (pixels)'][1] == [[1, 2, 3, 4], [24, 24, 32, 32]]
+    styles = [line.get_linestyle() for axis in axes if 'validation' in axis.get_title() for line in axis.lines]
+    assert styles == ['--', '-'] * 4
+    pyplot.close('all')
+    log.write_text('{"epoch": 1}\nx\n')
+    assert 'log.jsonl:2: is not the record of an epoch' in fails('-m', 'tools.plot_log', folders[1])
+    log.write_text('')
+    assert 'holds no epoch of training yet' in fails('-m', 'tools.plot_log', folders[1])
+    assert 'nowhere/config.yaml: cannot read the config file' in fails('-m', 'tools.plot_log', tmp_path / 'nowhere')
+    assert '/dev/null/x.png' in fails('-m', 'tools.plot_log', folders[0], '-save', '/dev/null/x.png')

@@ -1,0 +1,97 @@
+"""Draw the curves of one or several runs into one PNG: loss, accuracy, learning rate, weight decay, image size.
+
+  python -m tools.plot_log output/s0
+  python -m tools.plot_log output/a output/b -save compare.png
+
+The legend says what the runs' configs differ in. Needs matplotlib (pip install matplotlib).
+"""
+import json
+import os
+import textwrap
+
+from config import UNRELATED, ArgumentParser, get_config, leaves
+from tools import import_pyplot
+from utils import UserError, run_program
+
+# title of a panel -> (field of the records, which of them: (split, weights))
+PANELS = {
+    'training loss': ('loss', [('train', 'raw')]),
+    'validation loss': ('loss', [('val', 'raw'), ('val', 'ema')]),
+    'validation top-1 (%)': ('acc1', [('val', 'raw'), ('val', 'ema')]),
+    'learning rate': ('lr', [('train', 'raw')]),
+    'weight decay': ('weight_decay', [('train', 'raw')]),
+    'training image size (pixels)': ('image_size', [('train', 'raw')]),
+}
+
+
+def read_log(folder):
+    """The records of a run's epochs; evaluations alone, which have none, are left out.
+
+    Raises: UserError for a log that cannot be read or that holds none.
+    """
+    path = os.path.join(folder, 'log.jsonl')
+    try:
+        with open(path, encoding='utf-8') as file:
+            lines = file.readlines()
+    except OSError as error:
+        raise UserError(f'{path}: cannot read the log ({error.strerror}); give the folder of a run') from None
+    rows = []
+    for number, line in enumerate(lines, 1):
+        if not line.endswith('\n'):  # the run is writing it, or was ended while it was
+            break
+        try:
+            row = json.loads(line)
+            rows += [row] if row['epoch'] > 0 else []
+        except (ValueError, TypeError, KeyError):
+            raise UserError(f'{path}:{number}: is not the record of an epoch: {line.strip()[:80]!r}; remove the '
+                            'line') from None
+    if not rows:
+        raise UserError(f'{path}: holds no epoch of training yet')
+    return rows
+
+
+def label_runs(folders):
+    """A label per run: the values of the keys that the runs' configs differ in; else, or if not unique, its folder."""
+    configs = [dict(leaves(get_config(os.path.join(folder, 'config.yaml')))) for folder in folders]
+    keys = [key for key, value in configs[0].items()
+            if key not in UNRELATED and any(config[key] != value for config in configs)]
+    labels = ['\n'.join(textwrap.fill(f'{key} {config[key]}', 45) for key in keys) for config in configs]
+    return [label if label and labels.count(label) == 1 else '\n'.join(filter(None, [os.path.normpath(folder), label]))
+            for folder, label in zip(folders, labels)]
+
+
+def draw(runs, path):
+    """Draw the PANELS into a PNG. runs: (label, records) of each."""
+    pyplot = import_pyplot()
+    figure, axes = pyplot.subplots(2, 3, figsize=(10, 5.8), layout='constrained')
+    for axis, (title, (field, curves)) in zip(axes.flat, PANELS.items()):
+        for number, (label, rows) in enumerate(runs):
+            for split, weights in curves:
+                points = [(row['epoch'], row[field]) for row in rows
+                          if (row['split'], row['weights']) == (split, weights)]
+                if points:
+                    axis.plot(*zip(*points), color=f'C{number % 10}', alpha=0.8, label=label,
+                              linestyle='--' if (split, weights) == ('val', 'raw') else '-',
+                              drawstyle='steps-post' if field == 'image_size' else 'default',
+                              marker='.' if len(points) < 30 else None)
+        axis.set(title=title, xlabel='epoch')
+        axis.xaxis.get_major_locator().set_params(integer=True)
+        if field in ('lr', 'weight_decay', 'image_size'):
+            axis.set_ylim(bottom=0)
+        axis.grid(alpha=0.3)
+    handles, labels = axes.flat[0].get_legend_handles_labels()
+    figure.legend(handles, labels, loc='outside lower center', ncols=min(3, len(runs)), fontsize='small',
+                  title='validation: raw weights dashed, EMA solid', title_fontsize='small')
+    figure.savefig(path, dpi=120, format='png')
+
+
+def main():
+    parser = ArgumentParser(description=__doc__)
+    parser.add_argument('folders', metavar='RUN', nargs='+', help='folder of a run, with log.jsonl and config.yaml')
+    parser.add_argument('-save', metavar='FILE', default='curves.png', help='the PNG (default: curves.png)')
+    args = parser.parse_args()
+    draw(list(zip(label_runs(args.folders), map(read_log, args.folders))), args.save)
+
+
+if __name__ == '__main__':
+    run_program(main)

@@ -87,12 +87,10 @@ class MobileOneBlock(nn.Layer):
 
     def _branches(self, name):
         """The branches that are summed in the layer `name` ('dw_3x3' or 'pw_1x1')."""
-        prefix = name[:2]
         branches = list(getattr(self, f'{name}_blocks'))
-        if name == 'dw_3x3':
-            branches.append(self.dw_1x1)
-        if hasattr(self, f'{prefix}_skip'):
-            branches.append(getattr(self, f'{prefix}_skip'))
+        for other in ('1x1', 'skip'):
+            if hasattr(self, f'{name[:2]}_{other}'):
+                branches.append(getattr(self, f'{name[:2]}_{other}'))
         return branches
 
     def forward(self, x):

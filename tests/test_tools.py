@@ -12,6 +12,8 @@ import pytest
 from conftest import NARROW, ROOT, fails, options, records, run, write_images
 from PIL import Image
 
+import checkpoint
+
 PROGRAMS = [['main_single_gpu.py'], ['main_multi_gpu.py'], ['load_pytorch_weights.py']] + [
     ['-m', f'tools.{path.stem}'] for path in sorted((ROOT / 'tools').glob('[a-z]*.py'))]
 
@@ -227,3 +229,38 @@ def test_plot_log(fashion, tmp_path):
     assert 'holds no epoch of training yet' in fails('-m', 'tools.plot_log', folders[1])
     assert 'nowhere/config.yaml: cannot read the config file' in fails('-m', 'tools.plot_log', tmp_path / 'nowhere')
     assert '/dev/null/x.png' in fails('-m', 'tools.plot_log', folders[0], '-save', '/dev/null/x.png')
+
+
+def test_ablations(fashion, tmp_path):
+    from tools import ablations
+
+    base = ablations.BASE
+    assert base.TRAIN.END_WEIGHT_DECAY == pytest.approx(base.TRAIN.WEIGHT_DECAY / 10)
+    assert max(base.MODEL.NUM_BRANCHES) == 4 and max(base.MODEL.NUM_BLOCKS) > 1
+    args = ['-m', 'tools.ablations', '-data_path', fashion, '-output', tmp_path / 'out', '-seeds', '2', '-epochs', '2',
+            '-train_images', '25']
+    lines = run(*args).stdout.splitlines()
+    out = tmp_path / 'out/2_epochs_of_25'
+    assert sum(line.endswith(': done') for line in lines) == 10
+    assert lines[10] == '| arm | raw, epoch 1 | ema, epoch 1 | raw, epoch 2 | ema, epoch 2 |'
+    assert [line.split(' | ')[0] for line in lines[12:]] == [f'| {text}' for text, _, _ in ablations.ARMS.values()]
+    values = [ablations.read_accuracies(out / f'no_skip_scale-{seed}')[2, 'raw'] for seed in (0, 1)]
+    cell = f'{np.mean(values):.2f} ± {np.std(values, ddof=1):.2f}'
+    assert lines[15].split(' | ')[3] == cell
+    weights = {arm: checkpoint.load(str(out / f'{arm}-0/latest.pdparams'))['model'] for arm in ablations.ARMS}
+    assert len({key.rsplit('.', 2)[0] for key in weights['paper'] if 'stages.2.0.dw_3x3_blocks' in key}) == 4
+    for arm, (_, _, with_skip_and_scale) in ablations.ARMS.items():
+        other = [key for key in weights[arm] if 'dw_skip' in key or 'dw_1x1' in key or 'pw_skip' in key]
+        assert bool(other) == with_skip_and_scale
+        k = len([key for key in weights[arm] if key.startswith('stages.2.1.pw_1x1_blocks') and 'conv' in key])
+        assert k == (1 if arm in ('one_branch', 'plain') else 4)
+    logs = {arm: records(out / f'{arm}-0') for arm in ('paper', 'constant_decay')}
+    assert {row['weight_decay'] for row in logs['constant_decay']} == {base.TRAIN.WEIGHT_DECAY}
+    assert logs['paper'][-1]['weight_decay'] < base.TRAIN.WEIGHT_DECAY
+    assert run(*args).stdout.splitlines()[10:] == lines[10:]  # nothing is left to train
+    assert 'must be at least 1' in fails(*args, '-seeds', '0')
+    assert '-data_path is what tools.make_fashion_mnist wrote' in fails(
+        '-m', 'tools.ablations', '-data_path', tmp_path, '-output', tmp_path / 'y')
+    for name in ('latest', 'best'):
+        (out / f'paper-0/{name}.pdparams').write_bytes(b'')
+    assert re.search(r'/paper-0: .*error: .*paper-0', fails(*args))

@@ -1,0 +1,142 @@
+"""Compare parts of the paper's recipe on a narrow network: a run for each arm and seed, then a table of means.
+
+  python -m tools.make_fashion_mnist -source /usr/share/datasets/fashion-mnist -output data/fashion_mnist
+  python -m tools.ablations -data_path data/fashion_mnist -output output/ablations
+
+Arms differ from configs/ablations.yaml in one thing. All have the same data, epochs and seeds; each run computes on one
+thread, -jobs of them at a time. Run again, it goes on with the runs that are missing and prints the table.
+"""
+import concurrent.futures
+import json
+import os
+import statistics
+import subprocess
+import sys
+
+from config import ArgumentParser, get_config, with_values
+from utils import UserError, prepare_runtime, run_program
+
+ROOT = os.path.dirname(os.path.dirname(os.path.abspath(__file__)))
+BASE = get_config(os.path.join(ROOT, 'configs', 'ablations.yaml'))
+ONE_BRANCH = {'MODEL.NUM_BRANCHES': [1, 1, 1, 1, 1]}
+# arm -> (what it is, keys that differ, whether there are skip and scale branches)
+ARMS = {
+    'paper': ('k = 4, skip and scale, annealed weight decay', {}, True),
+    'constant_decay': ('weight decay constant', {'TRAIN.END_WEIGHT_DECAY': BASE.TRAIN.WEIGHT_DECAY}, True),
+    'one_branch': ('k = 1', ONE_BRANCH, True),
+    'no_skip_scale': ('no skip, no scale', {}, False),
+    'plain': ('k = 1, no skip, no scale', ONE_BRANCH, False),
+}
+
+
+def remove_skip_and_scale():
+    """Let the networks of this process be built of k convolutions alone."""
+    import mobileone
+
+    class ConvolutionsOnly(mobileone.MobileOneBlock):
+        def __init__(self, *args, **kwargs):
+            super().__init__(*args, **kwargs)
+            for name in ('dw_skip', 'dw_1x1', 'pw_skip'):
+                if hasattr(self, name):
+                    delattr(self, name)
+    mobileone.MobileOneBlock = ConvolutionsOnly
+
+
+def write_lists(source, target, train_images):
+    """Lists with absolute paths: the first images of the training list, which is in random order, and all of the val.
+
+    Raises: UserError for a folder without lists.
+    """
+    os.makedirs(target, exist_ok=True)
+    for name, count in (('train_list.txt', train_images), ('val_list.txt', None)):
+        try:
+            with open(os.path.join(source, name), encoding='utf-8') as file:
+                lines = file.read().splitlines()[:count]
+        except OSError as error:
+            raise UserError(f'{error.filename}: {error.strerror}; -data_path is what tools.make_fashion_mnist '
+                            'wrote') from None
+        with open(os.path.join(target, name), 'w', encoding='utf-8') as file:
+            file.writelines(f'{os.path.abspath(source)}/{line}\n' for line in lines)
+
+
+def halfway(epochs):
+    """The epoch that is evaluated beside the last."""
+    return -(-epochs // 2)
+
+
+def run_arm(args):
+    """Train one arm with one seed in this process, or go on with what is there of it."""
+    prepare_runtime()
+    import engine
+
+    _, values, with_skip_and_scale = ARMS[args.arm]
+    if not with_skip_and_scale:
+        remove_skip_and_scale()
+    engine.run(with_values(BASE, {
+        **values, 'DATA.DATA_PATH': args.data_path, 'DATA.NUM_WORKERS': 0, 'SEED': args.seed, 'SAVE': args.output,
+        'MODEL.RESUME': 'auto', 'TRAIN.NUM_EPOCHS': args.epochs, 'VALIDATE_FREQ': halfway(args.epochs)}))
+
+
+def start(arm, seed, args):
+    """`run_arm` in a process of its own. Raises: UserError with its last line if it fails."""
+    folder = os.path.join(args.output, f'{arm}-{seed}')
+    process = subprocess.run(
+        [sys.executable, '-m', 'tools.ablations', '-arm', arm, '-seed', str(seed), '-data_path',
+         os.path.join(args.output, 'data'), '-output', folder, '-epochs', str(args.epochs)],
+        cwd=ROOT, capture_output=True, text=True, env={**os.environ, 'OMP_NUM_THREADS': '1'})
+    if process.returncode:
+        raise UserError(f'{folder}: {(process.stderr or process.stdout).strip().splitlines()[-1]}')
+    print(f'{folder}: done', flush=True)
+
+
+def read_accuracies(folder):
+    """{(epoch, 'raw' or 'ema'): top-1 in percent} of a run's evaluations."""
+    with open(os.path.join(folder, 'log.jsonl'), encoding='utf-8') as file:
+        return {(row['epoch'], row['weights']): row['acc1'] for row in map(json.loads, file) if row['split'] == 'val'}
+
+
+def table(output, seeds, epochs):
+    """Markdown: top-1 of every arm, halfway and at the end, raw and EMA: mean ± standard deviation over the seeds."""
+    columns = [(epoch, weights) for epoch in (halfway(epochs), epochs) for weights in ('raw', 'ema')]
+    lines = [f'| arm | {" | ".join(f"{weights}, epoch {epoch}" for epoch, weights in columns)} |',
+             '|---' * (1 + len(columns)) + '|']
+    for arm, (description, _, _) in ARMS.items():
+        runs = [read_accuracies(os.path.join(output, f'{arm}-{seed}')) for seed in range(seeds)]
+        cells = []
+        for column in columns:
+            values = [run[column] for run in runs]
+            spread = f' ± {statistics.stdev(values):.2f}' if seeds > 1 else ''
+            cells.append(f'{statistics.mean(values):.2f}{spread}')
+        lines.append(f'| {description} | {" | ".join(cells)} |')
+    return '\n'.join(lines)
+
+
+def main():
+    parser = ArgumentParser(description=__doc__)
+    parser.add_argument('-data_path', metavar='DIR', required=True, help='what tools.make_fashion_mnist wrote')
+    parser.add_argument('-output', metavar='DIR', required=True, help='folder of the runs')
+    parser.add_argument('-seeds', metavar='N', type=int, default=3, help='runs of each arm (default: 3)')
+    parser.add_argument('-jobs', metavar='N', type=int, default=2, help='runs at a time (default: 2)')
+    parser.add_argument('-epochs', metavar='N', type=int, default=BASE.TRAIN.NUM_EPOCHS,
+                        help=f'epochs of a run (default: {BASE.TRAIN.NUM_EPOCHS})')
+    parser.add_argument('-train_images', metavar='N', type=int, default=8000,
+                        help='how many of the training images to use (default: 8000)')
+    parser.add_argument('-arm', metavar='NAME', choices=ARMS,
+                        help=f'make one run only, into -output: {", ".join(ARMS)}')
+    parser.add_argument('-seed', metavar='N', type=int, default=0, help='the seed of that run (default: 0)')
+    args = parser.parse_args()
+    if min(args.seeds, args.jobs, args.epochs, args.train_images) < 1:
+        raise UserError('-seeds, -jobs, -epochs and -train_images must be at least 1')
+    if args.arm:
+        return run_arm(args)
+    # runs of another budget are other runs
+    args.output = os.path.join(os.path.abspath(args.output), f'{args.epochs}_epochs_of_{args.train_images}')
+    write_lists(args.data_path, os.path.join(args.output, 'data'), args.train_images)
+    with concurrent.futures.ThreadPoolExecutor(args.jobs) as pool:
+        for run in [pool.submit(start, arm, seed, args) for seed in range(args.seeds) for arm in ARMS]:
+            run.result()
+    print(table(args.output, args.seeds, args.epochs))
+
+
+if __name__ == '__main__':
+    run_program(main)

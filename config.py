@@ -579,7 +579,7 @@ def _check_combinations(config):
 
 
 def _check_stages(train):
-    """TRAIN.CURRICULUM: from epoch 1, in order, within the run, with sizes and strengths that there are."""
+    """TRAIN.CURRICULUM: from epoch 1, in order, with sizes and strengths that there are."""
     for number, stage in enumerate(train.CURRICULUM):
         def fail(why, number=number, stage=stage):
             return UserError(f'TRAIN.CURRICULUM[{number}] is {stage}, but {why}')
@@ -588,8 +588,6 @@ def _check_stages(train):
             raise fail('the first stage starts at EPOCH 1')
         if stage['EPOCH'] <= before:
             raise fail(f'the stage before starts at EPOCH {before}: order them')
-        if stage['EPOCH'] > train.NUM_EPOCHS:
-            raise fail(f'TRAIN.NUM_EPOCHS is {train.NUM_EPOCHS}: drop the stage (or all, by []), or train longer')
         if stage['IMAGE_SIZE'] < 1:
             raise fail('IMAGE_SIZE must be at least 1')
         if not 0 <= stage['AUTO_AUGMENT_STRENGTH'] <= 1:

@@ -536,7 +536,7 @@ def run_training(config, train_loader, val_loader, resumed=None):
         if stage != get_stage(config, epoch):
             stage = get_stage(config, epoch)
             train_loader = build_loader(config, True, epoch)
-            LOG.info(f'epoch {epoch}: from here on images of {stage.image_size} pixels, AutoAugment strength '
+            LOG.info(f'epoch {epoch}: images of {stage.image_size} pixels, AutoAugment '
                      f'{stage.auto_augment_strength:g}')
         metrics = train_one_epoch(training, train_loader, epoch, config)
         log.write(epoch, step, 'train', 'raw', metrics, training.last_checkpoint)
@@ -654,6 +654,19 @@ def describe(dataset, num_classes):
     return line if used == num_classes else f'{line}: {num_classes - used} of MODEL.NUM_CLASSES {num_classes} unused'
 
 
+def describe_curriculum(config):
+    """A line on the stages of TRAIN.CURRICULUM, and on those that a run so short never reaches."""
+    stages = config.TRAIN.CURRICULUM
+    parts = [f'from epoch {stage["EPOCH"]} {stage["IMAGE_SIZE"]} pixels, AutoAugment '
+             f'{stage["AUTO_AUGMENT_STRENGTH"]:g}' for stage in stages]
+    parts.append(f'evaluation at {config.DATA.IMAGE_SIZE} pixels')
+    late = [stage['EPOCH'] for stage in stages if stage['EPOCH'] > config.TRAIN.NUM_EPOCHS]
+    if late:
+        parts.append(f'TRAIN.NUM_EPOCHS is {config.TRAIN.NUM_EPOCHS}, so the stages from epoch {late[0]} on are not '
+                     'reached')
+    return f'curriculum: {"; ".join(parts)}'
+
+
 def _new_folder(path):
     """Make a folder that was not there: `path`, or with -2, -3, ... appended, for runs that start together."""
     for number in itertools.count(1):
@@ -684,6 +697,8 @@ def run(config):
              f'{config.SAVE}, config:\n{config.dump(default_flow_style=None).rstrip()}')
     for loader in loaders:
         LOG.info(describe(loader.dataset, config.MODEL.NUM_CLASSES))
+    if config.TRAIN.CURRICULUM and not config.EVAL:
+        LOG.info(describe_curriculum(config))
     paddle.seed(config.SEED)
     try:
         if config.EVAL:

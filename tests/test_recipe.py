@@ -83,6 +83,15 @@ def curriculum(config, fashion, tmp_path):
     return config
 
 
+def test_the_curriculum_is_said(curriculum):
+    line = engine.describe_curriculum(curriculum)
+    assert line == ('curriculum: from epoch 1 24 pixels, AutoAugment 0.3; from epoch 3 32 pixels, AutoAugment 1; '
+                    'evaluation at 32 pixels')
+    curriculum.TRAIN.NUM_EPOCHS = 2
+    assert engine.describe_curriculum(curriculum) == (
+        line + '; TRAIN.NUM_EPOCHS is 2, so the stages from epoch 3 on are not reached')
+
+
 def watched(monkeypatch, config):
     """Run a training. Returns what its steps really used, and for how many epochs loaders were made."""
     steps, loaders = [], []
@@ -109,6 +118,8 @@ def watched(monkeypatch, config):
 def test_training_does_what_the_dry_run_says(curriculum, monkeypatch):
     rows = get_recipe(resolve_config(curriculum), 60, 1)
     steps, loaders = watched(monkeypatch, curriculum)
+    with open(curriculum.SAVE + '/log.txt', encoding='utf-8') as file:
+        assert engine.describe_curriculum(curriculum) in file.read()
     assert [step['step'] for step in steps] == list(range(12)) and [row['steps'] for row in rows] == [3] * 4
     for row, step in zip(rows, steps[::3]):
         assert {key: step[key] for key in ('lr', 'weight_decay', 'image_size')} == {
@@ -245,7 +256,7 @@ def test_show_recipe(tmp_path):
     assert 'must be at least 1' in fails(*args, '-world_size', '0')
     assert 'TRAIN.ACCUM_ITER is 600, but an epoch has only 15 batches of 64' in fails(*args, '-accum_iter', '600')
     assert 'too few for 2000 processes' in fails(*args, '-world_size', '2000')
-    assert 'TRAIN.CURRICULUM[2]' in fails(*args, '-opts', 'TRAIN.NUM_EPOCHS', '100')
+    assert 'TRAIN.CURRICULUM[1]' in fails(*args, '-opts', 'TRAIN.CURRICULUM', str(2 * STAGES[:1]))
 
 
 @pytest.fixture(scope='module')

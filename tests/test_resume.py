@@ -177,8 +177,7 @@ def test_checkpoints_that_cannot_be_resumed(whole, fashion, tmp_path):
     line = fails(MAIN, '-output', folder, '-resume', tmp_path / 'old.pdparams', *opts)
     assert 'holds the results of another run' in line and '-resume auto' in line
     # but their weights serve
-    run(MAIN, '-output', tmp_path / 'tuned', '-pretrained', tmp_path / 'old.pdparams', *opts, 'TRAIN.NUM_EPOCHS', '1',
-        'TRAIN.CURRICULUM', '[]')
+    run(MAIN, '-output', tmp_path / 'tuned', '-pretrained', tmp_path / 'old.pdparams', *opts, 'TRAIN.NUM_EPOCHS', '1')
 
 
 def test_other_batches_and_no_ema_go_on_and_say_so(whole, tmp_path):

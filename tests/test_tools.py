@@ -242,11 +242,14 @@ def test_ablations(fashion, tmp_path):
     lines = run(*args).stdout.splitlines()
     out = tmp_path / 'out/2_epochs_of_25'
     assert sum(line.endswith(': done') for line in lines) == 10
-    assert lines[10] == '| arm | raw, epoch 1 | ema, epoch 1 | raw, epoch 2 | ema, epoch 2 |'
+    assert lines[10] == '| arm | raw, epoch 1 | ema, epoch 1 | raw, epoch 2 | ema, epoch 2 | to the first |'
     assert [line.split(' | ')[0] for line in lines[12:]] == [f'| {text}' for text, _, _ in ablations.ARMS.values()]
     values = [ablations.read_accuracies(out / f'no_skip_scale-{seed}')[2, 'raw'] for seed in (0, 1)]
     cell = f'{np.mean(values):.2f} ± {np.std(values, ddof=1):.2f}'
     assert lines[15].split(' | ')[3] == cell
+    last = [[ablations.read_accuracies(out / f'{arm}-{seed}')[2, 'ema'] for seed in (0, 1)] for arm in ablations.ARMS]
+    assert [line.split(' | ')[5] for line in lines[12:]] == [
+        f'{first - last[0][0]:+.2f}, {second - last[0][1]:+.2f} |' for first, second in last]
     weights = {arm: checkpoint.load(str(out / f'{arm}-0/latest.pdparams'))['model'] for arm in ablations.ARMS}
     assert len({key.rsplit('.', 2)[0] for key in weights['paper'] if 'stages.2.0.dw_3x3_blocks' in key}) == 4
     for arm, (_, _, with_skip_and_scale) in ablations.ARMS.items():

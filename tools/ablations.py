@@ -96,17 +96,22 @@ def read_accuracies(folder):
 
 
 def table(output, seeds, epochs):
-    """Markdown: top-1 of every arm, halfway and at the end, raw and EMA: mean ± standard deviation over the seeds."""
+    """Markdown: top-1 of every arm, halfway and at the end, raw and EMA: mean ± standard deviation over the seeds.
+
+    Its last column has, for each seed, what the last EMA is above (+) or below (-) that of the first arm.
+    """
     columns = [(epoch, weights) for epoch in (halfway(epochs), epochs) for weights in ('raw', 'ema')]
-    lines = [f'| arm | {" | ".join(f"{weights}, epoch {epoch}" for epoch, weights in columns)} |',
-             '|---' * (1 + len(columns)) + '|']
+    runs = {arm: [read_accuracies(os.path.join(output, f'{arm}-{seed}')) for seed in range(seeds)] for arm in ARMS}
+    first = next(iter(runs.values()))
+    lines = [f'| arm | {" | ".join(f"{weights}, epoch {epoch}" for epoch, weights in columns)} | to the first |',
+             '|---' * (2 + len(columns)) + '|']
     for arm, (description, _, _) in ARMS.items():
-        runs = [read_accuracies(os.path.join(output, f'{arm}-{seed}')) for seed in range(seeds)]
         cells = []
         for column in columns:
-            values = [run[column] for run in runs]
+            values = [run[column] for run in runs[arm]]
             spread = f' ± {statistics.stdev(values):.2f}' if seeds > 1 else ''
             cells.append(f'{statistics.mean(values):.2f}{spread}')
+        cells.append(', '.join(f'{run[columns[-1]] - base[columns[-1]]:+.2f}' for run, base in zip(runs[arm], first)))
         lines.append(f'| {description} | {" | ".join(cells)} |')
     return '\n'.join(lines)
 

@@ -234,16 +234,19 @@ def test_plot_log(fashion, tmp_path):
 def test_ablations(fashion, tmp_path):
     from tools import ablations
 
-    base = ablations.BASE
+    base, arms = ablations.BASE, ablations.ARMS
+    assert [name for name in arms if arms[name].branches == 1] == ['one_branch', 'plain']
+    assert [name for name in arms if not arms[name].skip_and_scale] == ['no_skip_scale', 'plain']
+    assert [name for name in arms if arms[name].end_decay == 1] == ['constant_decay']
     assert base.TRAIN.END_WEIGHT_DECAY == pytest.approx(base.TRAIN.WEIGHT_DECAY / 10)
     assert max(base.MODEL.NUM_BRANCHES) == 4 and max(base.MODEL.NUM_BLOCKS) > 1
     args = ['-m', 'tools.ablations', '-data_path', fashion, '-output', tmp_path / 'out', '-seeds', '2', '-epochs', '2',
-            '-train_images', '25']
+            '-train_images', '25', '-weight_decay', '0.02']
     lines = run(*args).stdout.splitlines()
-    out = tmp_path / 'out/2_epochs_of_25'
+    out = tmp_path / 'out/2_epochs_of_25_decay_0.02'
     assert sum(line.endswith(': done') for line in lines) == 10
     assert lines[10] == '| arm | raw, epoch 1 | ema, epoch 1 | raw, epoch 2 | ema, epoch 2 | to the first |'
-    assert [line.split(' | ')[0] for line in lines[12:]] == [f'| {text}' for text, _, _ in ablations.ARMS.values()]
+    assert [line.split(' | ')[0] for line in lines[12:]] == [f'| {arm.description}' for arm in ablations.ARMS.values()]
     values = [ablations.read_accuracies(out / f'no_skip_scale-{seed}')[2, 'raw'] for seed in (0, 1)]
     cell = f'{np.mean(values):.2f} ± {np.std(values, ddof=1):.2f}'
     assert lines[15].split(' | ')[3] == cell
@@ -252,14 +255,14 @@ def test_ablations(fashion, tmp_path):
         f'{first - last[0][0]:+.2f}, {second - last[0][1]:+.2f} |' for first, second in last]
     weights = {arm: checkpoint.load(str(out / f'{arm}-0/latest.pdparams'))['model'] for arm in ablations.ARMS}
     assert len({key.rsplit('.', 2)[0] for key in weights['paper'] if 'stages.2.0.dw_3x3_blocks' in key}) == 4
-    for arm, (_, _, with_skip_and_scale) in ablations.ARMS.items():
+    for arm, recipe in ablations.ARMS.items():
         other = [key for key in weights[arm] if 'dw_skip' in key or 'dw_1x1' in key or 'pw_skip' in key]
-        assert bool(other) == with_skip_and_scale
+        assert bool(other) == recipe.skip_and_scale
         k = len([key for key in weights[arm] if key.startswith('stages.2.1.pw_1x1_blocks') and 'conv' in key])
-        assert k == (1 if arm in ('one_branch', 'plain') else 4)
+        assert k == recipe.branches
     logs = {arm: records(out / f'{arm}-0') for arm in ('paper', 'constant_decay')}
-    assert {row['weight_decay'] for row in logs['constant_decay']} == {base.TRAIN.WEIGHT_DECAY}
-    assert logs['paper'][-1]['weight_decay'] < base.TRAIN.WEIGHT_DECAY
+    assert {row['weight_decay'] for row in logs['constant_decay']} == {0.02}
+    assert [row['weight_decay'] for row in logs['paper'] if row['split'] == 'train'] == pytest.approx([0.02, 0.011])
     assert run(*args).stdout.splitlines()[10:] == lines[10:]  # nothing is left to train
     assert 'must be at least 1' in fails(*args, '-seeds', '0')
     assert '-data_path is what tools.make_fashion_mnist wrote' in fails(

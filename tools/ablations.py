@@ -12,20 +12,30 @@ import os
 import statistics
 import subprocess
 import sys
+from dataclasses import dataclass
 
 from config import ArgumentParser, get_config, with_values
 from utils import UserError, prepare_runtime, run_program
 
 ROOT = os.path.dirname(os.path.dirname(os.path.abspath(__file__)))
 BASE = get_config(os.path.join(ROOT, 'configs', 'ablations.yaml'))
-ONE_BRANCH = {'MODEL.NUM_BRANCHES': [1, 1, 1, 1, 1]}
-# arm -> (what it is, keys that differ, whether there are skip and scale branches)
+
+
+@dataclass
+class Arm:
+    """A recipe to compare. branches: k; end_decay: weight decay after the last step as a share of the first step's."""
+    description: str
+    branches: int = 4
+    skip_and_scale: bool = True
+    end_decay: float = 0.1
+
+
 ARMS = {
-    'paper': ('k = 4, skip and scale, annealed weight decay', {}, True),
-    'constant_decay': ('weight decay constant', {'TRAIN.END_WEIGHT_DECAY': BASE.TRAIN.WEIGHT_DECAY}, True),
-    'one_branch': ('k = 1', ONE_BRANCH, True),
-    'no_skip_scale': ('no skip, no scale', {}, False),
-    'plain': ('k = 1, no skip, no scale', ONE_BRANCH, False),
+    'paper': Arm('k = 4, skip and scale, annealed weight decay'),
+    'constant_decay': Arm('weight decay constant', end_decay=1.0),
+    'one_branch': Arm('k = 1', branches=1),
+    'no_skip_scale': Arm('no skip, no scale', skip_and_scale=False),
+    'plain': Arm('k = 1, no skip, no scale', branches=1, skip_and_scale=False),
 }
 
 
@@ -69,12 +79,14 @@ def run_arm(args):
     prepare_runtime()
     import engine
 
-    _, values, with_skip_and_scale = ARMS[args.arm]
-    if not with_skip_and_scale:
+    arm = ARMS[args.arm]
+    if not arm.skip_and_scale:
         remove_skip_and_scale()
     engine.run(with_values(BASE, {
-        **values, 'DATA.DATA_PATH': args.data_path, 'DATA.NUM_WORKERS': 0, 'SEED': args.seed, 'SAVE': args.output,
-        'MODEL.RESUME': 'auto', 'TRAIN.NUM_EPOCHS': args.epochs, 'VALIDATE_FREQ': halfway(args.epochs)}))
+        'MODEL.NUM_BRANCHES': [arm.branches] * 5, 'TRAIN.WEIGHT_DECAY': args.weight_decay,
+        'TRAIN.END_WEIGHT_DECAY': arm.end_decay * args.weight_decay, 'TRAIN.NUM_EPOCHS': args.epochs,
+        'VALIDATE_FREQ': halfway(args.epochs), 'DATA.DATA_PATH': args.data_path, 'DATA.NUM_WORKERS': 0,
+        'SEED': args.seed, 'SAVE': args.output, 'MODEL.RESUME': 'auto'}))
 
 
 def start(arm, seed, args):
@@ -82,7 +94,8 @@ def start(arm, seed, args):
     folder = os.path.join(args.output, f'{arm}-{seed}')
     process = subprocess.run(
         [sys.executable, '-m', 'tools.ablations', '-arm', arm, '-seed', str(seed), '-data_path',
-         os.path.join(args.output, 'data'), '-output', folder, '-epochs', str(args.epochs)],
+         os.path.join(args.output, 'data'), '-output', folder, '-epochs', str(args.epochs), '-weight_decay',
+         str(args.weight_decay)],
         cwd=ROOT, capture_output=True, text=True, env={**os.environ, 'OMP_NUM_THREADS': '1'})
     if process.returncode:
         raise UserError(f'{folder}: {(process.stderr or process.stdout).strip().splitlines()[-1]}')
@@ -105,14 +118,14 @@ def table(output, seeds, epochs):
     first = next(iter(runs.values()))
     lines = [f'| arm | {" | ".join(f"{weights}, epoch {epoch}" for epoch, weights in columns)} | to the first |',
              '|---' * (2 + len(columns)) + '|']
-    for arm, (description, _, _) in ARMS.items():
+    for arm in ARMS:
         cells = []
         for column in columns:
             values = [run[column] for run in runs[arm]]
             spread = f' ± {statistics.stdev(values):.2f}' if seeds > 1 else ''
             cells.append(f'{statistics.mean(values):.2f}{spread}')
         cells.append(', '.join(f'{run[columns[-1]] - base[columns[-1]]:+.2f}' for run, base in zip(runs[arm], first)))
-        lines.append(f'| {description} | {" | ".join(cells)} |')
+        lines.append(f'| {ARMS[arm].description} | {" | ".join(cells)} |')
     return '\n'.join(lines)
 
 
@@ -126,16 +139,19 @@ def main():
                         help=f'epochs of a run (default: {BASE.TRAIN.NUM_EPOCHS})')
     parser.add_argument('-train_images', metavar='N', type=int, default=8000,
                         help='how many of the training images to use (default: 8000)')
+    parser.add_argument('-weight_decay', metavar='X', type=float, default=BASE.TRAIN.WEIGHT_DECAY,
+                        help=f'at the first step; annealed to a tenth (default: {BASE.TRAIN.WEIGHT_DECAY:g})')
     parser.add_argument('-arm', metavar='NAME', choices=ARMS,
                         help=f'make one run only, into -output: {", ".join(ARMS)}')
     parser.add_argument('-seed', metavar='N', type=int, default=0, help='the seed of that run (default: 0)')
     args = parser.parse_args()
-    if min(args.seeds, args.jobs, args.epochs, args.train_images) < 1:
-        raise UserError('-seeds, -jobs, -epochs and -train_images must be at least 1')
+    if min(args.seeds, args.jobs, args.epochs, args.train_images) < 1 or args.weight_decay < 0:
+        raise UserError('-seeds, -jobs, -epochs and -train_images must be at least 1, -weight_decay at least 0')
     if args.arm:
         return run_arm(args)
-    # runs of another budget are other runs
-    args.output = os.path.join(os.path.abspath(args.output), f'{args.epochs}_epochs_of_{args.train_images}')
+    # of another budget or decay, they are other runs
+    args.output = os.path.join(os.path.abspath(args.output),
+                               f'{args.epochs}_epochs_of_{args.train_images}_decay_{args.weight_decay:g}')
     write_lists(args.data_path, os.path.join(args.output, 'data'), args.train_images)
     with concurrent.futures.ThreadPoolExecutor(args.jobs) as pool:
         for run in [pool.submit(start, arm, seed, args) for seed in range(args.seeds) for arm in ARMS]:

@@ -24,12 +24,19 @@ def group(count, *args, status=0):
                env={'PYTHONPATH': f'{ROOT}:{ROOT / "tests"}'})
 
 
+# of a run in which the images change, and are changed
+FOUR_EPOCHS = ['TRAIN.NUM_EPOCHS', '4', 'SAVE_FREQ', '1', 'KEEP_CHECKPOINTS', '0', 'DATA.BATCH_SIZE', '8',
+               'TRAIN.AUTO_AUGMENT', 'True', 'TRAIN.RANDOM_ERASE_PROB', '0.5', 'TRAIN.CURRICULUM',
+               "[{'EPOCH': 1, 'IMAGE_SIZE': 24, 'AUTO_AUGMENT_STRENGTH': 0.3},"
+               " {'EPOCH': 3, 'IMAGE_SIZE': 32, 'AUTO_AUGMENT_STRENGTH': 1.0}]"]
+
+
 @pytest.fixture(scope='module')
 def trained(fashion, tmp_path_factory):
     """Two processes train for 4 epochs."""
     folder = tmp_path_factory.mktemp('runs') / 'two'
     process = run(MAIN, '-nproc', '2', '-output', folder, *options(
-        fashion, 'TRAIN.NUM_EPOCHS', '4', 'SAVE_FREQ', '1', 'DATA.BATCH_SIZE', '8'))
+        fashion, *FOUR_EPOCHS))
     return folder, process
 
 
@@ -39,6 +46,7 @@ def test_a_run_of_two_processes(trained):
     assert [(row['epoch'], row['split'], row['weights'], row['n']) for row in rows] == [
         (epoch, *rest) for epoch in range(1, 5)
         for rest in (('train', 'raw', 48), ('val', 'raw', 35), ('val', 'ema', 35))]
+    assert [row['image_size'] for row in rows if row['split'] == 'train'] == [24, 24, 32, 32]
     assert process.stderr == '' and process.stdout == (folder / 'log.txt').read_text()
     assert '12 steps of 16 images (processes 2 x DATA.BATCH_SIZE 8 x TRAIN.ACCUM_ITER 1), 3 per epoch' in process.stdout
     assert checkpoint.load(str(folder / 'latest.pdparams'))['world_size'] == 2
@@ -50,10 +58,12 @@ def test_two_processes_resume_bitwise(trained, fashion, tmp_path):
     again.mkdir()
     # what a run leaves that is ended while it writes the third epoch's checkpoints
     os.link(folder / 'epoch_2.pdparams', again / 'latest.pdparams')
+    best = checkpoint.load(str(again / 'latest.pdparams'))['best']['epoch']
+    os.link(folder / f'epoch_{best}.pdparams', again / 'best.pdparams')
     lines = (folder / 'log.jsonl').read_text().splitlines(True)
     (again / 'log.jsonl').write_text(''.join(lines[:8]) + '{"epoch": 3, "s')
     out = run(MAIN, '-nproc', '2', '-output', again, '-resume', 'auto', *options(
-        fashion, 'TRAIN.NUM_EPOCHS', '4', 'SAVE_FREQ', '1', 'DATA.BATCH_SIZE', '8')).stdout
+        fashion, *FOUR_EPOCHS)).stdout
     assert 'resumed' in out and 'after epoch 2, step 6' in out and 'bitwise' not in out
     assert 'dropped 3 records past epoch 2' in out
     assert without_times(records(again)) == without_times(records(folder))
@@ -115,7 +125,8 @@ def test_statistics_are_averaged_at_the_end_of_an_epoch(fashion):
 
 @pytest.mark.parametrize('count', [1, 2])
 def test_nothing_synchronises_between_log_lines(fashion, count):
-    args = ['count', fashion, 'DATA.BATCH_SIZE', 12 // count, 'REPORT_FREQ', '2', 'TRAIN.ACCUM_ITER', '1']
+    args = ['count', fashion, 'DATA.BATCH_SIZE', 12 // count, 'REPORT_FREQ', '2', 'TRAIN.ACCUM_ITER', '1',
+            'TRAIN.RANDOM_ERASE_PROB', '1', 'TRAIN.MIXUP_ALPHA', '1', 'TRAIN.CUTMIX_ALPHA', '1']
     out = group(count, *args).stdout
     lines = [line for line in out.splitlines() if line.startswith('rank')]
     assert len(lines) == count
@@ -232,7 +243,7 @@ def test_the_commands_of_the_first_readme(trained, fashion, tmp_path):
 
 def test_launcher(trained, fashion, tmp_path):
     run(*LAUNCH, '--nproc_per_node', '2', '--log_dir', tmp_path / 'log', MAIN, '-output', tmp_path / 'run', *options(
-        fashion, 'TRAIN.NUM_EPOCHS', '4', 'SAVE_FREQ', '1', 'DATA.BATCH_SIZE', '8'))
+        fashion, *FOUR_EPOCHS))
     assert without_times(records(tmp_path / 'run')) == without_times(records(trained[0]))
     assert_same(*(checkpoint.load(str(path / 'latest.pdparams')) for path in (trained[0], tmp_path / 'run')))
 
@@ -246,7 +257,7 @@ def free_port():
 def test_two_launchers_are_two_nodes(trained, fashion, tmp_path):
     port = free_port()
     nodes = [subprocess.Popen(['sh', 'run_train_multi.sh', '-output', str(tmp_path / 'run'), *map(str, options(
-        fashion, 'TRAIN.NUM_EPOCHS', '4', 'SAVE_FREQ', '1', 'DATA.BATCH_SIZE', '8'))], cwd=ROOT, stdout=subprocess.PIPE,
+        fashion, *FOUR_EPOCHS))], cwd=ROOT, stdout=subprocess.PIPE,
         stderr=subprocess.STDOUT, text=True, env={
             **os.environ, 'PYTHON': sys.executable, 'NNODES': '2', 'MASTER': f'127.0.0.1:{port}', 'RANK': str(rank),
             'OUTPUT': str(tmp_path / 'run')}) for rank in range(2)]

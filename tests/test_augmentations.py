@@ -10,6 +10,7 @@ from transforms import (
     OPERATIONS,
     AutoAugment,
     ColorJitter,
+    Operation,
     RandAugment,
     RandomErase,
     TrainTransform,
@@ -180,14 +181,25 @@ def test_auto_augment_of_strength_0_does_nothing():
 
 
 def test_the_imagenet_policy():
-    """25 pairs of operations of the table; the first and last, and the counts of the paper's table."""
-    assert len(IMAGENET_POLICY) == 25
-    assert IMAGENET_POLICY[0] == (('Posterize', 0.4, 8), ('Rotate', 0.6, 9))
-    assert IMAGENET_POLICY[24] == (('Equalize', 0.8, 8), ('Equalize', 0.6, 3))
-    names = [name for pair in IMAGENET_POLICY for name, _, _ in pair]
-    assert {name: names.count(name) for name in set(names)} == {
-        'Equalize': 17, 'Solarize': 7, 'Posterize': 5, 'Color': 6, 'Rotate': 6, 'Invert': 3, 'Contrast': 2,
-        'AutoContrast': 2, 'Sharpness': 1, 'ShearX': 1}
+    """The pairs of the paper's table, in its order: operation, probability in tenths, magnitude."""
+    table = """Posterize 4 8 Rotate 6 9, Solarize 6 5 AutoContrast 6 5, Equalize 8 8 Equalize 6 3,
+        Posterize 6 7 Posterize 6 6, Equalize 4 7 Solarize 2 4, Equalize 4 4 Rotate 8 8, Solarize 6 3 Equalize 6 7,
+        Posterize 8 5 Equalize 10 2, Rotate 2 3 Solarize 6 8, Equalize 6 8 Posterize 4 6, Rotate 8 8 Color 4 0,
+        Rotate 4 9 Equalize 6 2, Equalize 0 7 Equalize 8 8, Invert 6 4 Equalize 10 8, Color 6 4 Contrast 10 8,
+        Rotate 8 8 Color 10 2, Color 8 8 Solarize 8 7, Sharpness 4 7 Invert 6 8, ShearX 6 5 Equalize 10 9,
+        Color 4 0 Equalize 6 3, Equalize 4 7 Solarize 2 4, Solarize 6 5 AutoContrast 6 5, Invert 6 4 Equalize 10 8,
+        Color 6 4 Contrast 10 8, Equalize 8 8 Equalize 6 3"""
+    assert [' '.join(f'{name} {10 * probability:g} {magnitude}' for name, probability, magnitude in pair)
+            for pair in IMAGENET_POLICY] == [' '.join(pair.split()) for pair in table.split(',')]
+
+
+def test_the_largest_amounts():
+    assert {name: operation.largest for name, operation in OPERATIONS.items() if operation.largest} == pytest.approx({
+        'ShearX': 0.3, 'ShearY': 0.3, 'TranslateX': 150 / 331, 'TranslateY': 150 / 331, 'Rotate': 30, 'Solarize': 256,
+        'Posterize': 4, 'Contrast': 0.9, 'Color': 0.9, 'Brightness': 0.9, 'Sharpness': 0.9})
+    # at full magnitude: all is inverted, four bits stay
+    assert rows_of(OPERATIONS['Solarize'](image_of([[0, 100, 255]]), 1.0, None)) == [[255, 155, 0]]
+    assert rows_of(OPERATIONS['Posterize'](image_of([[15, 31, 255]]), 1.0, None)) == [[0, 16, 240]]
 
 
 def test_rand_augment(monkeypatch):
@@ -210,10 +222,25 @@ def test_colour_jitter():
     image = colours()
     jittered = [np.asarray(ColorJitter(0.4)(image, rng)) for _ in range(2)]
     assert all((pixels != np.asarray(image)).any() for pixels in jittered) and (jittered[0] != jittered[1]).any()
-    # contrast and colour too: brightness alone would keep the ratio of the channels
-    reds = [np.asarray(ColorJitter(1.0)(image, rng)).astype(float)[..., 0].std() for _ in range(50)]
-    assert np.std(reds) > 1
     np.testing.assert_array_equal(ColorJitter(0.0)(image, rng), image)
+
+
+def test_what_colour_jitter_draws(monkeypatch):
+    calls = []
+    for name in list(OPERATIONS):
+        def record(image, change, name=name):
+            calls[-1].append((name, change))
+            return image
+        monkeypatch.setitem(OPERATIONS, name, Operation(record))
+    rng = np.random.default_rng(0)
+    for _ in range(400):
+        calls.append([])
+        ColorJitter(0.3)(colours(), rng)
+    assert {tuple(sorted(name for name, _ in call)) for call in calls} == {('Brightness', 'Color', 'Contrast')}
+    assert len({tuple(name for name, _ in call) for call in calls}) == 6  # in any order
+    changes = np.array([change for call in calls for _, change in sorted(call)]).reshape(400, 3)
+    assert changes.min() >= -0.3 and changes.max() <= 0.3 and (abs(changes.mean(axis=0)) < 0.04).all()
+    assert (changes.max(axis=0) > 0.28).all() and (abs(np.corrcoef(changes.T) - np.eye(3)) < 0.2).all()
 
 
 def test_augmentations_come_after_the_crop_and_the_flip():

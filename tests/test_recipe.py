@@ -302,6 +302,20 @@ def test_tau_and_the_teacher_reach_the_loss(config, fashion, teacher):
     np.testing.assert_allclose(criterion.teacher_model(images), own(images), rtol=1e-3, atol=1e-4)
 
 
+def test_the_teacher_sees_what_the_student_sees(config, fashion):
+    """Erased and mixed images, and the targets that belong to them."""
+    config.DATA.DATA_PATH, config.DATA.BATCH_SIZE, config.DATA.NUM_WORKERS = str(fashion), 16, 0
+    config.TRAIN.RANDOM_ERASE_PROB = config.TRAIN.MIXUP_ALPHA = 1.0
+    loader = engine.build_loader(config, True)
+    training = engine.build_training(config, build_mobileone(config), loader)
+    network, criterion, seen = training.network, training.criterion, []
+    training.network = lambda inputs: seen.append(inputs) or network(inputs)
+    training.criterion = lambda *args: seen.extend(args) or criterion(*args)
+    engine.train_step(training, list(loader)[:1], 1)
+    to_network, to_teacher, logits, targets = seen
+    assert to_network is to_teacher and logits.shape == targets.shape == [16, 10]
+
+
 def test_teachers_that_do_not_fit(fashion, teacher, tmp_path):
     def message(*more):
         return fails('main_single_gpu.py', '-output', tmp_path / 'x',

@@ -216,6 +216,7 @@ def test_plot_log(fashion, tmp_path):
         return [[row['epoch'] for row in rows if (row['split'], row['weights']) == (split, weights)],
                 [row[field] for row in rows if (row['split'], row['weights']) == (split, weights)]]
     assert drawn['training loss'][1] == curve('train', 'raw', 'loss')
+    assert drawn['validation loss'][2:] == [curve('val', 'raw', 'loss'), curve('val', 'ema', 'loss')]
     assert drawn['validation top-1 (%)'][2:] == [curve('val', 'raw', 'acc1'), curve('val', 'ema', 'acc1')]
     assert drawn['learning rate'][1] == curve('train', 'raw', 'lr')
     assert drawn['weight decay'][1] == curve('train', 'raw', 'weight_decay')
@@ -244,6 +245,7 @@ def test_ablations(fashion, tmp_path):
             '-train_images', '25', '-weight_decay', '0.02']
     lines = run(*args).stdout.splitlines()
     out = tmp_path / 'out/2_epochs_of_25_decay_0.02'
+    assert [len(read(out / f'data/{split}_list.txt')) for split in ('train', 'val')] == [25, 35]
     assert sum(line.endswith(': done') for line in lines) == 10
     assert lines[10] == '| arm | raw, epoch 1 | ema, epoch 1 | raw, epoch 2 | ema, epoch 2 | to the first |'
     assert [line.split(' | ')[0] for line in lines[12:]] == [f'| {arm.description}' for arm in ablations.ARMS.values()]

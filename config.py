@@ -5,6 +5,7 @@ Nothing here imports Paddle, so a wrong command line is answered at once.
 """
 import argparse
 import ast
+import copy
 import difflib
 import math
 import os
@@ -74,7 +75,7 @@ _C.MODEL.USE_SE = False
 # training on several GPUs: batch-norm statistics over the batches of all of them, not of each
 _C.MODEL.SYNC_BN = False
 
-# these defaults are the recipe that the paper trains all its networks by; what no source that could be read confirms is
+# these defaults and configs/mobileone_s*.yaml are the paper's recipe; what no source that could be read confirms is
 # marked so
 _C.TRAIN = CN()
 # epochs that count as done: the run starts with the next, at its place in the schedules
@@ -83,11 +84,11 @@ _C.TRAIN.LAST_EPOCH = 0
 _C.TRAIN.NUM_EPOCHS = 300
 # the lr rises linearly for this many epochs (not confirmed: MMPretrain's)
 _C.TRAIN.WARMUP_EPOCHS = 5
-# decay of weights with two or more dimensions at the first step; none on batch norm and biases (not confirmed:
+# decay of weights with two or more dimensions, at the first step; none on batch norm and biases (not confirmed:
 # MMPretrain's, for batch norm)
 _C.TRAIN.WEIGHT_DECAY = 1e-4
-# what it falls to, on a cosine from the first step to the last
-_C.TRAIN.END_WEIGHT_DECAY = 1e-5
+# what it falls to, on a cosine over all steps, after the last one; -1: it stays as it is
+_C.TRAIN.END_WEIGHT_DECAY = -1.0
 # the lr after the warm-up
 _C.TRAIN.BASE_LR = 0.1
 # the lr of the warm-up's first step (not confirmed)
@@ -202,6 +203,7 @@ _NULL = {
     'TRAIN.CURRICULUM': [],
     'TRAIN.CUTMIX_MINMAX': [0.0, 0.0],
     'TRAIN.LINEAR_SCALED_LR': 0,
+    'TRAIN.END_WEIGHT_DECAY': -1.0,
     'SAVE': '',
 }
 
@@ -220,7 +222,7 @@ _RANGE = {
     'TRAIN.NUM_EPOCHS': (1, None),
     'TRAIN.WARMUP_EPOCHS': (0, None),
     'TRAIN.WEIGHT_DECAY': (0, None),
-    'TRAIN.END_WEIGHT_DECAY': (0, None),
+    'TRAIN.END_WEIGHT_DECAY': (-1, None),
     'TRAIN.COLOR_JITTER': (0, 1),
     'TRAIN.RAND_AUGMENT_LAYERS': (1, None),
     'TRAIN.RAND_AUGMENT_MAGNITUDE': (0, 10),
@@ -311,7 +313,7 @@ def _coerce(value, default, key, source):
             raise fail() from None
     if value is None:
         if key in _NULL:
-            return _NULL[key]
+            return copy.copy(_NULL[key])
         raise fail()
     if isinstance(default, list):
         if not isinstance(value, (list, tuple)):
@@ -431,7 +433,8 @@ _FLAGS = {
     'output': ('SAVE', 'DIR', 'folder of the run (default: output/<MODEL.NAME>-<time>)'),
     'batch_size': ('DATA.BATCH_SIZE', 'N', 'images per step and device (sets -batch_size_eval too)'),
     'batch_size_eval': ('DATA.BATCH_SIZE_EVAL', 'N', 'images per step and device in evaluation'),
-    'image_size': ('DATA.IMAGE_SIZE', 'N', 'side of the square that the network sees, in pixels'),
+    'image_size': ('DATA.IMAGE_SIZE', 'N', 'side of the square that the network sees, in pixels; in training that of '
+                                        'TRAIN.CURRICULUM, which S2 to S4 have'),
     'pretrained': ('MODEL.PRETRAINED', 'FILE', 'weights to start from or to evaluate: a released .pdparams or a '
                                                'checkpoint of training'),
     'resume': ('MODEL.RESUME', 'FILE', 'checkpoint to continue; auto: the newest in -output, if there is one'),

@@ -304,8 +304,8 @@ def build_training(config, model, loader):
     schedule = build_schedule(config, loader.batch_sampler)
     LOG.info(f'{schedule.total_steps} steps of {schedule.total_batch} images (processes {world_size()} x '
              f'DATA.BATCH_SIZE {config.DATA.BATCH_SIZE} x TRAIN.ACCUM_ITER {config.TRAIN.ACCUM_ITER}), '
-             f'{schedule.steps_per_epoch} per epoch; learning rate up to {schedule.base:g}, EMA decay up to '
-             f'{schedule.max_ema_decay:g}')
+             f'{schedule.steps_per_epoch} per epoch; learning rate up to {schedule.base:g}, weight decay '
+             f'{schedule.decay:g} to {schedule.end_decay:g}, EMA decay up to {schedule.max_ema_decay:g}')
     ema = optim.ModelEma(model, config.TRAIN.MODEL_EMA_FORCE_CPU) if config.TRAIN.MODEL_EMA else None
     mixup = build_mixup(config)
     normalize = Normalize(config.DATA.IMAGENET_MEAN, config.DATA.IMAGENET_STD)
@@ -340,9 +340,12 @@ def get_teacher_config(config):
     options = config.TRAIN.DISTILLATION
     if options.TYPE.lower() == 'none':
         return None
-    teacher = resolve_config(with_values(get_config(options.TEACHER_CFG), {
-        'MODEL.PRETRAINED': options.TEACHER_WEIGHTS, 'MODEL.RESUME': '', 'MODEL.DEPLOY': True, 'EVAL': True}))
-    checkpoint.check_exists(options.TEACHER_WEIGHTS)
+    try:
+        teacher = resolve_config(with_values(get_config(options.TEACHER_CFG), {
+            'MODEL.PRETRAINED': options.TEACHER_WEIGHTS, 'MODEL.RESUME': '', 'MODEL.DEPLOY': True, 'EVAL': True}))
+        checkpoint.check_exists(options.TEACHER_WEIGHTS)
+    except UserError as error:
+        raise UserError(f'the teacher (TRAIN.DISTILLATION): {error}') from None
     for section, key in (('MODEL', 'NUM_CLASSES'), ('DATA', 'IMAGENET_MEAN'), ('DATA', 'IMAGENET_STD')):
         theirs, ours = teacher[section][key], config[section][key]
         if theirs != ours:

@@ -36,7 +36,8 @@ class Schedule:
         self.total_steps = train.NUM_EPOCHS * steps_per_epoch
         self.warmup_steps = train.WARMUP_EPOCHS * steps_per_epoch
         self.base, self.start, self.end = (scale * lr for lr in (train.BASE_LR, train.WARMUP_START_LR, train.END_LR))
-        self.decay, self.end_decay = train.WEIGHT_DECAY, train.END_WEIGHT_DECAY
+        self.decay = train.WEIGHT_DECAY
+        self.end_decay = train.END_WEIGHT_DECAY if train.END_WEIGHT_DECAY >= 0 else train.WEIGHT_DECAY
         self.max_ema_decay = train.MODEL_EMA_DECAY ** scale
 
     def lr(self, step):

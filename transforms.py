@@ -114,8 +114,8 @@ class Operation:
         return self.function(image, sign * magnitude * self.largest)
 
 
-# the operations of AutoAugment and their largest amounts (arXiv 1805.09501, table 6). Magnitudes count from doing
-# nothing, as in torchvision, also where the paper's lowest does most: Color, Contrast, Brightness, Sharpness
+# the operations of AutoAugment and their largest amounts (arXiv 1805.09501, table 6); magnitudes count from doing
+# nothing, as in torchvision, which the paper's do not for all
 OPERATIONS = {
     'ShearX': Operation(_shear_x, 0.3, signed=True),
     'ShearY': Operation(_shear_y, 0.3, signed=True),
@@ -211,7 +211,7 @@ class ColorJitter:
 
     def __call__(self, image, rng):
         for name in rng.permutation(['Brightness', 'Contrast', 'Color']):
-            image = OPERATIONS[name].function(image, max(-1.0, rng.uniform(-self.amount, self.amount)))
+            image = OPERATIONS[name].function(image, rng.uniform(-self.amount, self.amount))
         return image
 
 

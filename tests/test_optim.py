@@ -38,6 +38,7 @@ def test_schedule_scales_with_the_total_batch(config):
     assert schedule.lr(70) == pytest.approx(2 * config.TRAIN.END_LR)
     config.TRAIN.LINEAR_SCALED_LR = 0
     assert Schedule(config, 7, 512).lr(14) == config.TRAIN.BASE_LR
+    assert {Schedule(config, 7, 512).weight_decay(step) for step in (0, 35, 70)} == {config.TRAIN.WEIGHT_DECAY}
     config.TRAIN.WEIGHT_DECAY, config.TRAIN.END_WEIGHT_DECAY = 0.4, 0.1  # for any batch, and without a warm-up
     for total in (256, 512):
         decays = [Schedule(config, 7, total).weight_decay(step) for step in (0, 14, 35, 69, 70)]

@@ -119,7 +119,8 @@ def test_training_does_what_the_dry_run_says(curriculum, monkeypatch):
     rows = get_recipe(resolve_config(curriculum), 60, 1)
     steps, loaders = watched(monkeypatch, curriculum)
     with open(curriculum.SAVE + '/log.txt', encoding='utf-8') as file:
-        assert engine.describe_curriculum(curriculum) in file.read()
+        log = file.read()
+    assert engine.describe_curriculum(curriculum) in log and 'weight decay 0.1 to 0.01, EMA' in log
     assert [step['step'] for step in steps] == list(range(12)) and [row['steps'] for row in rows] == [3] * 4
     for row, step in zip(rows, steps[::3]):
         assert {key: step[key] for key in ('lr', 'weight_decay', 'image_size')} == {
@@ -253,6 +254,9 @@ def test_show_recipe(tmp_path):
     for words in ('AdamW, betas [0.9, 0.999]', 'colour jitter 0.4', 'random erasing 0.25 (pixel)', 'mixup 0.2',
                   'CutMix', 'clipped at 5', 'AMP O1 float16', 'distillation soft from b.pdparams', ' off '):
         assert words in out
+    out = run(*args, '-opts', 'EVAL', 'True', 'TRAIN.DISTILLATION.TYPE', 'hard', *everything[-6:-2]).stdout
+    assert 'distillation hard from b.pdparams, alpha 0.5\n' in out and len(out.splitlines()) == 306
+    assert 'TRAIN.LAST_EPOCH is 600' in fails(*args, '-opts', 'EVAL', 'True', 'TRAIN.LAST_EPOCH', '600')
     assert 'must be at least 1' in fails(*args, '-world_size', '0')
     assert 'TRAIN.ACCUM_ITER is 600, but an epoch has only 15 batches of 64' in fails(*args, '-accum_iter', '600')
     assert 'too few for 2000 processes' in fails(*args, '-world_size', '2000')
@@ -261,10 +265,13 @@ def test_show_recipe(tmp_path):
 
 @pytest.fixture(scope='module')
 def teacher(fashion, tmp_path_factory):
-    """Config and weights of a narrow network that has trained for an epoch."""
+    """Config and weights of a narrow network that has trained for an epoch; the config says how, which counts not."""
     folder = tmp_path_factory.mktemp('teacher')
     run('main_single_gpu.py', '-output', folder, *options(fashion, 'TRAIN.NUM_EPOCHS', '1'))
-    return folder / 'config.yaml', folder / 'best.pdparams'
+    path = folder / 'teacher.yaml'
+    path.write_text('BASE: config.yaml\nMODEL: {RESUME: auto, PRETRAINED: x}\n'
+                    'TRAIN: {LAST_EPOCH: 9, DISTILLATION: {TYPE: soft}}\n')
+    return path, folder / 'best.pdparams'
 
 
 def distilled(fashion, teacher, *more):
@@ -324,12 +331,14 @@ def test_teachers_that_do_not_fit(fashion, teacher, tmp_path):
     assert 'nowhere.yaml: cannot read the config file' in message('TRAIN.DISTILLATION.TEACHER_CFG', 'nowhere.yaml')
     assert 'MODEL.NUM_CLASSES is 10 for the teacher, 12 for the student' in message('MODEL.NUM_CLASSES', '12')
     assert 'DATA.IMAGENET_MEAN is' in message('DATA.IMAGENET_MEAN', '[0.5,0.5,0.5]')
+    assert 'DATA.IMAGENET_STD is' in message('DATA.IMAGENET_STD', '[0.5,0.5,0.5]')
+    other = tmp_path / 'other.yaml'
+    other.write_text(f'BASE: {teacher[0]}\nTRAIN: {{SMOOTHING: 3}}\n')
+    assert 'the teacher (TRAIN.DISTILLATION): TRAIN.SMOOTHING is 3.0' in message(
+        'TRAIN.DISTILLATION.TEACHER_CFG', other)
     assert 'there is no teacher: set TEACHER_CFG and TEACHER_WEIGHTS' in message('TRAIN.DISTILLATION.TEACHER_CFG', '')
     assert not (tmp_path / 'x').exists()
-    other = tmp_path / 'other.yaml'
-    text = teacher[0].read_text()
-    other.write_text(text.replace('CHANNELS: [4, 4, 8, 8, 8]', 'CHANNELS: [4, 4, 8, 8, 12]'))
-    assert other.read_text() != text
+    other.write_text(f'BASE: {teacher[0]}\nMODEL: {{CHANNELS: [4, 4, 8, 8, 12]}}\n')
     assert 'does not fit the network of the config' in message('TRAIN.DISTILLATION.TEACHER_CFG', other)
 
 

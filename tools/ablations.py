@@ -55,7 +55,7 @@ def remove_skip_and_scale():
 def write_lists(source, target, train_images):
     """Lists with absolute paths: the first images of the training list, which is in random order, and all of the val.
 
-    Raises: UserError for a folder without lists.
+    Raises: UserError for a folder without lists, for too few images, and when runs on other images are there.
     """
     os.makedirs(target, exist_ok=True)
     for name, count in (('train_list.txt', train_images), ('val_list.txt', None)):
@@ -65,8 +65,16 @@ def write_lists(source, target, train_images):
         except OSError as error:
             raise UserError(f'{error.filename}: {error.strerror}; -data_path is what tools.make_fashion_mnist '
                             'wrote') from None
-        with open(os.path.join(target, name), 'w', encoding='utf-8') as file:
-            file.writelines(f'{os.path.abspath(source)}/{line}\n' for line in lines)
+        if count and len(lines) < count:
+            raise UserError(f'-train_images is {count}, but {source} has {len(lines)}')
+        text = ''.join(f'{os.path.abspath(source)}/{line}\n' for line in lines)
+        path = os.path.join(target, name)
+        if os.path.exists(path):
+            with open(path, encoding='utf-8') as file:
+                if file.read() != text:
+                    raise UserError(f'{path}: the runs there are on other images; choose another -output')
+        with open(path, 'w', encoding='utf-8') as file:
+            file.write(text)
 
 
 def halfway(epochs):
@@ -98,7 +106,8 @@ def start(arm, seed, args):
          str(args.weight_decay)],
         cwd=ROOT, capture_output=True, text=True, env={**os.environ, 'OMP_NUM_THREADS': '1'})
     if process.returncode:
-        raise UserError(f'{folder}: {(process.stderr or process.stdout).strip().splitlines()[-1]}')
+        last = (process.stderr or process.stdout).rstrip().rpartition('\n')[2]
+        raise UserError(f'{folder}: ended with status {process.returncode}: {last}')
     print(f'{folder}: done', flush=True)
 
 
@@ -145,17 +154,20 @@ def main():
                         help=f'make one run only, into -output: {", ".join(ARMS)}')
     parser.add_argument('-seed', metavar='N', type=int, default=0, help='the seed of that run (default: 0)')
     args = parser.parse_args()
-    if min(args.seeds, args.jobs, args.epochs, args.train_images) < 1 or args.weight_decay < 0:
-        raise UserError('-seeds, -jobs, -epochs and -train_images must be at least 1, -weight_decay at least 0')
+    if min(args.seeds, args.jobs, args.train_images) < 1 or args.epochs < 2 or args.weight_decay < 0:
+        raise UserError('-seeds, -jobs and -train_images must be at least 1, -epochs 2, -weight_decay 0')
     if args.arm:
         return run_arm(args)
     # of another budget or decay, they are other runs
     args.output = os.path.join(os.path.abspath(args.output),
                                f'{args.epochs}_epochs_of_{args.train_images}_decay_{args.weight_decay:g}')
     write_lists(args.data_path, os.path.join(args.output, 'data'), args.train_images)
-    with concurrent.futures.ThreadPoolExecutor(args.jobs) as pool:
+    pool = concurrent.futures.ThreadPoolExecutor(args.jobs)
+    try:
         for run in [pool.submit(start, arm, seed, args) for seed in range(args.seeds) for arm in ARMS]:
             run.result()
+    finally:
+        pool.shutdown(cancel_futures=True)  # after an error or Ctrl-C, what waits is not started
     print(table(args.output, args.seeds, args.epochs))
 
 

@@ -22,6 +22,7 @@ PANELS = {
     'weight decay': ('weight_decay', [('train', 'raw')]),
     'training image size (pixels)': ('image_size', [('train', 'raw')]),
 }
+FIELDS = {'epoch', 'split', 'weights', *(field for field, _ in PANELS.values())}
 
 
 def read_log(folder):
@@ -41,7 +42,7 @@ def read_log(folder):
             break
         try:
             row = json.loads(line)
-            rows += [row] if row['epoch'] > 0 else []
+            rows += [{field: row[field] for field in FIELDS}] if row['epoch'] > 0 else []
         except (ValueError, TypeError, KeyError):
             raise UserError(f'{path}:{number}: is not the record of an epoch: {line.strip()[:80]!r}; remove the '
                             'line') from None
@@ -64,6 +65,7 @@ def draw(runs, path):
     """Draw the PANELS into a PNG. runs: (label, records) of each."""
     pyplot = import_pyplot()
     figure, axes = pyplot.subplots(2, 3, figsize=(10, 5.8), layout='constrained')
+    runs = [(label.replace('$', r'\$'), rows) for label, rows in runs]  # which begins a formula otherwise
     for axis, (title, (field, curves)) in zip(axes.flat, PANELS.items()):
         for number, (label, rows) in enumerate(runs):
             for split, weights in curves:

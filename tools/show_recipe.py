@@ -8,7 +8,7 @@ The values are those of an epoch's first step, from the functions that training 
 """
 import json
 
-from config import get_config, get_parser, resolve_config, update_config
+from config import get_config, get_parser, resolve_config, update_config, with_values
 from tools import import_pyplot
 from utils import UserError, prepare_runtime, run_program
 
@@ -44,6 +44,9 @@ def describe(config, num_images, world_size):
         optimizer = f'SGD, momentum {options.MOMENTUM:g}{", Nesterov" if options.NESTEROV else ""}'
     else:
         optimizer = f'AdamW, betas {options.BETAS}, epsilon {options.EPS:g}'
+    teacher = f'{distillation.TYPE} from {distillation.TEACHER_WEIGHTS}, alpha {distillation.ALPHA:g}'
+    if distillation.TYPE.lower() == 'soft':
+        teacher += f', tau {distillation.TAU:g}'
     parts = {
         f'random crops of {data.CROP_SCALE[0]:g} to {data.CROP_SCALE[1]:g} of the area, flips': True,
         'AutoAugment': train.AUTO_AUGMENT,
@@ -60,9 +63,8 @@ def describe(config, num_images, world_size):
         f'{f"clipped at {train.GRAD_CLIP:g}" if train.GRAD_CLIP else "not clipped"}; '
         f'AMP {f"{config.AMP_LEVEL} {config.AMP_DTYPE}" if config.AMP else "off"}',
         f'images: {", ".join(name for name, is_on in parts.items() if is_on)}; {data.INTERPOLATION}',
-        f'loss: label smoothing {train.SMOOTHING:g}; distillation {distillation.TYPE}' +
-        (f' from {distillation.TEACHER_WEIGHTS}, alpha {distillation.ALPHA:g}, tau {distillation.TAU:g}'
-         if distillation.TYPE.lower() != 'none' else ''),
+        f'loss: label smoothing {train.SMOOTHING:g}; distillation '
+        f'{"none" if distillation.TYPE.lower() == "none" else teacher}',
         f'evaluation: {data.IMAGE_SIZE} pixels, crop {data.CROP_PCT:g}, {data.INTERPOLATION}',
     ]
 
@@ -88,7 +90,7 @@ def main():
     parser.add_argument('-json', metavar='FILE', help='write the records to this file, as a list')
     parser.add_argument('-plot', metavar='FILE', help='draw them into this PNG (needs matplotlib)')
     args = parser.parse_args()
-    config = resolve_config(update_config(get_config(), args))
+    config = resolve_config(with_values(update_config(get_config(), args), {'EVAL': False}))
     if min(args.num_images, args.world_size) < 1:
         raise UserError('-num_images and -world_size must be at least 1')
     prepare_runtime()

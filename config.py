@@ -433,8 +433,8 @@ _FLAGS = {
     'output': ('SAVE', 'DIR', 'folder of the run (default: output/<MODEL.NAME>-<time>)'),
     'batch_size': ('DATA.BATCH_SIZE', 'N', 'images per step and device (sets -batch_size_eval too)'),
     'batch_size_eval': ('DATA.BATCH_SIZE_EVAL', 'N', 'images per step and device in evaluation'),
-    'image_size': ('DATA.IMAGE_SIZE', 'N', 'side of the square that the network sees, in pixels; in training that of '
-                                        'TRAIN.CURRICULUM, which S2 to S4 have'),
+    'image_size': ('DATA.IMAGE_SIZE', 'N', 'side of the square that the network sees, in pixels; in training, '
+                                           'TRAIN.CURRICULUM decides where there is one (S2 to S4)'),
     'pretrained': ('MODEL.PRETRAINED', 'FILE', 'weights to start from or to evaluate: a released .pdparams or a '
                                                'checkpoint of training'),
     'resume': ('MODEL.RESUME', 'FILE', 'checkpoint to continue; auto: the newest in -output, if there is one'),

@@ -40,7 +40,7 @@ class DistillationLoss(nn.Layer):
     base_criterion: (logits, targets) -> loss.
     teacher_model: images -> logits of the same classes; it is put into evaluation mode and gets no gradient.
     distillation_type: 'none', the loss on the targets alone, without a teacher; 'soft', tau^2 * KL(teacher || student)
-    of the distributions at temperature tau, a mean over the images (arXiv 1503.02531, section 2.1); 'hard', cross
+    of the distributions at temperature tau, a mean over the images (arXiv 1503.02531, section 2); 'hard', cross
     entropy against the teacher's best class (arXiv 2012.12877, equation 3).
     Raises: UserError for another type, or without a teacher.
     """

@@ -3,6 +3,7 @@ batch (normalisation, erasing).
 
 What is random takes a NumPy generator, so that the caller decides what the randomness depends on.
 """
+import functools
 import math
 from dataclasses import dataclass
 from typing import Callable
@@ -51,20 +52,25 @@ def random_crop_box(width, height, scale, rng, ratio=(3 / 4, 4 / 3), tries=10):
 GREY = (128, 128, 128)
 
 
+def _affine(image, matrix):
+    """matrix: the first two rows of that which takes a point of the result to one of the image."""
+    return image.transform(image.size, Image.Transform.AFFINE, matrix, fillcolor=GREY)
+
+
 def _shear_x(image, share):
-    return image.transform(image.size, Image.Transform.AFFINE, (1, share, 0, 0, 1, 0), fillcolor=GREY)
+    return _affine(image, (1, share, 0, 0, 1, 0))
 
 
 def _shear_y(image, share):
-    return image.transform(image.size, Image.Transform.AFFINE, (1, 0, 0, share, 1, 0), fillcolor=GREY)
+    return _affine(image, (1, 0, 0, share, 1, 0))
 
 
 def _translate_x(image, share):
-    return image.transform(image.size, Image.Transform.AFFINE, (1, 0, share * image.width, 0, 1, 0), fillcolor=GREY)
+    return _affine(image, (1, 0, share * image.width, 0, 1, 0))
 
 
 def _translate_y(image, share):
-    return image.transform(image.size, Image.Transform.AFFINE, (1, 0, 0, 0, 1, share * image.height), fillcolor=GREY)
+    return _affine(image, (1, 0, 0, 0, 1, share * image.height))
 
 
 def _rotate(image, degrees):
@@ -79,20 +85,9 @@ def _solarize(image, amount):
     return ImageOps.solarize(image, 256 - amount)
 
 
-def _brightness(image, change):
-    return ImageEnhance.Brightness(image).enhance(1 + change)
-
-
-def _color(image, change):
-    return ImageEnhance.Color(image).enhance(1 + change)
-
-
-def _contrast(image, change):
-    return ImageEnhance.Contrast(image).enhance(1 + change)
-
-
-def _sharpness(image, change):
-    return ImageEnhance.Sharpness(image).enhance(1 + change)
+def _enhance(enhancer, image, change):
+    """enhancer: of PIL.ImageEnhance, for which 1 is no change."""
+    return enhancer(image).enhance(1 + change)
 
 
 @dataclass
@@ -127,10 +122,10 @@ OPERATIONS = {
     'Equalize': Operation(ImageOps.equalize),
     'Solarize': Operation(_solarize, 256),
     'Posterize': Operation(_posterize, 4),
-    'Contrast': Operation(_contrast, 0.9, signed=True),
-    'Color': Operation(_color, 0.9, signed=True),
-    'Brightness': Operation(_brightness, 0.9, signed=True),
-    'Sharpness': Operation(_sharpness, 0.9, signed=True),
+    'Contrast': Operation(functools.partial(_enhance, ImageEnhance.Contrast), 0.9, signed=True),
+    'Color': Operation(functools.partial(_enhance, ImageEnhance.Color), 0.9, signed=True),
+    'Brightness': Operation(functools.partial(_enhance, ImageEnhance.Brightness), 0.9, signed=True),
+    'Sharpness': Operation(functools.partial(_enhance, ImageEnhance.Sharpness), 0.9, signed=True),
 }
 
 # AutoAugment's policy for ImageNet (table 9 there): pairs of (operation, probability, magnitude from 0 to 9)
@@ -170,12 +165,11 @@ class AutoAugment:
     probabilities of operations that have none. MobileOne's training lets it grow.
     """
 
-    def __init__(self, strength=1.0, policy=IMAGENET_POLICY):
+    def __init__(self, strength=1.0):
         self.strength = strength
-        self.policy = policy
 
     def __call__(self, image, rng):
-        for name, probability, magnitude in self.policy[rng.integers(len(self.policy))]:
+        for name, probability, magnitude in IMAGENET_POLICY[rng.integers(len(IMAGENET_POLICY))]:
             operation = OPERATIONS[name]
             if not operation.largest:
                 probability *= self.strength

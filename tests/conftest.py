@@ -23,6 +23,9 @@ VARIANTS = ['s0', 's1', 's2', 's3', 's4']
 NARROW = ['MODEL.NUM_BLOCKS', '[1,1,1,2,1]', 'MODEL.CHANNELS', '[4,4,8,8,8]', 'MODEL.EXPANSIONS', '[1,1,1,1,1]',
           'MODEL.NUM_BRANCHES', '[1,2,1,1,2]', 'MODEL.USE_SE', 'True', 'DATA.IMAGE_SIZE', '32', 'DATA.CROP_PCT', '1',
           'TRAIN.LINEAR_SCALED_LR', '0', 'TRAIN.WARMUP_EPOCHS', '0', 'DATA.NUM_WORKERS', '1']
+# a curriculum of two stages for runs of four epochs
+STAGES = [{'EPOCH': 1, 'IMAGE_SIZE': 24, 'AUTO_AUGMENT_STRENGTH': 0.3},
+          {'EPOCH': 3, 'IMAGE_SIZE': 32, 'AUTO_AUGMENT_STRENGTH': 1.0}]
 
 
 def variant_config(variant):

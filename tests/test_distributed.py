@@ -8,7 +8,7 @@ import time
 
 import numpy as np
 import pytest
-from conftest import ROOT, assert_same, fails, options, records, run, with_lists, without_times
+from conftest import ROOT, STAGES, assert_same, fails, options, records, run, with_lists, without_times
 
 import checkpoint
 
@@ -27,9 +27,7 @@ def group(count, *args, status=0):
 # of a run in which the images change, and are changed
 FOUR_EPOCHS = ['TRAIN.NUM_EPOCHS', '4', 'SAVE_FREQ', '1', 'KEEP_CHECKPOINTS', '0', 'DATA.BATCH_SIZE', '8',
                'TRAIN.END_WEIGHT_DECAY', '1e-5', 'TRAIN.AUTO_AUGMENT', 'True', 'TRAIN.RANDOM_ERASE_PROB', '0.5',
-               'TRAIN.CURRICULUM',
-               "[{'EPOCH': 1, 'IMAGE_SIZE': 24, 'AUTO_AUGMENT_STRENGTH': 0.3},"
-               " {'EPOCH': 3, 'IMAGE_SIZE': 32, 'AUTO_AUGMENT_STRENGTH': 1.0}]"]
+               'TRAIN.CURRICULUM', str(STAGES)]
 
 
 @pytest.fixture(scope='module')

@@ -7,16 +7,14 @@ import sys
 import time
 
 import pytest
-from conftest import ROOT, assert_same, fails, options, records, run, without_times
+from conftest import ROOT, STAGES, assert_same, fails, options, records, run, without_times
 
 import checkpoint
 
 MAIN = 'main_single_gpu.py'
 # all that has a state or chance of its own
 STATEFUL = ['TRAIN.NUM_EPOCHS', '4', 'TRAIN.MIXUP_ALPHA', '0.5', 'TRAIN.CUTMIX_ALPHA', '1', 'TRAIN.ACCUM_ITER', '2',
-            'TRAIN.AUTO_AUGMENT', 'True', 'TRAIN.RANDOM_ERASE_PROB', '0.5', 'TRAIN.CURRICULUM',
-            "[{'EPOCH': 1, 'IMAGE_SIZE': 24, 'AUTO_AUGMENT_STRENGTH': 0.3},"
-            " {'EPOCH': 3, 'IMAGE_SIZE': 32, 'AUTO_AUGMENT_STRENGTH': 1.0}]",
+            'TRAIN.AUTO_AUGMENT', 'True', 'TRAIN.RANDOM_ERASE_PROB', '0.5', 'TRAIN.CURRICULUM', str(STAGES),
             'TRAIN.GRAD_CLIP', '1', 'SAVE_FREQ', '1', 'KEEP_CHECKPOINTS', '0', 'TRAIN.LINEAR_SCALED_LR', '16']
 OPTIMIZERS = {'SGD': [], 'AdamW': ['TRAIN.OPTIMIZER.NAME', 'AdamW', 'TRAIN.BASE_LR', '0.001']}
 

@@ -7,7 +7,6 @@ Arms differ from configs/ablations.yaml in one thing. All have the same data, ep
 thread, -jobs of them at a time. Run again, it goes on with the runs that are missing and prints the table.
 """
 import concurrent.futures
-import json
 import os
 import statistics
 import subprocess
@@ -15,6 +14,7 @@ import sys
 from dataclasses import dataclass
 
 from config import ArgumentParser, get_config, with_values
+from tools.plot_log import read_log
 from utils import UserError, prepare_runtime, run_program
 
 ROOT = os.path.dirname(os.path.dirname(os.path.abspath(__file__)))
@@ -113,8 +113,7 @@ def start(arm, seed, args):
 
 def read_accuracies(folder):
     """{(epoch, 'raw' or 'ema'): top-1 in percent} of a run's evaluations."""
-    with open(os.path.join(folder, 'log.jsonl'), encoding='utf-8') as file:
-        return {(row['epoch'], row['weights']): row['acc1'] for row in map(json.loads, file) if row['split'] == 'val'}
+    return {(row['epoch'], row['weights']): row['acc1'] for row in read_log(folder) if row['split'] == 'val'}
 
 
 def table(output, seeds, epochs):

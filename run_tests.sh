@@ -3,6 +3,7 @@
 #
 #   sh run_tests.sh [pytest's arguments]
 #   PADDLE=paddlepaddle==2.6.2 sh run_tests.sh
+#   sh run_tests.sh --long          # more random faults and mutations
 set -eu
 cd "$(dirname "$0")"
 case ${1:-} in -h | --help)

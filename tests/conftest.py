@@ -28,6 +28,16 @@ STAGES = [{'EPOCH': 1, 'IMAGE_SIZE': 24, 'AUTO_AUGMENT_STRENGTH': 0.3},
           {'EPOCH': 3, 'IMAGE_SIZE': 32, 'AUTO_AUGMENT_STRENGTH': 1.0}]
 
 
+def pytest_addoption(parser):
+    parser.addoption('--long', action='store_true', help='more faults and mutations than fit into minutes')
+
+
+@pytest.fixture(scope='session')
+def long(request):
+    """Whether the tests may take an hour."""
+    return request.config.getoption('--long')
+
+
 def variant_config(variant):
     return get_config(str(ROOT / f'configs/mobileone_{variant}.yaml'))
 

@@ -39,6 +39,8 @@ _C.DATA.CROP_PCT = 0.875
 _C.DATA.INTERPOLATION = 'bicubic'
 # smallest and largest share of the image's area that a random crop in training covers
 _C.DATA.CROP_SCALE = [0.08, 1.0]
+# turn images as their EXIF data say, as viewers do; ImageNet models are trained on images as they are stored
+_C.DATA.EXIF_TRANSPOSE = False
 # processes that read images; 0: read in the main process
 _C.DATA.NUM_WORKERS = 2
 # mean per channel (R, G, B) of pixels in [0, 1]

@@ -4,44 +4,69 @@ A sample's index is a pair (epoch, index). Whatever is random about it is a func
 hold no state: any number of them gives the same batches.
 """
 import functools
+import logging
 import os
 import pickle
 import time
 import traceback
+import warnings
 import zlib  # noqa: F401  before Paddle: see utils.py
 from dataclasses import dataclass
 
 import numpy as np
 from paddle.io import DataLoader, Dataset
-from PIL import Image
+from PIL import Image, ImageOps, UnidentifiedImageError
 
 from transforms import AutoAugment, ColorJitter, EvalTransform, RandAugment, TrainTransform
 from utils import UserError, end_with_parent
 
+# an image either is read or raises; what Pillow remarks besides does not say of which file
+warnings.filterwarnings('ignore', module='PIL')
+logging.getLogger('PIL').setLevel(logging.CRITICAL)
 
-def read_list(path, num_classes):
-    """Read a list file: a line per image, its path, a blank, its label. The path may hold blanks.
 
-    Returns: (list of relative paths, int64 array of labels).
-    Raises: UserError, naming file and line, for a missing list, a malformed line or a label outside num_classes.
+def read_lines(path):
+    """The lines of a list file but empty ones at its end; bytes that are not UTF-8 are surrogates in them.
+
+    Raises: UserError for a missing or an empty list.
     """
     try:
-        with open(path, encoding='utf-8-sig') as file:
+        with open(path, encoding='utf-8-sig', errors='surrogateescape') as file:
             lines = file.read().rstrip().split('\n')
     except OSError as error:
         raise UserError(f'{path}: cannot read the list ({error.strerror}); DATA.DATA_PATH is the folder that holds '
                         'it, see README.md or python -m tools.make_list -h') from None
-    except UnicodeDecodeError as error:
-        raise UserError(f'{path}: not UTF-8 text ({error.reason} at byte {error.start}); save it as UTF-8') from None
     if lines == ['']:
         raise UserError(f'{path}: the list is empty; write a line "path label" per image')
+    return lines
+
+
+def parse_line(line):
+    """(path, label) of a list's line: the path, a blank, the label. The path may hold blanks. Raises: UserError."""
+    try:
+        line.encode()
+    except UnicodeEncodeError:
+        raise UserError(f'{line!r} is not UTF-8 text; save the list as UTF-8') from None
+    name, label = (line.rsplit(maxsplit=1) + ['', ''])[:2]
+    if not (label.isascii() and label.isdigit() and len(label) < 19):
+        raise UserError(f'{line!r} is not "path label", the label a whole number from 0')
+    return name, int(label)
+
+
+def read_list(path, num_classes):
+    """Read a list file, a line per image as in `parse_line`.
+
+    Returns: (list of relative paths, int64 array of labels).
+    Raises: UserError, naming file and line, for a missing list, a malformed line or a label outside num_classes.
+    """
+    lines = read_lines(path)
     paths, labels = [], np.empty(len(lines), dtype='int64')
     for number, line in enumerate(lines, 1):
-        name, label = (line.rsplit(maxsplit=1) + ['', ''])[:2]
-        if not (label.isascii() and label.isdigit() and len(label) < 19):
-            raise UserError(f'{path}:{number}: {line!r} is not "path label", the label a whole number from 0')
+        try:
+            name, labels[number - 1] = parse_line(line)
+        except UserError as error:
+            raise UserError(f'{path}:{number}: {error}; python -m tools.check_dataset lists all bad lines') from None
         paths.append(name)
-        labels[number - 1] = int(label)
     outside = np.flatnonzero(labels >= num_classes)
     if len(outside):
         raise UserError(f'{path}:{outside[0] + 1}: label {labels[outside[0]]} is outside MODEL.NUM_CLASSES '
@@ -54,33 +79,59 @@ class ImageNet2012Dataset(Dataset):
 
     transform: callable (RGB image, NumPy generator) -> uint8 array.
     seed: with epoch and index, the seed of an item's generator.
+    exif_transpose: as in `read_image`.
     """
 
-    def __init__(self, data_path, list_name, num_classes, transform, seed=0):
+    def __init__(self, data_path, list_name, num_classes, transform, seed=0, exif_transpose=False):
         super().__init__()
         self.data_path = data_path
         self.list_path = os.path.join(data_path, list_name)
         self.paths, self.labels = read_list(self.list_path, num_classes)
         self.transform = transform
         self.seed = seed
+        self.exif_transpose = exif_transpose
 
     def __len__(self):
         return len(self.paths)
 
     def __getitem__(self, item):
         epoch, index = item if isinstance(item, tuple) else (0, item)
-        image = read_image(os.path.join(self.data_path, self.paths[index]))
+        image = read_image(os.path.join(self.data_path, self.paths[index]), self.exif_transpose)
         return self.transform(image, np.random.default_rng([self.seed, epoch, index])), self.labels[index]
 
 
-def read_image(path):
-    """The RGB image in a file. Raises: UserError that names the file when it is missing or unreadable."""
+def _to_rgb(image):
+    """An image as RGB, of 16 bits the upper 8; transparency is dropped."""
+    if image.mode == 'F':
+        raise ValueError('floating-point pixels, whose range is not known')
+    if image.mode.startswith('I'):
+        # Pillow's conversion clips 16 bits, which are I or I;16* by its version and the file's format
+        image = image.convert('I')
+        low, high = image.getextrema()
+        if low < 0 or high > 65535:
+            raise ValueError(f'pixels from {low} to {high}, more than 16 bits, whose range is not known')
+        image = image.point(lambda value: value / 256)
+    return image.convert('RGB')
+
+
+def read_image(path, exif_transpose=False):
+    """The RGB image in a file, the first of several. exif_transpose: turn it as its EXIF data say.
+
+    Raises: UserError that names the file when it is missing, unreadable, or larger than Pillow's limit of pixels.
+    """
     try:
         with Image.open(path) as image:
-            return image.convert('RGB')
+            image = _to_rgb(image)
+        # after the conversion, for Pillow has turned a TIFF image then, and the result's EXIF data do not ask for more
+        return ImageOps.exif_transpose(image) if exif_transpose else image
     except Exception as error:  # Pillow's readers raise nearly every type on a broken file
-        reason = getattr(error, 'strerror', None) or ' '.join(str(error).split())
-        raise UserError(f'{path}: cannot read the image ({reason}); mend the file or its line in the list') from None
+        if isinstance(error, UnidentifiedImageError):
+            reason = 'no image in a format that Pillow knows'
+        else:
+            reason = getattr(error, 'strerror', None) or ' '.join(str(error).split()) or type(error).__name__
+        too_large = isinstance(error, Image.DecompressionBombError)
+        remedy = 'scale it down' if too_large else 'mend the file or its line in the list'
+        raise UserError(f'{path}: cannot read the image ({reason}); {remedy}') from None
 
 
 class TrainSampler:
@@ -238,7 +289,7 @@ def get_dataset(config, is_train=True, epoch=1):
     else:
         transform = EvalTransform(data.IMAGE_SIZE, data.CROP_PCT, data.INTERPOLATION)
     return ImageNet2012Dataset(data.DATA_PATH, 'train_list.txt' if is_train else 'val_list.txt',
-                               config.MODEL.NUM_CLASSES, transform, config.SEED)
+                               config.MODEL.NUM_CLASSES, transform, config.SEED, data.EXIF_TRANSPOSE)
 
 
 def get_dataloader(config, dataset, is_train=True, rank=0, world_size=1):

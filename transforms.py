@@ -231,6 +231,10 @@ class TrainTransform:
         return np.asarray(image)
 
 
+# ratio of the sides above which evaluation does not resize the whole image: with 10,000 x 1 pixels that takes gigabytes
+ELONGATED = 100
+
+
 class EvalTransform:
     """Resize the shorter side to size / crop_pct, then crop the centre: RGB image -> uint8 [size, size, 3]."""
 
@@ -243,10 +247,15 @@ class EvalTransform:
         short = min(image.size)
         # the longer side is rounded down, as in the published measurements
         size = tuple(int(self.resize * side / short) for side in image.size)
+        left, top = (round((side - self.size) / 2) for side in size)
+        box = left, top, left + self.size, top + self.size
+        if max(image.size) > ELONGATED * short:
+            # resize nothing but the crop; a rounding in it may differ
+            box = [edge * side / resized for edge, side, resized in zip(box, 2 * image.size, 2 * size)]
+            return np.asarray(image.resize((self.size, self.size), self.filter, box))
         if size != image.size:
             image = image.resize(size, self.filter)
-        left, top = (round((side - self.size) / 2) for side in size)
-        return np.asarray(image.crop((left, top, left + self.size, top + self.size)))
+        return np.asarray(image.crop(box))
 
 
 class Normalize:

@@ -1,11 +1,17 @@
 """The tools, and the three commands from own photographs to a fine-tuned model."""
+import fcntl
 import gzip
 import json
 import os
 import pathlib
 import re
 import shutil
+import signal
 import struct
+import subprocess
+import sys
+import termios
+import time
 
 import numpy as np
 import pytest
@@ -287,3 +293,116 @@ def test_ablations(fashion, tmp_path):
     process = run(*args, '-jobs', '1', status=2)
     assert re.search(r'/paper-0: ended with status 2: .*error: .*paper-0', process.stderr)
     assert len(process.stdout.splitlines()) <= 1  # at most the run that began meanwhile: the others are not started
+
+
+def check_dataset(folder, *more, status):
+    """Lines that the tool prints, nothing being on stderr."""
+    process = run('-m', 'tools.check_dataset', '-data_path', folder, *more, status=status)
+    assert process.stderr == ''
+    return process.stdout.splitlines()
+
+
+def test_check_dataset_lists_every_bad_line(fashion, tmp_path):
+    train, val = (read(fashion / f'{split}_list.txt') for split in ('train', 'val'))
+    bad = {2: 'no label', 5: 'train/cut.png 3', 6: '', 40: f'{train[39][:-1]}10', 45: 'train/gone.png 0',
+           60: b'caf\xe9.png 0'.decode(errors='surrogateescape')}
+    lines = [bad.get(number, line) for number, line in enumerate(train, 1)]
+    lines[10] = lines[20] = lines[0]
+    data = with_lists(fashion, tmp_path / 'my data', val=[*val, lines[0], lines[0]])
+    (data / 'train_list.txt').write_bytes('\n'.join(lines).encode(errors='surrogateescape'))
+    (data / 'train').unlink()
+    shutil.copytree(fashion / 'train', data / 'train')
+    (data / 'train/cut.png').write_bytes((fashion / train[0].rsplit(' ', 1)[0]).read_bytes()[:100])
+    out = check_dataset(data, '-opts', 'MODEL.NUM_CLASSES', '10', '-save', tmp_path / 'good', status=1)
+    path = f'{data}/train_list.txt'
+    starts = [f"{path}:2: 'no label' is not \"path label\"",
+              f'{path}:5: {data}/train/cut.png: cannot read the image (', f"{path}:6: '' is not",
+              f"{path}:40: '{bad[40]}': the label is outside MODEL.NUM_CLASSES 10",
+              f'{path}:45: {data}/train/gone.png: cannot read the image (No such file or directory)',
+              f"{path}:60: 'caf\\udce9.png 0' is not UTF-8 text",
+              f'{path}: 60 lines, 6 bad, 2 repeated',
+              f'{tmp_path}/good/train_list.txt: 54 lines written',
+              f'{data}/val_list.txt: 37 lines, 0 bad, 1 repeated, 1 of the images also in train_list.txt',
+              f'{tmp_path}/good/val_list.txt: 37 lines written']
+    assert len(out) == len(starts) and all(line.startswith(start) for line, start in zip(out, starts)), out
+
+    assert read(tmp_path / 'good/train_list.txt') == [
+        f'{data}/{line}' for number, line in enumerate(lines, 1) if number not in bad]
+    # what is written is usable as it is
+    assert check_dataset(tmp_path / 'good', '-opts', 'MODEL.NUM_CLASSES', '10', status=0)[-1].startswith(
+        f'{tmp_path}/good/val_list.txt: 37 lines, 0 bad')
+    run('main_single_gpu.py', '-output', tmp_path / 'run', *options(tmp_path / 'good', 'TRAIN.NUM_EPOCHS', '1'))
+    assert [row['n'] for row in records(tmp_path / 'run')] == [48, 37, 37]
+    assert 'good/train_list.txt: would be replaced; choose another -save' in fails(
+        '-m', 'tools.check_dataset', '-data_path', data, '-save', tmp_path / 'good')
+
+
+def test_check_dataset_of_one_list(tmp_path):
+    """Without a val list; no empty list is written; EXIF data are read when training reads them."""
+    write_images(tmp_path / 'x', 1)
+    Image.new('RGB', (5, 5)).save(tmp_path / 'x/exif.png', exif=b'Exif\0\0no TIFF')
+    (tmp_path / 'train_list.txt').write_text('x/exif.png 0\n')
+    assert check_dataset(tmp_path, status=0) == [f'{tmp_path}/train_list.txt: 1 lines, 0 bad']
+    out = check_dataset(tmp_path, '-opts', 'DATA.EXIF_TRANSPOSE', 'True', '-save', tmp_path / 'good', status=1)
+    assert out[0].startswith(f'{tmp_path}/train_list.txt:1: {tmp_path}/x/exif.png: cannot read the image (')
+    assert out[1:] == [f'{tmp_path}/train_list.txt: 1 lines, 1 bad',
+                       f'{tmp_path}/good/train_list.txt: not written, no line is left']
+    assert not list((tmp_path / 'good').iterdir())
+
+
+def test_check_dataset_errors(tmp_path):
+    command = ['-m', 'tools.check_dataset', '-data_path', tmp_path]
+    assert f'{tmp_path}: holds neither train_list.txt nor val_list.txt' in fails(*command)
+    (tmp_path / 'val_list.txt').write_text('')
+    assert 'val_list.txt: the list is empty' in fails(*command)
+    assert 'val_list.txt: would be replaced' in fails(*command, '-save', tmp_path)
+
+
+def workers_of(process, pipe):
+    """The processes that a program has started, once one of them waits for what a pipe holds; and the pipe's end."""
+    deadline = time.monotonic() + 60
+    while True:
+        try:
+            end = os.open(pipe, os.O_WRONLY | os.O_NONBLOCK)  # fails as long as nobody reads
+            break
+        except OSError:
+            assert process.poll() is None and time.monotonic() < deadline
+            time.sleep(0.05)
+    children = pathlib.Path(f'/proc/{process.pid}/task/{process.pid}/children').read_text()
+    return [int(number) for number in children.split()], end
+
+
+@pytest.mark.parametrize('victim, number, status, message', [
+    ('program', signal.SIGINT, 130, 'interrupted'),
+    ('worker', signal.SIGKILL, 2, 'a process that reads images was killed'),
+    ('program', signal.SIGKILL, -signal.SIGKILL, ''),
+])
+def test_check_dataset_ends_with_its_workers(tmp_path, victim, number, status, message):
+    os.mkfifo(tmp_path / 'x')  # an image that takes for ever
+    (tmp_path / 'val_list.txt').write_text('x 0\n' * 500)
+    process = subprocess.Popen([sys.executable, '-m', 'tools.check_dataset', '-data_path', tmp_path], cwd=ROOT,
+                               stderr=subprocess.PIPE, text=True)
+    workers, end = workers_of(process, tmp_path / 'x')
+    assert workers
+    os.kill(process.pid if victim == 'program' else workers[0], number)
+    error = process.communicate(timeout=60)[1]
+    assert process.returncode == status and len(error.splitlines()) == bool(message) and message in error
+    deadline = time.monotonic() + 60
+    while any(pathlib.Path(f'/proc/{worker}').exists() for worker in workers):
+        assert time.monotonic() < deadline
+        time.sleep(0.05)
+    os.close(end)
+
+
+def test_check_dataset_shows_a_bar_on_a_terminal(tmp_path):
+    write_images(tmp_path / 'x', 1)
+    (tmp_path / 'val_list.txt').write_text('x/photo 0.jpg 0\n' * 50)
+    controller, terminal = os.openpty()
+    fcntl.ioctl(terminal, termios.TIOCSWINSZ, struct.pack('HHHH', 40, 200, 0, 0))
+    process = subprocess.Popen([sys.executable, '-m', 'tools.check_dataset', '-data_path', tmp_path], cwd=ROOT,
+                               stdout=terminal, stderr=terminal)
+    os.close(terminal)
+    assert process.wait(60) == 0
+    shown = os.read(controller, 65536).decode()
+    assert 'val_list.txt:   0%|' in shown and '| 0/50 [' in shown
+    assert shown.splitlines()[-1].endswith('val_list.txt: 50 lines, 0 bad, 49 repeated')

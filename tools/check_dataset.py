@@ -1,0 +1,131 @@
+"""Check a data set: every line of its train_list.txt and val_list.txt, and that the image there can be read.
+
+  python -m tools.check_dataset -data_path /dataset/imagenet
+  python -m tools.check_dataset -data_path photos -opts MODEL.NUM_CLASSES 2 -save photos_checked
+
+Images are read as training reads them, on all cores. Each bad line is printed with its number and what is wrong, then a
+summary of each list; repeated images, and those in both lists, are counted there, but not bad. -save writes the lists
+without their bad lines, with absolute paths: -data_path photos_checked then trains on what is left. The exit status is
+1 if a line is bad.
+"""
+import contextlib
+import functools
+import multiprocessing
+import os
+import signal
+import sys
+from concurrent.futures import ProcessPoolExecutor
+from concurrent.futures.process import BrokenProcessPool
+
+from tqdm import tqdm
+
+from config import get_config, get_parser, resolve_config, update_config
+from utils import UserError, end_with_parent, prepare_runtime, run_program
+
+LISTS = ('train_list.txt', 'val_list.txt')
+
+
+def find_fault(line, data_path, num_classes, exif_transpose):
+    """What is wrong with a line of a list, or with its image; '' if nothing is."""
+    from datasets import parse_line, read_image
+    try:
+        name, label = parse_line(line)
+        if label >= num_classes:
+            raise UserError(f'{line!r}: the label is outside MODEL.NUM_CLASSES {num_classes}')
+        read_image(os.path.join(data_path, name), exif_transpose)
+    except UserError as error:
+        return str(error)
+    return ''
+
+
+def _start_worker(parent):
+    end_with_parent(parent)
+    # without a word, and not as training answers SIGTERM
+    signal.signal(signal.SIGINT, signal.SIG_DFL)
+    signal.signal(signal.SIGTERM, signal.SIG_DFL)
+
+
+@contextlib.contextmanager
+def start_workers():
+    """A pool of a process for each core, which are ended at once when the block is left, however that happens."""
+    cores = len(os.sched_getaffinity(0)) if hasattr(os, 'sched_getaffinity') else os.cpu_count()
+    # forked, they share the memory of what is imported; not multiprocessing.Pool, which waits for one that was killed
+    context = multiprocessing.get_context('fork')
+    workers = ProcessPoolExecutor(cores, context, _start_worker, (os.getpid(),))
+    try:
+        yield workers
+    except BrokenProcessPool:
+        raise UserError('a process that reads images was killed, for lack of memory perhaps: run it again with fewer '
+                        'cores (taskset), or more memory') from None
+    finally:
+        for process in multiprocessing.active_children():
+            process.terminate()
+        workers.shutdown(cancel_futures=True)
+
+
+def check_list(path, config, workers):
+    """Print the bad lines of a list. Returns: (number of lines, the good ones as pairs of path and label)."""
+    from datasets import parse_line, read_lines
+    lines = read_lines(path)
+    check = functools.partial(find_fault, data_path=config.DATA.DATA_PATH, num_classes=config.MODEL.NUM_CLASSES,
+                              exif_transpose=config.DATA.EXIF_TRANSPOSE)
+    good = []
+    # a task of several lines costs less in passing it on, and several tasks a core keep all busy
+    faults = workers.map(check, lines, chunksize=min(32, 1 + len(lines) // 100))
+    with tqdm(faults, desc=os.path.basename(path), total=len(lines), leave=False, file=sys.stdout, disable=None) as bar:
+        for number, (line, fault) in enumerate(zip(lines, bar), 1):
+            if fault:
+                tqdm.write(f'{path}:{number}: {fault}')
+            else:
+                good.append(parse_line(line))
+    return len(lines), good
+
+
+def save_list(path, good, data_path):
+    """Write a list of absolute paths, unless it would be empty, and say so. good: pairs of path and label."""
+    if not good:
+        print(f'{path}: not written, no line is left')
+        return
+    with open(path, 'w', encoding='utf-8') as file:
+        file.writelines(f'{os.path.abspath(os.path.join(data_path, name))} {label}\n' for name, label in good)
+    print(f'{path}: {len(good)} lines written')
+
+
+def main():
+    parser = get_parser(__doc__, ['data_path'])
+    parser.add_argument('-save', metavar='DIR', help='write the lists without their bad lines to this folder')
+    args = parser.parse_args()
+    config = resolve_config(update_config(get_config(), args))
+    data_path = config.DATA.DATA_PATH
+    found = [name for name in LISTS if os.path.lexists(os.path.join(data_path, name))]
+    if not found:
+        raise UserError(f'{data_path}: holds neither {" nor ".join(LISTS)}; -data_path is the folder of the lists, '
+                        'python -m tools.make_list writes them')
+    if args.save:
+        for name in LISTS:
+            if os.path.lexists(os.path.join(args.save, name)):
+                raise UserError(f'{os.path.join(args.save, name)}: would be replaced; choose another -save folder, or '
+                                'remove it')
+        os.makedirs(args.save, exist_ok=True)
+    prepare_runtime()
+    bad, before = 0, set()
+    with start_workers() as workers:
+        for name in found:
+            path = os.path.join(data_path, name)
+            count, good = check_list(path, config, workers)
+            bad += count - len(good)
+            images = {image for image, _ in good}
+            summary = f'{path}: {count} lines, {count - len(good)} bad'
+            if len(images) < len(good):
+                summary += f', {len(good) - len(images)} repeated'
+            if images & before:
+                summary += f', {len(images & before)} of the images also in {found[0]}'
+            print(summary)
+            before = images
+            if args.save:
+                save_list(os.path.join(args.save, name), good, data_path)
+    sys.exit(1 if bad else 0)
+
+
+if __name__ == '__main__':
+    run_program(main)

@@ -105,7 +105,7 @@ def _to_rgb(image):
     if image.mode == 'F':
         raise ValueError('floating-point pixels, whose range is not known')
     if image.mode.startswith('I'):
-        # Pillow's conversion clips 16 bits, which are I or I;16* by its version and the file's format
+        # Pillow's conversion to RGB clips 16 bits, which are I or I;16* by its version and the file's format
         image = image.convert('I')
         low, high = image.getextrema()
         if low < 0 or high > 65535:

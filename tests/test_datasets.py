@@ -27,6 +27,7 @@ def test_list_paths_may_hold_blanks(tmp_path):
     ('a 0\nb -1\n', 'train_list.txt:2:'),
     ('a 0\nb 1.0\n', 'train_list.txt:2:'),
     ('a 0\nb 1_0\n', 'train_list.txt:2:'),
+    ('a 0\nb \u0663\n', 'train_list.txt:2:'),  # a digit, but not of ours
     ('a 0\nb ' + '9' * 40, 'train_list.txt:2:'),
     ('a 0\nb 5\nc 11\n', 'train_list.txt:2: label 5 is outside MODEL.NUM_CLASSES 5; 12 would fit'),
     ('', 'train_list.txt: the list is empty'),

@@ -373,6 +373,7 @@ def workers_of(process, pipe):
 
 
 @pytest.mark.parametrize('victim, number, status, message', [
+    ('all', signal.SIGINT, 130, 'interrupted'),  # as a terminal's Ctrl-C
     ('program', signal.SIGINT, 130, 'interrupted'),
     ('worker', signal.SIGKILL, 2, 'a process that reads images was killed'),
     ('program', signal.SIGKILL, -signal.SIGKILL, ''),
@@ -381,10 +382,11 @@ def test_check_dataset_ends_with_its_workers(tmp_path, victim, number, status, m
     os.mkfifo(tmp_path / 'x')  # an image that takes for ever
     (tmp_path / 'val_list.txt').write_text('x 0\n' * 500)
     process = subprocess.Popen([sys.executable, '-m', 'tools.check_dataset', '-data_path', tmp_path], cwd=ROOT,
-                               stderr=subprocess.PIPE, text=True)
+                               stderr=subprocess.PIPE, text=True, start_new_session=True)
     workers, end = workers_of(process, tmp_path / 'x')
     assert workers
-    os.kill(process.pid if victim == 'program' else workers[0], number)
+    # a negative number is that of a group
+    os.kill({'all': -process.pid, 'program': process.pid, 'worker': workers[0]}[victim], number)
     error = process.communicate(timeout=60)[1]
     assert process.returncode == status and len(error.splitlines()) == bool(message) and message in error
     deadline = time.monotonic() + 60

@@ -40,8 +40,8 @@ def find_fault(line, data_path, num_classes, exif_transpose):
 
 def _start_worker(parent):
     end_with_parent(parent)
-    # without a word, and not as training answers SIGTERM
-    signal.signal(signal.SIGINT, signal.SIG_DFL)
+    # a terminal's Ctrl-C reaches all, but the main process answers it, and ends the others by SIGTERM
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
     signal.signal(signal.SIGTERM, signal.SIG_DFL)
 
 

@@ -9,7 +9,6 @@ without their bad lines, with absolute paths: -data_path photos_checked then tra
 1 if a line is bad.
 """
 import contextlib
-import functools
 import multiprocessing
 import os
 import signal
@@ -25,24 +24,25 @@ from utils import UserError, end_with_parent, prepare_runtime, run_program
 LISTS = ('train_list.txt', 'val_list.txt')
 
 
-def find_fault(line, data_path, num_classes, exif_transpose):
-    """What is wrong with a line of a list, or with its image; '' if nothing is."""
+def find_faults(lines, data_path, num_classes, exif_transpose):
+    """What is wrong with each line of a list, or with its image; '' if nothing is."""
     from datasets import parse_line, read_image
-    try:
-        name, label = parse_line(line)
-        if label >= num_classes:
-            raise UserError(f'{line!r}: the label is outside MODEL.NUM_CLASSES {num_classes}')
-        read_image(os.path.join(data_path, name), exif_transpose)
-    except UserError as error:
-        return str(error)
-    return ''
+    faults = []
+    for line in lines:
+        try:
+            name, label = parse_line(line)
+            if label >= num_classes:
+                raise UserError(f'{line!r}: the label is outside MODEL.NUM_CLASSES {num_classes}')
+            read_image(os.path.join(data_path, name), exif_transpose)
+            faults.append('')
+        except UserError as error:
+            faults.append(str(error))
+    return faults
 
 
 def _start_worker(parent):
-    end_with_parent(parent)
-    # a terminal's Ctrl-C reaches all, but the main process answers it, and ends the others by SIGTERM
-    signal.signal(signal.SIGINT, signal.SIG_IGN)
     signal.signal(signal.SIGTERM, signal.SIG_DFL)
+    end_with_parent(parent)
 
 
 @contextlib.contextmanager
@@ -51,7 +51,14 @@ def start_workers():
     cores = len(os.sched_getaffinity(0)) if hasattr(os, 'sched_getaffinity') else os.cpu_count()
     # forked, they share the memory of what is imported; not multiprocessing.Pool, which waits for one that was killed
     context = multiprocessing.get_context('fork')
-    workers = ProcessPoolExecutor(cores, context, _start_worker, (os.getpid(),))
+    parent = os.getpid()
+    workers = ProcessPoolExecutor(cores, context, _start_worker, (parent,))
+
+    def interrupt(number, frame):
+        # a terminal's Ctrl-C reaches all, workers that have hardly started too; they are ended below
+        if os.getpid() == parent:
+            raise KeyboardInterrupt
+    signal.signal(signal.SIGINT, interrupt)
     try:
         yield workers
     except BrokenProcessPool:
@@ -60,18 +67,21 @@ def start_workers():
     finally:
         for process in multiprocessing.active_children():
             process.terminate()
-        workers.shutdown(cancel_futures=True)
+        workers.shutdown()
 
 
 def check_list(path, config, workers):
     """Print the bad lines of a list. Returns: (number of lines, the good ones as pairs of path and label)."""
     from datasets import parse_line, read_lines
     lines = read_lines(path)
-    check = functools.partial(find_fault, data_path=config.DATA.DATA_PATH, num_classes=config.MODEL.NUM_CLASSES,
-                              exif_transpose=config.DATA.EXIF_TRANSPOSE)
-    good = []
+    data, num_classes = config.DATA, config.MODEL.NUM_CLASSES
     # a task of several lines costs less in passing it on, and several tasks a core keep all busy
-    faults = workers.map(check, lines, chunksize=min(32, 1 + len(lines) // 100))
+    size = min(32, 1 + len(lines) // 100)
+    # not map(), which cancels what is left when it is interrupted: of this the executor (Python 3.11) makes tracebacks
+    tasks = [workers.submit(find_faults, lines[start:start + size], data.DATA_PATH, num_classes, data.EXIF_TRANSPOSE)
+             for start in range(0, len(lines), size)]
+    faults = (fault for task in tasks for fault in task.result())
+    good = []
     with tqdm(faults, desc=os.path.basename(path), total=len(lines), leave=False, file=sys.stdout, disable=None) as bar:
         for number, (line, fault) in enumerate(zip(lines, bar), 1):
             if fault:

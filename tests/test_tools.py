@@ -380,7 +380,7 @@ def workers_of(process, pipe):
 ])
 def test_check_dataset_ends_with_its_workers(tmp_path, victim, number, status, message):
     os.mkfifo(tmp_path / 'x')  # an image that takes for ever
-    (tmp_path / 'val_list.txt').write_text('x 0\n' * 500)
+    (tmp_path / 'val_list.txt').write_text('x 0\n')  # with several cores, one worker reads and the others idle
     process = subprocess.Popen([sys.executable, '-m', 'tools.check_dataset', '-data_path', tmp_path], cwd=ROOT,
                                stderr=subprocess.PIPE, text=True, start_new_session=True)
     workers, end = workers_of(process, tmp_path / 'x')

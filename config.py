@@ -5,8 +5,10 @@ Nothing here imports Paddle, so a wrong command line is answered at once.
 """
 import argparse
 import ast
+import collections
 import copy
 import difflib
+import itertools
 import math
 import os
 import re
@@ -209,51 +211,69 @@ _NULL = {
     'SAVE': '',
 }
 
-# inclusive bounds of numbers, and of each number in a list; None: no bound
+# inclusive bounds of every number, and of each one in a list. The upper ones are beyond all use: they stand before the
+# end of memory or of a number's type
 _RANGE = {
-    'DATA.BATCH_SIZE': (1, None),
-    'DATA.BATCH_SIZE_EVAL': (0, None),
-    'DATA.IMAGE_SIZE': (1, None),
-    'DATA.IMAGE_CHANNELS': (1, None),
+    'DATA.BATCH_SIZE': (1, 65536),
+    'DATA.BATCH_SIZE_EVAL': (0, 65536),
+    'DATA.IMAGE_SIZE': (1, 4096),
+    'DATA.IMAGE_CHANNELS': (1, 1024),
     'DATA.CROP_PCT': (0.01, 1),
     'DATA.CROP_SCALE': (1e-4, 1),
-    'DATA.NUM_WORKERS': (0, None),
-    'DATA.IMAGENET_STD': (1e-6, None),
-    'MODEL.NUM_CLASSES': (1, None),
-    'TRAIN.LAST_EPOCH': (0, None),
-    'TRAIN.NUM_EPOCHS': (1, None),
-    'TRAIN.WARMUP_EPOCHS': (0, None),
-    'TRAIN.WEIGHT_DECAY': (0, None),
-    'TRAIN.END_WEIGHT_DECAY': (-1, None),
-    'TRAIN.COLOR_JITTER': (0, 1),
-    'TRAIN.RAND_AUGMENT_LAYERS': (1, None),
-    'TRAIN.RAND_AUGMENT_MAGNITUDE': (0, 10),
-    'TRAIN.RANDOM_ERASE_PROB': (0, 1),
-    'TRAIN.RANDOM_ERASE_COUNT': (1, None),
-    'TRAIN.DISTILLATION.ALPHA': (0, 1),
-    'TRAIN.DISTILLATION.TAU': (0.01, None),
-    'TRAIN.BASE_LR': (0, None),
-    'TRAIN.WARMUP_START_LR': (0, None),
-    'TRAIN.END_LR': (0, None),
-    'TRAIN.LINEAR_SCALED_LR': (0, None),
+    'DATA.NUM_WORKERS': (0, 512),
+    # of pixels in [0, 1]: means of 0 to 255 are refused
+    'DATA.IMAGENET_MEAN': (-10, 10),
+    'DATA.IMAGENET_STD': (1e-6, 10),
+    'MODEL.NUM_CLASSES': (1, 10 ** 6),
+    'MODEL.NUM_BLOCKS': (1, 256),
+    'MODEL.CHANNELS': (1, 8192),
+    'MODEL.STRIDES': (1, 64),
+    'MODEL.EXPANSIONS': (0.001, 64),
+    'MODEL.NUM_BRANCHES': (0, 64),
+    'TRAIN.LAST_EPOCH': (0, 10 ** 5),
+    'TRAIN.NUM_EPOCHS': (1, 10 ** 5),
+    'TRAIN.WARMUP_EPOCHS': (0, 10 ** 5),
+    'TRAIN.WEIGHT_DECAY': (0, 10),
+    'TRAIN.END_WEIGHT_DECAY': (-1, 10),
+    'TRAIN.BASE_LR': (0, 1000),
+    'TRAIN.WARMUP_START_LR': (0, 1000),
+    'TRAIN.END_LR': (0, 1000),
+    'TRAIN.LINEAR_SCALED_LR': (0, 10 ** 7),
+    'TRAIN.GRAD_CLIP': (0, 10 ** 9),
+    'TRAIN.ACCUM_ITER': (1, 10 ** 5),
     'TRAIN.MODEL_EMA_DECAY': (0, 1),
     'TRAIN.SMOOTHING': (0, 1),
-    'TRAIN.GRAD_CLIP': (0, None),
-    'TRAIN.ACCUM_ITER': (1, None),
-    'TRAIN.MIXUP_ALPHA': (0, None),
-    'TRAIN.CUTMIX_ALPHA': (0, None),
+    'TRAIN.COLOR_JITTER': (0, 1),
+    'TRAIN.RAND_AUGMENT_LAYERS': (1, 100),
+    'TRAIN.RAND_AUGMENT_MAGNITUDE': (0, 10),
+    'TRAIN.RANDOM_ERASE_PROB': (0, 1),
+    'TRAIN.RANDOM_ERASE_COUNT': (1, 100),
+    'TRAIN.CURRICULUM.EPOCH': (1, 10 ** 5),
+    'TRAIN.CURRICULUM.IMAGE_SIZE': (1, 4096),
+    'TRAIN.CURRICULUM.AUTO_AUGMENT_STRENGTH': (0, 1),
+    'TRAIN.MIXUP_ALPHA': (0, 1000),
+    'TRAIN.CUTMIX_ALPHA': (0, 1000),
     'TRAIN.CUTMIX_MINMAX': (0, 1),
     'TRAIN.MIXUP_PROB': (0, 1),
     'TRAIN.MIXUP_SWITCH_PROB': (0, 1),
+    'TRAIN.DISTILLATION.ALPHA': (0, 1),
+    'TRAIN.DISTILLATION.TAU': (0.01, 1000),
     'TRAIN.OPTIMIZER.MOMENTUM': (0, 0.9999),
-    'TRAIN.OPTIMIZER.EPS': (0, None),
+    # above 0, for a weight without a gradient is divided by it
+    'TRAIN.OPTIMIZER.EPS': (1e-20, 1),
     'TRAIN.OPTIMIZER.BETAS': (0, 0.999999),
-    'SAVE_FREQ': (0, None),
-    'KEEP_CHECKPOINTS': (0, None),
-    'REPORT_FREQ': (1, None),
-    'VALIDATE_FREQ': (1, None),
+    'SAVE_FREQ': (0, 10 ** 9),
+    'KEEP_CHECKPOINTS': (0, 10 ** 9),
+    'REPORT_FREQ': (1, 10 ** 9),
+    'VALIDATE_FREQ': (1, 10 ** 9),
     'SEED': (0, 2 ** 32 - 1),
 }
+
+# the widest stage, and the longest side to which evaluation resizes the shorter side of an image
+_MAX_WIDTH, _MAX_RESIZE = 8192, 8192
+
+# characters of a config file, its aliases written out
+_MAX_FILE = 100_000
 
 # what a string may be, compared without regard to case
 _CHOICES = {
@@ -293,6 +313,20 @@ _DEFAULTS = {**dict(leaves(_C)),
 _SECTIONS = {key[:dot.start()] for key in _DEFAULTS for dot in re.finditer(r'\.', key)}
 
 
+def _one_line(text):
+    """Text from a file or the command line as a message shows it, cut where it is long."""
+    text = ' '.join(text.split())
+    return text if len(text) <= 300 else f'{text[:300]}...'
+
+
+def _show(value):
+    """A value, likewise."""
+    try:
+        return _one_line(repr(value))
+    except ValueError:  # Python writes out no more than some thousand digits
+        return 'a number of too many digits'
+
+
 def _coerce(value, default, key, source):
     """`value` as the type of `default`, or a UserError that names `key`.
 
@@ -301,12 +335,19 @@ def _coerce(value, default, key, source):
     """
     def fail():
         kind = f'a list of {type(default[0]).__name__}' if isinstance(default, list) else type(default).__name__
-        return UserError(f'{source}: {key} is {value!r}, but must be {kind}, like {default!r}')
+        return UserError(f'{source}: {key} is {_show(value)}, but must be {kind}, like {default!r}')
 
     if isinstance(default, str) and value is not None:
-        if isinstance(value, (dict, list, tuple, bool)) or re.search('[\0\ud800-\udfff]', str(value)):
+        if isinstance(value, (dict, list, tuple, set, bool)):
             raise fail()
-        return str(value)
+        try:
+            text = str(value)
+        except ValueError:  # see _show
+            raise fail() from None
+        # what ends a line, or is no character
+        if re.search('[\0\n\r\v\f\x1c-\x1e\x85\u2028\u2029\ud800-\udfff]', text):
+            raise fail()
+        return text
     if isinstance(value, str):
         literal = value.strip()
         try:
@@ -355,11 +396,12 @@ def _set(config, key, value, source):
     """Set one dotted key, checked against the defaults."""
     if key in _UNSUPPORTED:
         if value not in (False, 'False', 'false'):
-            raise UserError(f'{source}: {key} is {value!r}, but is not supported: remove it')
+            raise UserError(f'{source}: {key} is {_show(value)}, but is not supported: remove it')
         return
     if key == 'BASE':
-        raise UserError(f'{source}: BASE is {value!r}, but takes effect only at the top of a YAML file')
+        raise UserError(f'{source}: BASE is {_show(value)}, but takes effect only at the top of a YAML file')
     if key not in _DEFAULTS:
+        key = _one_line(key)
         raise UserError(f'{source}: unknown key {key}; the nearest known key is {_nearest_key(key)}')
     value = _coerce(value, _DEFAULTS[key], key, source)
     node = config
@@ -372,48 +414,71 @@ def _set(config, key, value, source):
 def _merge(config, tree, source, prefix=''):
     """Merge a dictionary read from YAML into config."""
     for name, value in tree.items():
-        key = f'{prefix}{name}'
+        key = prefix + (name if isinstance(name, str) else _show(name))
         if key in _SECTIONS:
             value = {} if value is None else value
             if not isinstance(value, dict):
-                raise UserError(f'{source}: {key} is {value!r}, but is a section: write its keys below it')
+                raise UserError(f'{source}: {key} is {_show(value)}, but is a section: write its keys below it')
             _merge(config, value, source, f'{key}.')
         else:
             _set(config, key, value, source)
 
 
 class _Loader(yaml.SafeLoader):
-    """PyYAML's safe loader, which would let the last of two equal keys win without a word."""
+    """PyYAML's safe loader, which would let the last of two equal keys win without a word, and a few aliases of
+    aliases take all memory.
+    """
+
+    def get_single_node(self):
+        node = super().get_single_node()
+        if node is not None and self._length(node, {}) > _MAX_FILE:
+            raise yaml.YAMLError(f'its aliases stand for more than {_MAX_FILE:,} characters: write them out')
+        return node
+
+    def _length(self, node, lengths):
+        """Characters of a node, those of its aliases included. lengths: of the nodes done, {id: characters}."""
+        if isinstance(node, yaml.ScalarNode):
+            return len(node.value) + 1
+        if id(node) not in lengths:
+            lengths[id(node)] = math.inf  # until it is done: a node inside itself has no end
+            children = itertools.chain(*node.value) if isinstance(node, yaml.MappingNode) else node.value
+            lengths[id(node)] = 1 + sum(self._length(child, lengths) for child in children)
+        return lengths[id(node)]
 
     def construct_mapping(self, node, deep=False):
-        keys = [key.value for key, _ in node.value]
-        for key in keys:
-            if keys.count(key) > 1:
+        counts = collections.Counter(key.value for key, _ in node.value if isinstance(key, yaml.ScalarNode))
+        for key, count in counts.items():
+            if count > 1:
                 raise yaml.constructor.ConstructorError(None, None, f'{key} stands there twice', node.start_mark)
         return super().construct_mapping(node, deep)
 
 
 def _merge_file(config, path, parents=()):
     """Merge a YAML file into config, the files of its BASE first."""
+    source = _one_line(str(path))
     if os.path.realpath(path) in parents:
-        raise UserError(f'{path}: BASE leads back to this file; remove the circle')
+        raise UserError(f'{source}: BASE leads back to this file; remove the circle')
     try:
+        if os.path.getsize(path) > _MAX_FILE:
+            raise yaml.YAMLError(f'more than {_MAX_FILE:,} bytes')
         with open(path, encoding='utf-8') as file:
             tree = yaml.load(file, Loader=_Loader)
     except OSError as error:
-        raise UserError(f'{path}: cannot read the config file ({error.strerror}); give one with -cfg') from None
-    except (yaml.YAMLError, ValueError) as error:  # PyYAML raises ValueError for a date that does not exist
-        raise UserError(f'{path}: not a YAML file ({" ".join(str(error).split())})') from None
+        raise UserError(f'{source}: cannot read the config file ({error.strerror}); give one with -cfg') from None
+    # PyYAML's own, and what else it raises, for values like the date 2022-02-30 or `!!int ""`
+    except (yaml.YAMLError, ValueError, LookupError, AttributeError, ArithmeticError, RecursionError) as error:
+        reason = 'nested too deep' if isinstance(error, RecursionError) else _one_line(str(error))
+        raise UserError(f'{source}: not a YAML file ({reason}); mend it, or give another with -cfg') from None
     tree = {} if tree is None else tree
     if not isinstance(tree, dict):
-        raise UserError(f'{path}: holds {tree!r}, but a config file is a mapping of keys to values')
+        raise UserError(f'{source}: holds {_show(tree)}, but a config file is a mapping of keys to values')
     base = tree.pop('BASE', None) or []
     base = [base] if isinstance(base, str) else base
     if not isinstance(base, list) or not all(isinstance(name, str) and '\0' not in name for name in base):
-        raise UserError(f'{path}: BASE is {base!r}, but must be a list of file names')
+        raise UserError(f'{source}: BASE is {_show(base)}, but must be a list of file names')
     for name in filter(None, base):
         _merge_file(config, os.path.join(os.path.dirname(path), name), (*parents, os.path.realpath(path)))
-    _merge(config, tree, path)
+    _merge(config, tree, source)
 
 
 def get_config(path=None):
@@ -465,7 +530,7 @@ def update_config(config, args):
                 config.DATA.BATCH_SIZE_EVAL = config.DATA.BATCH_SIZE
     for pairs in getattr(args, 'opts', None) or []:
         if len(pairs) % 2:
-            raise UserError(f'-opts: {" ".join(pairs)}: no value after {pairs[-1]}; give pairs KEY VALUE')
+            raise UserError(f'-opts: no value after {_one_line(pairs[-1])}; give pairs KEY VALUE')
         for key, value in zip(pairs[::2], pairs[1::2]):
             _set(config, key, value, '-opts')
     return config
@@ -537,34 +602,70 @@ def with_values(config, values):
 
 
 def _check_value(key, value):
-    low, high = _RANGE.get(key, (None, None))
-    for item in value if isinstance(value, list) else [value]:
-        if (low is not None and item < low) or (high is not None and item > high):
-            bounds = f'at least {low}' if high is None else f'between {low} and {high}'
-            raise UserError(f'{key} is {value}, but must be {bounds}')
     if key in _CHOICES and value.lower() not in map(str.lower, _CHOICES[key]):
-        raise UserError(f'{key} is {value!r}, but must be one of {", ".join(_CHOICES[key])}')
+        raise UserError(f'{key} is {_show(value)}, but must be one of {", ".join(_CHOICES[key])}')
     if key in _LENGTH and len(value) != _LENGTH[key]:
-        raise UserError(f'{key} is {value}, but must have {_LENGTH[key]} entries')
+        raise UserError(f'{key} is {_show(value)}, but must have {_LENGTH[key]} entries')
+    _check_range(key, value, key)
+
+
+def _check_range(key, value, name):
+    """name: the key, with the index of an entry where the value is one of a list."""
+    if isinstance(value, list):
+        for index, item in enumerate(value):
+            _check_range(key, item, f'{name}[{index}]')
+    elif isinstance(value, dict):
+        for part, item in value.items():
+            _check_range(f'{key}.{part}', item, f'{name}.{part}')
+    elif key in _RANGE:
+        low, high = _RANGE[key]
+        if not low <= value <= high:
+            raise UserError(f'{name} is {_show(value)}, but must be between {low} and {high}')
+
+
+def stage_widths(num_blocks, num_branches, channels, strides, expansions):
+    """The widths of the five stages of a network. Raises: UserError for lists (MODEL.*) that do not describe one."""
+    lists = {'NUM_BLOCKS': num_blocks, 'NUM_BRANCHES': num_branches, 'CHANNELS': channels, 'STRIDES': strides,
+             'EXPANSIONS': expansions}
+    for name, values in lists.items():
+        counted = values[1:] if name == 'NUM_BRANCHES' else values  # the stem's has no effect
+        if len(values) != 5 or min(counted) <= 0:
+            raise UserError(f'MODEL.{name} is {_show(list(values))}, but must be five numbers above 0: stem, 4 stages')
+    if num_blocks[0] != 1:
+        raise UserError(f'MODEL.NUM_BLOCKS is {list(num_blocks)}, but the stem (entry 0) is one block')
+    widths = [int(c * e) for c, e in zip(channels, expansions)]
+    if not 1 <= min(widths) <= max(widths) <= _MAX_WIDTH:
+        raise UserError(f'MODEL.CHANNELS {list(channels)} times MODEL.EXPANSIONS {list(expansions)} makes stages of '
+                        f'the widths {widths}, but each must be between 1 and {_MAX_WIDTH}')
+    return widths
 
 
 def _check_combinations(config):
-    data, train = config.DATA, config.TRAIN
+    data, model, train = config.DATA, config.MODEL, config.TRAIN
+    stage_widths(model.NUM_BLOCKS, model.NUM_BRANCHES, model.CHANNELS, model.STRIDES, model.EXPANSIONS)
     if data.IMAGE_CHANNELS != 3:
         raise UserError(f'DATA.IMAGE_CHANNELS is {data.IMAGE_CHANNELS}, but images are read as RGB: a run needs 3')
     if data.CROP_SCALE[0] > data.CROP_SCALE[1]:
-        raise UserError(f'DATA.CROP_SCALE is {data.CROP_SCALE}, but the smaller share comes first')
+        raise UserError(f'DATA.CROP_SCALE is {data.CROP_SCALE}, but the smaller share comes first: swap them')
+    if data.IMAGE_SIZE / data.CROP_PCT > _MAX_RESIZE:
+        raise UserError(f'DATA.CROP_PCT is {data.CROP_PCT}, but DATA.IMAGE_SIZE {data.IMAGE_SIZE} divided by it, to '
+                        f'which evaluation resizes images, must be at most {_MAX_RESIZE}')
     if config.EVAL:
-        if not config.MODEL.PRETRAINED:
-            raise UserError('EVAL without weights would measure a random network: give them with -pretrained')
-        if config.MODEL.RESUME:
-            raise UserError(f'MODEL.RESUME is {config.MODEL.RESUME!r}, but EVAL takes its weights from -pretrained')
+        if not model.PRETRAINED:
+            raise UserError("EVAL is True, but MODEL.PRETRAINED is '': without weights a random network would be "
+                            'measured; give them with -pretrained')
+        if model.RESUME:
+            raise UserError(f'MODEL.RESUME is {_show(model.RESUME)}, but EVAL takes its weights from -pretrained: '
+                            'leave it out')
         return
-    if config.MODEL.DEPLOY:
-        raise UserError('MODEL.DEPLOY is for evaluation: a fused network cannot be trained; add -eval or drop -deploy')
+    if model.DEPLOY:
+        raise UserError('MODEL.DEPLOY is True, but a fused network cannot be trained: add -eval or drop -deploy')
     if train.LAST_EPOCH >= train.NUM_EPOCHS:
         raise UserError(f'TRAIN.LAST_EPOCH is {train.LAST_EPOCH}, but must be below TRAIN.NUM_EPOCHS, '
                         f'{train.NUM_EPOCHS}: nothing is left to train')
+    if -1 < train.END_WEIGHT_DECAY < 0:
+        raise UserError(f'TRAIN.END_WEIGHT_DECAY is {train.END_WEIGHT_DECAY}, but must be at least 0, or -1: the decay '
+                        'stays as it is')
     _check_stages(train)
     if train.AUTO_AUGMENT and train.RAND_AUGMENT:
         raise UserError('TRAIN.AUTO_AUGMENT and TRAIN.RAND_AUGMENT are both True: choose one')
@@ -575,27 +676,23 @@ def _check_combinations(config):
     if train.WARMUP_EPOCHS >= train.NUM_EPOCHS:
         raise UserError(f'TRAIN.WARMUP_EPOCHS is {train.WARMUP_EPOCHS}, but must be below TRAIN.NUM_EPOCHS, '
                         f'{train.NUM_EPOCHS}')
-    if config.MODEL.RESUME == 'auto' and not config.SAVE:
+    if model.RESUME == 'auto' and not config.SAVE:
         raise UserError("MODEL.RESUME is 'auto', the newest checkpoint of a folder: name the folder with -output")
     if train.CUTMIX_MINMAX[0] > train.CUTMIX_MINMAX[1]:
-        raise UserError(f'TRAIN.CUTMIX_MINMAX is {train.CUTMIX_MINMAX}, but the smaller share comes first')
+        raise UserError(f'TRAIN.CUTMIX_MINMAX is {train.CUTMIX_MINMAX}, but the smaller share comes first: swap them')
     if train.OPTIMIZER.NESTEROV and train.OPTIMIZER.MOMENTUM == 0:
-        raise UserError('TRAIN.OPTIMIZER.NESTEROV needs TRAIN.OPTIMIZER.MOMENTUM above 0')
+        raise UserError('TRAIN.OPTIMIZER.NESTEROV is True, but TRAIN.OPTIMIZER.MOMENTUM is 0.0: raise it')
 
 
 def _check_stages(train):
-    """TRAIN.CURRICULUM: from epoch 1, in order, with sizes and strengths that there are."""
+    """TRAIN.CURRICULUM: from epoch 1, in order."""
     for number, stage in enumerate(train.CURRICULUM):
         def fail(why, number=number, stage=stage):
-            return UserError(f'TRAIN.CURRICULUM[{number}] is {stage}, but {why}')
+            return UserError(f'TRAIN.CURRICULUM[{number}] is {_show(stage)}, but {why}')
         before = train.CURRICULUM[number - 1]['EPOCH'] if number else 0
         if number == 0 and stage['EPOCH'] != 1:
             raise fail('the first stage starts at EPOCH 1')
         if stage['EPOCH'] <= before:
             raise fail(f'the stage before starts at EPOCH {before}: order them')
-        if stage['IMAGE_SIZE'] < 1:
-            raise fail('IMAGE_SIZE must be at least 1')
-        if not 0 <= stage['AUTO_AUGMENT_STRENGTH'] <= 1:
-            raise fail('AUTO_AUGMENT_STRENGTH must be between 0 and 1')
         if stage['AUTO_AUGMENT_STRENGTH'] > 0 and not train.AUTO_AUGMENT:
             raise fail('TRAIN.AUTO_AUGMENT is False: turn it on, or set the strength to 0.0')

@@ -692,6 +692,7 @@ def run(config):
     loaders = [build_loader(config, is_train) for is_train in ([False] if config.EVAL else [True, False])]
     checkpoint.check_exists(config.MODEL.PRETRAINED)
     if not config.EVAL:
+        build_schedule(config, loaders[0].batch_sampler)  # all epochs have as many batches
         get_teacher_config(config)
     check_agreement(config, loaders)
     config = from_main(lambda: prepare_folder(config))

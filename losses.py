@@ -19,6 +19,9 @@ class LabelSmoothingCrossEntropyLoss(nn.Layer):
         self.smoothing = smoothing
 
     def forward(self, logits, labels):
+        if labels.dtype not in (paddle.int32, paddle.int64) or labels.ndim != 1:
+            raise UserError(f'the targets are {_describe(labels)}, but LabelSmoothingCrossEntropyLoss takes labels, '
+                            'int64 [N]; SoftTargetCrossEntropyLoss takes those of mixup')
         log_probs = F.log_softmax(_as_float32(logits), axis=-1)
         nll = F.nll_loss(log_probs, labels)
         return (1 - self.smoothing) * nll - self.smoothing * log_probs.mean()
@@ -31,6 +34,9 @@ class SoftTargetCrossEntropyLoss(nn.Layer):
     """
 
     def forward(self, logits, targets):
+        if not targets.is_floating_point() or targets.shape != logits.shape:
+            raise UserError(f'the targets are {_describe(targets)}, but SoftTargetCrossEntropyLoss takes float '
+                            f'{list(logits.shape)}; LabelSmoothingCrossEntropyLoss takes labels')
         return -(targets * F.log_softmax(_as_float32(logits), axis=-1)).sum(axis=-1).mean()
 
 
@@ -76,3 +82,7 @@ class DistillationLoss(nn.Layer):
 
 def _as_float32(logits):
     return logits.astype('float32') if logits.dtype in (paddle.float16, paddle.bfloat16) else logits
+
+
+def _describe(tensor):
+    return f'{str(tensor.dtype).replace("paddle.", "")} {list(tensor.shape)}'

@@ -10,6 +10,7 @@ import paddle
 import paddle.nn as nn
 import paddle.nn.functional as F
 
+from config import stage_widths
 from utils import UserError
 
 
@@ -181,8 +182,7 @@ class MobileOne(nn.Layer):
     def __init__(self, num_blocks, num_branches, channels, strides, expansions, num_classes=1000, use_se=False,
                  deploy=False, in_channels=3):
         super().__init__()
-        widths = _check_stages(num_blocks=num_blocks, num_branches=num_branches, channels=channels, strides=strides,
-                               expansions=expansions)
+        widths = stage_widths(num_blocks, num_branches, channels, strides, expansions)
         self.stages = nn.LayerList()
         for stage, (blocks, branches, width, stride) in enumerate(zip(num_blocks, num_branches, widths, strides)):
             first_se = {3: blocks // 2, 4: 0}.get(stage, blocks) if use_se else blocks
@@ -200,20 +200,6 @@ class MobileOne(nn.Layer):
         for stage in self.stages:
             x = stage(x)
         return self.fc(paddle.flatten(self.avg_pool(x), 1))
-
-
-def _check_stages(channels, expansions, **lists):
-    """Widths of the stages; UserError unless all lists have five entries above zero, the stem one block."""
-    for name, values in {**lists, 'channels': channels, 'expansions': expansions}.items():
-        counted = values[1:] if name == 'num_branches' else values  # the stem's has no effect
-        if len(values) != 5 or min(counted) <= 0:
-            raise UserError(f'MODEL.{name.upper()} is {list(values)}, but must be five numbers above 0: stem, 4 stages')
-    if lists['num_blocks'][0] != 1:
-        raise UserError(f'MODEL.NUM_BLOCKS is {list(lists["num_blocks"])}, but the stem (entry 0) is one block')
-    widths = [int(c * e) for c, e in zip(channels, expansions)]
-    if min(widths) < 1:
-        raise UserError(f'MODEL.CHANNELS {list(channels)} times EXPANSIONS {list(expansions)} leaves a stage empty')
-    return widths
 
 
 def build_mobileone(config):

@@ -277,20 +277,68 @@ def test_flags_are_exact(argv, capsys):
     ('MODEL.RESUME auto', "MODEL.RESUME is 'auto', .* name the folder with -output"),
     ('MODEL.RESUME x EVAL True MODEL.PRETRAINED y', "MODEL.RESUME is 'x', but EVAL takes its weights"),
     ('SEED -1', 'SEED is -1'),
+    ('DATA.IMAGENET_MEAN [123.7,116.8,103.9]', r'DATA.IMAGENET_MEAN\[0\] is 123.7, but must be between -10 and 10'),
+    ('DATA.IMAGE_SIZE 4096 DATA.CROP_PCT 0.1', 'DATA.CROP_PCT is 0.1, but DATA.IMAGE_SIZE 4096 divided by it'),
+    ('MODEL.NUM_BLOCKS [1,1]', 'MODEL.NUM_BLOCKS is .1, 1., but must be five numbers above 0'),
+    ('MODEL.NUM_BRANCHES [1,0,1,1,1]', 'MODEL.NUM_BRANCHES is .*, but must be five numbers above 0'),
+    ('MODEL.EXPANSIONS [0.01,1,1,1,1]', r'MODEL.EXPANSIONS .* makes stages of the widths \[0, 64, 128, .*\], but'),
+    ('MODEL.EXPANSIONS [1,1,1,1,20]', 'but each must be between 1 and 8192'),
+    ('EVAL True MODEL.PRETRAINED x MODEL.STRIDES [2]', 'MODEL.STRIDES is .2., but must be five numbers'),
+    ('TRAIN.END_WEIGHT_DECAY -0.5', 'TRAIN.END_WEIGHT_DECAY is -0.5, but must be at least 0, or -1'),
+    ('TRAIN.OPTIMIZER.EPS 0', 'TRAIN.OPTIMIZER.EPS is 0.0, but must be between 1e-20 and 1'),
 ])
 def test_values_that_cannot_run(options, message):
     with pytest.raises(UserError, match=message):
         resolve_config(parse('-opts', *options.split()))
 
 
+def numbers():
+    """(key, default of one number) of every numeric key, the entries of lists and the fields of stages too."""
+    for key, default in config_module._DEFAULTS.items():
+        default = default[0] if isinstance(default, list) else default
+        for name, value in default.items() if isinstance(default, dict) else [('', default)]:
+            if isinstance(value, (int, float)) and not isinstance(value, bool):
+                yield f'{key}.{name}' if name else key, value
+
+
+def test_every_number_has_a_range():
+    ranges = config_module._RANGE
+    assert set(ranges) == {key for key, _ in numbers()}
+    for key, default in numbers():
+        low, high = ranges[key]
+        assert low <= default <= high, key
+        step = {int: 1, float: max(1e-9, abs(high) / 1e6)}[type(default)]
+        for bound, outside in ((low, low - step), (high, high + step)):
+            try:
+                resolve_config(with_number(key, bound))
+            except UserError as error:  # there may be more to say of it than its range
+                assert f'{bound}, but must be between' not in str(error), key
+            with pytest.raises(UserError) as error:
+                resolve_config(with_number(key, outside))
+            assert str(error.value).replace('[0]', '') == (
+                f'{key} is {type(default)(outside)}, but must be between {low} and {high}')
+
+
+def with_number(key, value):
+    """The default config with one number; in a list the first."""
+    config = get_config()
+    config.TRAIN.CURRICULUM = [{'EPOCH': 1, 'IMAGE_SIZE': 160, 'AUTO_AUGMENT_STRENGTH': 0.0}]
+    node, (*parents, leaf) = config, key.split('.')
+    for parent in parents:
+        node = node[parent]
+        node = node[0] if isinstance(node, list) else node
+    node[leaf] = [value, *node[leaf][1:]] if isinstance(node[leaf], list) else value
+    return config
+
+
 @pytest.mark.parametrize('stages, message', [
     ([(2, 160, 0.3)], r'TRAIN.CURRICULUM\[0\] is .*, but the first stage starts at EPOCH 1'),
-    ([(0, 160, 0.3)], 'the first stage starts at EPOCH 1'),
+    ([(0, 160, 0.3)], r'TRAIN.CURRICULUM\[0\].EPOCH is 0, but must be between 1 and 100000'),
     ([(1, 160, 0.3), (1, 192, 0.3)], r'TRAIN.CURRICULUM\[1\] is .*, but the stage before starts at EPOCH 1: order'),
     ([(1, 160, 0.3), (40, 192, 0.3), (39, 224, 1.0)], r'\[2\] is .*, but the stage before starts at EPOCH 40'),
-    ([(1, 0, 0.3)], 'IMAGE_SIZE must be at least 1'),
-    ([(1, 160, 1.5)], 'AUTO_AUGMENT_STRENGTH must be between 0 and 1'),
-    ([(1, 160, -0.1)], 'AUTO_AUGMENT_STRENGTH must be between 0 and 1'),
+    ([(1, 0, 0.3)], r'TRAIN.CURRICULUM\[0\].IMAGE_SIZE is 0, but must be between 1 and 4096'),
+    ([(1, 8, 0.3), (2, 8, 1.5)], r'\[1\].AUTO_AUGMENT_STRENGTH is 1.5, but must be between 0 and 1'),
+    ([(1, 160, -0.1)], r'\[0\].AUTO_AUGMENT_STRENGTH is -0.1, but must be between 0 and 1'),
 ])
 def test_curricula_that_cannot_run(stages, message):
     config = get_config()

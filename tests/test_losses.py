@@ -86,6 +86,19 @@ def test_errors():
         DistillationLoss(SoftTargetCrossEntropyLoss(), distillation_type='soft')
 
 
+@pytest.mark.parametrize('criterion, targets, message', [
+    (LabelSmoothingCrossEntropyLoss, np.ones((4, 3), 'float32'), r'float32 \[4, 3\], .*; SoftTargetCrossEntropyLoss'),
+    (LabelSmoothingCrossEntropyLoss, np.ones(4, 'float32'), r'float32 \[4\], but LabelSmoothing.* takes labels, int64'),
+    (LabelSmoothingCrossEntropyLoss, LABELS[:, None], r'int64 \[4, 1\], but'),
+    (SoftTargetCrossEntropyLoss, LABELS, r'int64 \[4\], but .* takes float \[4, 3\]; LabelSmoothing'),
+    (SoftTargetCrossEntropyLoss, np.eye(4, 3, dtype='int64'), r'int64 \[4, 3\], but'),
+    (SoftTargetCrossEntropyLoss, np.ones((4, 1), 'float32'), r'float32 \[4, 1\], but'),
+])
+def test_targets_of_the_other_criterion(criterion, targets, message):
+    with pytest.raises(UserError, match=f'the targets are {message}'):
+        criterion()(paddle.to_tensor(LOGITS), paddle.to_tensor(targets))
+
+
 def test_batch_norm_of_the_teacher_stands_still(config):
     teacher = build_mobileone(config)
     before = {name: tensor.numpy() for name, tensor in teacher.state_dict().items()}

@@ -176,8 +176,9 @@ def test_fine_tuning_with_other_classes(trained, fashion, tmp_path):
 @pytest.mark.parametrize('args, message', [
     (['-data_path', 'nowhere'], 'nowhere/train_list.txt: cannot read the list'),
     (['-cfg', 'nowhere.yaml'], 'nowhere.yaml: cannot read the config'),
-    (['-eval'], 'EVAL without weights'),
-    (['-deploy'], 'MODEL.DEPLOY is for evaluation'),
+    (['-eval'], "EVAL is True, but MODEL.PRETRAINED is ''"),
+    (['-deploy'], 'MODEL.DEPLOY is True, but a fused network cannot be trained'),
+    (['-accum_iter', '4'], 'TRAIN.ACCUM_ITER is 4, but an epoch has only 3 batches of 16 images; lower it'),
     (['-pretrained', 'nowhere.pdparams'], 'nowhere.pdparams: no such weight file'),
     (['-opts', 'MODEL.NUM_CLASSES', '9'], 'label 9 is outside MODEL.NUM_CLASSES 9; 10 would fit'),
     (['-opts', 'MODEL.NUM_BLOCKS', '[1,1]'], 'NUM_BLOCKS'),
@@ -188,7 +189,7 @@ def test_fine_tuning_with_other_classes(trained, fashion, tmp_path):
 def test_mistakes_end_in_one_line(fashion, tmp_path, args, message):
     line = fails(MAIN, '-output', tmp_path / 'run', *options(fashion), *args)
     assert line.startswith('main_single_gpu.py: error: ') and message in line
-    assert not (tmp_path / 'run/log.jsonl').exists()
+    assert not (tmp_path / 'run').exists()
 
 
 def test_a_folder_with_a_run_is_kept(trained, fashion):

@@ -46,7 +46,7 @@ def to_arrays(state):
 def check_exists(path):
     """Raises: UserError if `path`, unless empty, is no file."""
     if path and not os.path.isfile(path):
-        raise UserError(f'{path}: no such weight file; give a .pdparams file')
+        raise UserError(f'{path}: no such weight file; give a .pdparams file (MODEL.PRETRAINED, MODEL.RESUME)')
 
 
 def load(path):

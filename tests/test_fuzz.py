@@ -70,9 +70,13 @@ def node_of(tree, key):
 def mutate_tree(tree, rng):
     key = rng.choice(sorted(DEFAULTS))
     node, leaf = node_of(tree, key)
-    kind = rng.choice(['likely'] * 24 + ['wild', 'delete', 'typo', 'section', 'swap', 'other key', 'length', 'move'])
+    kind = rng.choice(['likely'] * 24 + ['outside'] * 3 + ['wild', 'delete', 'typo', 'section', 'swap', 'other key',
+                                                           'length', 'move'])
     if kind == 'likely':
         node[leaf] = likely(key, rng)
+    elif kind == 'outside':
+        value, wrong = likely(key, rng), rng.choice([-1, 0, 10 ** 12, -0.5, 1e30])
+        node[leaf] = [*value[:-1], wrong] if isinstance(value, list) else wrong
     elif kind == 'wild':
         node[leaf] = rng.choice(WILD)
     elif kind == 'delete':
@@ -142,7 +146,7 @@ def cut(key, value):
 
 
 def two_steps(config):
-    """Do with a config what `engine.run` does, but for its folder, up to two optimizer steps and an evaluation."""
+    """Do with a config what `engine.run` does, but for its folder: two optimizer steps, then an evaluation."""
     config = resolve_config(config)
     config = with_values(config, {'DATA.CROP_PCT': max(config.DATA.CROP_PCT, 0.1), **{
         key: cut(key, value) for key, value in leaves(config) if key.rpartition('.')[0] and key in LARGEST

@@ -1,8 +1,13 @@
-"""Weight files and checkpoints: atomic writing, strict loading, latest and best."""
+"""Weight files and checkpoints: atomic writing, safe and strict loading, latest and best."""
 import glob
+import hashlib
 import itertools
+import math
 import os
+import pickletools
 import re
+from dataclasses import dataclass
+from typing import Optional
 
 import numpy as np
 import paddle
@@ -12,8 +17,9 @@ from utils import LOG, UserError, first_few, misfits
 LATEST, BEST = 'latest.pdparams', 'best.pdparams'
 # what a checkpoint of training holds, and of which type
 PARTS = {'model': dict, 'model_ema': dict, 'optimizer': dict, 'epoch': int, 'step': int, 'lr_scheduler': dict,
-         'amp_grad_scaler': dict, 'best': dict, 'world_size': int}
+         'amp_grad_scaler': dict, 'best': dict, 'world_size': int, 'progress': dict}
 CLASSIFIER = ('fc.weight', 'fc.bias')
+SAFETENSORS = '.safetensors'
 
 
 def replace(path, write):
@@ -21,19 +27,54 @@ def replace(path, write):
     partial = f'{path}.partial'
     try:
         write(partial)
-        with open(partial, 'rb') as file:
-            os.fsync(file.fileno())
+        _sync(partial)
         os.replace(partial, path)
+        _sync(os.path.dirname(path) or '.')
     except OSError as error:
         raise UserError(f'{path}: cannot write ({error.strerror}); free the disk or choose another folder') from None
     finally:
-        if os.path.exists(partial):
+        if os.path.lexists(partial):
             os.remove(partial)
 
 
+def _sync(path):
+    """Wait until a file, or the names in a folder, are on the disk."""
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
+
+
 def save(state, path):
-    """Write nested dictionaries of tensors, arrays and plain numbers to `path`, whole or not at all."""
-    replace(path, lambda partial: paddle.save(to_arrays(state), partial))
+    """Write nested dictionaries of tensors, arrays and plain numbers to `path`, whole or not at all.
+
+    A path that ends in .safetensors takes a flat dictionary of tensors or arrays.
+    Raises: UserError for a file that cannot be written, and without safetensors for such a path.
+    """
+    arrays = to_arrays(state)
+    if path.endswith(SAFETENSORS):
+        safetensors = _import_safetensors(path)
+        others = [name for name, value in arrays.items() if not isinstance(value, np.ndarray)]
+        if others:
+            raise UserError(f'{path}: holds only arrays, not {type(arrays[others[0]]).__name__} under {others[0]!r}; '
+                            'save it as .pdparams')
+        replace(path, lambda partial: _write(partial, safetensors.save(arrays)))
+    else:
+        replace(path, lambda partial: paddle.save(arrays, partial))
+
+
+def _write(path, content):
+    with open(path, 'wb') as file:
+        file.write(content)
+
+
+def _import_safetensors(path):
+    try:
+        import safetensors.numpy
+    except ImportError:
+        raise UserError(f'{path}: needs safetensors: pip install safetensors') from None
+    return safetensors.numpy
 
 
 def to_arrays(state):
@@ -49,14 +90,184 @@ def check_exists(path):
         raise UserError(f'{path}: no such weight file; give a .pdparams file (MODEL.PRETRAINED, MODEL.RESUME)')
 
 
+def sha256(path):
+    """The SHA-256 of a file's bytes, in hexadecimal digits."""
+    with open(path, 'rb') as file:
+        return hashlib.sha256(file.read()).hexdigest()
+
+
 def load(path):
-    """What `save` or `paddle.save` wrote, with NumPy arrays. Raises: UserError for an unreadable file."""
+    """What `save` or `paddle.save` wrote, with NumPy arrays; or the arrays of a .safetensors file.
+
+    Nothing in the file is executed (`read_pickle`). Its SHA-256 is logged.
+    Raises: UserError for an unreadable file, naming what was refused in it.
+    """
     check_exists(path)
+    with open(path, 'rb') as file:
+        data = file.read()
+    LOG.info(f'{path}: {len(data):,} bytes, SHA-256 {hashlib.sha256(data).hexdigest()}')
+    is_pickle = not path.endswith(SAFETENSORS)
+    read = read_pickle if is_pickle else _import_safetensors(path).load
     try:
-        return paddle.load(path, return_numpy=True)
-    except Exception as error:  # unpickling a broken file raises nearly every type
-        raise UserError(f'{path}: not a .pdparams file ({type(error).__name__}: '
-                        f'{" ".join(str(error).split())[:200]})') from None
+        return read(data)
+    except Exception as error:  # a broken file raises nearly every type
+        reason = f'{type(error).__name__}: {" ".join(str(error).split())[:200]}'
+        raise UserError(f'{path}: not a {".pdparams" if is_pickle else SAFETENSORS} file that can be read safely '
+                        f'({reason}); nothing of it was executed; get it again from its publisher') from None
+
+
+# A .pdparams file is a pickle: a program for a machine with a stack. Python's machine imports and calls what the
+# program names; this one knows only the instructions of Paddle's files, imports nothing and calls nothing.
+@dataclass
+class _Global:
+    """A name in a pickle."""
+    name: str
+
+
+@dataclass
+class _Dtype:
+    code: str
+
+
+@dataclass
+class _Array:
+    """An array whose content comes later in the pickle than its name."""
+    value: Optional[np.ndarray] = None
+
+
+# what paddle.save (2.6, 3.x) names: arrays as NumPy 1 and 2 pickle them, tensors as the tuples (name, array), and for
+# protocol 2 bytes as text
+_GLOBALS = {f'{module}.{name}' for module, name in [
+    ('numpy.core.multiarray', '_reconstruct'), ('numpy._core.multiarray', '_reconstruct'), ('numpy', 'ndarray'),
+    ('numpy', 'dtype'), ('builtins', 'tuple'), ('__builtin__', 'tuple'), ('collections', 'OrderedDict'),
+    ('_codecs', 'encode')]}
+_DTYPES = {'b1', 'i1', 'i2', 'i4', 'i8', 'u1', 'u2', 'u4', 'u8', 'f2', 'f4', 'f8'}
+_LITERALS = {'BININT', 'BININT1', 'BININT2', 'LONG1', 'BINFLOAT', 'SHORT_BINUNICODE', 'BINUNICODE', 'BINUNICODE8',
+             'SHORT_BINBYTES', 'BINBYTES', 'BINBYTES8'}
+_CONSTANTS = {'NONE': None, 'NEWTRUE': True, 'NEWFALSE': False, 'EMPTY_TUPLE': ()}
+_TUPLES = {'TUPLE1': 1, 'TUPLE2': 2, 'TUPLE3': 3}
+
+
+def read_pickle(data):
+    """The nested dictionaries and lists of arrays and plain values that `paddle.save` (2.6, 3.x) pickled to bytes.
+
+    Raises: ValueError for anything else in the pickle, naming it; for bytes that are no pickle nearly every type.
+    """
+    stack, marks, memo = [], [], {}
+
+    def pop(count):
+        items = stack[len(stack) - count:]
+        del stack[len(stack) - count:]
+        return items
+
+    for opcode, argument, offset in pickletools.genops(data):
+        name = opcode.name
+        if name in ('PROTO', 'FRAME'):
+            pass
+        elif name in _LITERALS:
+            stack.append(argument)
+        elif name in _CONSTANTS:
+            stack.append(_CONSTANTS[name])
+        elif name == 'EMPTY_DICT':
+            stack.append({})
+        elif name == 'EMPTY_LIST':
+            stack.append([])
+        elif name == 'MARK':
+            marks.append(len(stack))
+        elif name == 'TUPLE':
+            stack.append(tuple(pop(len(stack) - marks.pop())))
+        elif name in _TUPLES:
+            stack.append(tuple(pop(_TUPLES[name])))
+        elif name in ('SETITEM', 'SETITEMS'):
+            items = pop(2 if name == 'SETITEM' else len(stack) - marks.pop())
+            _expect(stack[-1], dict).update(zip(items[::2], items[1::2]))
+        elif name in ('APPEND', 'APPENDS'):
+            items = pop(1 if name == 'APPEND' else len(stack) - marks.pop())
+            _expect(stack[-1], list).extend(items)
+        elif name in ('MEMOIZE', 'BINPUT', 'LONG_BINPUT'):
+            memo[len(memo) if argument is None else argument] = stack[-1]
+        elif name in ('BINGET', 'LONG_BINGET'):
+            # no containers: with them a small file could describe an endless one
+            stack.append(_expect(memo[argument], (str, bytes, int, float, _Global, _Dtype, _Array)))
+        elif name == 'GLOBAL':
+            stack.append(_find(argument.replace(' ', '.', 1)))
+        elif name == 'STACK_GLOBAL':
+            stack.append(_find('.'.join(pop(2))))
+        elif name == 'REDUCE':
+            stack.append(_reduce(*pop(2)))
+        elif name == 'BUILD':
+            target, state = pop(2)
+            stack.append(_build(target, state))
+        elif name == 'STOP':
+            if offset + 1 != len(data):
+                raise ValueError(f'{len(data) - offset - 1} bytes follow its end')
+            value, = stack
+            return _plain(value)
+        else:
+            raise ValueError(f'it holds the pickle instruction {name}, which no weights need')
+
+
+def _expect(value, kinds):
+    if not isinstance(value, kinds):
+        raise ValueError(f'it holds {type(value).__name__} where no weights have it')
+    return value
+
+
+def _find(name):
+    if name not in _GLOBALS:
+        raise ValueError(f'it holds {name[:100]!r}, which is no part of weights')
+    return _Global(name)
+
+
+def _reduce(function, arguments):
+    """What a call of one of `_GLOBALS` in a pickle makes, for the arguments that Paddle's files have."""
+    name = _expect(function, _Global).name
+    if name.endswith('._reconstruct') and arguments == (_Global('numpy.ndarray'), (0,), b'b'):
+        return _Array()
+    if name == 'numpy.dtype' and arguments[0] in _DTYPES and arguments[1:] in ((False, True), (0, 1)):
+        return _Dtype(arguments[0])
+    if name.endswith('.tuple'):
+        (label, array), = arguments
+        _expect(label, str)
+        return _expect(array, _Array)
+    if name == 'collections.OrderedDict' and arguments == ():
+        return {}
+    if name == '_codecs.encode' and arguments[1:] == ('latin1',):
+        return _expect(arguments[0], str).encode('latin1')
+    raise ValueError(f'it calls {name} with arguments that no weights have')
+
+
+def _build(target, state):
+    """A data type or an array of a pickle with its state: of the array the shape, which must fit its bytes."""
+    if isinstance(target, _Dtype):
+        version, order, *rest = state
+        if version != 3 or order not in ('<', '|') or rest != [None, None, None, -1, -1, 0]:
+            raise ValueError('it holds a data type that no weights have')
+        return target
+    _, shape, dtype, is_fortran, content = state
+    dtype = np.dtype('<' + _expect(dtype, _Dtype).code)
+    shape = [_expect(side, int) for side in shape]
+    if min(shape, default=0) < 0 or len(shape) > 32 or math.prod(shape) * dtype.itemsize != len(content):
+        raise ValueError(f'it holds an array of shape {str(shape)[:100]} in {len(content)} bytes')
+    array = np.frombuffer(_expect(content, bytes), dtype)
+    _expect(target, _Array).value = array.reshape(shape, order='F' if is_fortran else 'C').copy()
+    return target
+
+
+def _plain(value, depth=0):
+    """A finished value of a pickle with its arrays in their places."""
+    if depth > 10:
+        raise ValueError('its dictionaries are nested too deeply')
+    if isinstance(value, dict):
+        for key in value:
+            if not (isinstance(key, str) and key.isprintable() and len(key) <= 200):
+                raise ValueError(f'a key in it is {type(key).__name__}, not a short text')
+        return {key: _plain(item, depth + 1) for key, item in value.items()}
+    if isinstance(value, list):
+        return [_plain(item, depth + 1) for item in value]
+    if isinstance(value, _Array):
+        return _expect(value.value, np.ndarray)
+    return _expect(value, (str, int, float, type(None)))
 
 
 def load_training(path):
@@ -67,6 +278,7 @@ def load_training(path):
     state = load(path)
     if not (isinstance(state, dict) and isinstance(state.get('model'), dict)):
         raise UserError(f'{path}: holds weights alone, which cannot be resumed; start from them with -pretrained')
+    state.setdefault('progress', {})  # checkpoints of earlier versions end with an epoch
     missing = [name for name, kind in PARTS.items() if not isinstance(state.get(name), kind)]
     if missing:
         raise UserError(f'{path}: is no checkpoint of this project (no {", ".join(missing)}), and others cannot be '
@@ -83,16 +295,23 @@ def _checkpoints(folder):
             LOG.info(f'passed over: {error}')
 
 
-def find_newest(folder):
-    """(path, state) of the whole checkpoint of a folder that has seen the most epochs; None where there is none.
+def position(state):
+    """How far the run of a checkpoint is: (epochs done, steps done of the next).
 
-    Epochs, not steps: a run that is resumed with larger batches has fewer steps.
+    Epochs go first, not steps: a run that is resumed with larger batches has fewer steps.
+    """
+    return state['epoch'], state['progress'].get('steps', 0)
+
+
+def find_newest(folder):
+    """(path, state) of the whole checkpoint of a folder that is furthest; None where there is none.
+
     Raises: UserError when there are checkpoints and none can be read: to start afresh would replace them.
     """
     newest = None
     for path, state in _checkpoints(folder):
         # of equal ones the last by name, which is latest.pdparams
-        if newest is None or state['epoch'] >= newest[1]['epoch']:
+        if newest is None or position(state) >= position(newest[1]):
             newest = path, state
     latest = os.path.join(folder, LATEST)
     if newest is None and os.path.exists(latest):
@@ -101,11 +320,12 @@ def find_newest(folder):
     return newest
 
 
-def put_aside(folder, epoch):
-    """Append .past to the names of a folder's checkpoints that are past an epoch. Returns: (old, new path) of each."""
+def put_aside(folder, last):
+    """Append .past to the names of a folder's checkpoints past `last`, a `position`. Returns: (old, new path) of each.
+    """
     renamed = []
     for path, state in _checkpoints(folder):
-        if state['epoch'] > epoch:
+        if position(state) > last:
             names = itertools.chain([f'{path}.past'], (f'{path}.past-{number}' for number in itertools.count(2)))
             renamed.append((path, next(name for name in names if not os.path.exists(name))))
     for path, new in renamed:

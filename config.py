@@ -55,7 +55,8 @@ _C.MODEL = CN()
 _C.MODEL.TYPE = 'MobileOne'
 # label of the run's folder and of the log
 _C.MODEL.NAME = 'mobileone_s0'
-# weights to start from or to evaluate: a released .pdparams or a checkpoint of this project
+# weights to start from or to evaluate: a released .pdparams, a .safetensors of the same names, or a checkpoint of this
+# project
 _C.MODEL.PRETRAINED = ''
 # checkpoint of this project to continue, before PRETRAINED; auto: the newest whole one in SAVE, if any
 _C.MODEL.RESUME = ''
@@ -174,6 +175,8 @@ _C.TRAIN.OPTIMIZER.BETAS = [0.9, 0.999]
 _C.SAVE = ''
 # epochs between epoch_N.pdparams files; 0: none (latest and best are always written)
 _C.SAVE_FREQ = 10
+# optimizer steps between saves of latest.pdparams within an epoch; 0: none, an epoch that is killed is trained again
+_C.SAVE_FREQ_STEPS = 0
 # how many epoch_N.pdparams stay, newest first; 0: all
 _C.KEEP_CHECKPOINTS = 3
 # steps between log lines
@@ -194,9 +197,10 @@ _C.AMP_DTYPE = 'float16'
 # keys of older YAML files whose feature was never there: False is ignored, anything else an error
 _UNSUPPORTED = ('TRAIN.MULTI_SCALE_SAMPLER_DDP', 'TRAIN.RANDOM_ERASE_SPLIT')
 
-# keys that make no difference to the weights that a run ends with
-UNRELATED = ('BASE', 'SAVE', 'SAVE_FREQ', 'KEEP_CHECKPOINTS', 'REPORT_FREQ', 'VALIDATE_FREQ', 'DATA.NUM_WORKERS',
-             'DATA.DATA_PATH', 'DATA.BATCH_SIZE_EVAL', 'MODEL.NAME', 'TRAIN.LAST_EPOCH')
+# keys that make no difference to the weights that a run ends with (SAVE_FREQ_STEPS does to the batch-norm statistics of
+# several processes, which a save averages)
+UNRELATED = ('BASE', 'SAVE', 'SAVE_FREQ', 'SAVE_FREQ_STEPS', 'KEEP_CHECKPOINTS', 'REPORT_FREQ', 'VALIDATE_FREQ',
+             'DATA.NUM_WORKERS', 'DATA.DATA_PATH', 'DATA.BATCH_SIZE_EVAL', 'MODEL.NAME', 'TRAIN.LAST_EPOCH')
 
 # `null` of older YAML files, for the keys where "none" means something
 _NULL = {
@@ -263,6 +267,7 @@ _RANGE = {
     'TRAIN.OPTIMIZER.EPS': (1e-20, 1),
     'TRAIN.OPTIMIZER.BETAS': (0, 0.999999),
     'SAVE_FREQ': (0, 10 ** 9),
+    'SAVE_FREQ_STEPS': (0, 10 ** 9),
     'KEEP_CHECKPOINTS': (0, 10 ** 9),
     'REPORT_FREQ': (1, 10 ** 9),
     'VALIDATE_FREQ': (1, 10 ** 9),
@@ -502,8 +507,8 @@ _FLAGS = {
     'batch_size_eval': ('DATA.BATCH_SIZE_EVAL', 'N', 'images per step and device in evaluation'),
     'image_size': ('DATA.IMAGE_SIZE', 'N', 'side of the square that the network sees, in pixels; in training, '
                                            'TRAIN.CURRICULUM decides where there is one (S2 to S4)'),
-    'pretrained': ('MODEL.PRETRAINED', 'FILE', 'weights to start from or to evaluate: a released .pdparams or a '
-                                               'checkpoint of training'),
+    'pretrained': ('MODEL.PRETRAINED', 'FILE', 'weights to start from or to evaluate: a released .pdparams, a '
+                                               '.safetensors, or a checkpoint of training'),
     'resume': ('MODEL.RESUME', 'FILE', 'checkpoint to continue; auto: the newest in -output, if there is one'),
     'accum_iter': ('TRAIN.ACCUM_ITER', 'N', 'batches per device that make one optimizer step'),
     'amp': ('AMP', None, 'mixed precision (AMP_LEVEL, AMP_DTYPE); no effect on a CPU'),

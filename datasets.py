@@ -3,10 +3,14 @@
 A sample's index is a pair (epoch, index). Whatever is random about it is a function of (SEED, epoch, index), so workers
 hold no state: any number of them gives the same batches.
 """
+import atexit
 import functools
 import logging
+import multiprocessing
 import os
 import pickle
+import signal
+import sys
 import time
 import traceback
 import warnings
@@ -18,7 +22,7 @@ from paddle.io import DataLoader, Dataset
 from PIL import Image, ImageOps, UnidentifiedImageError
 
 from transforms import AutoAugment, ColorJitter, EvalTransform, RandAugment, TrainTransform
-from utils import UserError, end_with_parent
+from utils import STOP_SIGNALS, UserError, end_with_parent
 
 # an image either is read or raises; what Pillow remarks besides does not say of which file
 warnings.filterwarnings('ignore', module='PIL')
@@ -121,6 +125,8 @@ def read_image(path, exif_transpose=False):
     """
     try:
         with Image.open(path) as image:
+            if image.format == 'EPS':
+                raise ValueError('EPS, a program, which Pillow gives to Ghostscript')
             image = _to_rgb(image)
         # after the conversion, for Pillow has turned a TIFF image then, and the result's EXIF data do not ask for more
         return ImageOps.exif_transpose(image) if exif_transpose else image
@@ -149,19 +155,21 @@ class TrainSampler:
         self.seed = seed
         self.rank = rank
         self.world_size = world_size
-        self.epoch = 1
+        self.set_epoch(1)
 
-    def set_epoch(self, epoch):
-        """epoch: counted from 1."""
+    def set_epoch(self, epoch, start=0):
+        """epoch: counted from 1; start: how many of its batches are left out, because they have been trained on."""
         self.epoch = epoch
+        self.start = start
 
     def __iter__(self):
         order = np.random.default_rng([self.seed, self.epoch]).permutation(self.length)
-        for step in range(len(self)):
+        for step in range(self.start, len(self)):
             total = order[step * self.total_batch:(step + 1) * self.total_batch]
             yield [(self.epoch, int(index)) for index in np.array_split(total, self.world_size)[self.rank]]
 
     def __len__(self):
+        """Batches of a whole epoch."""
         return max(1, self.length // self.total_batch)
 
 
@@ -212,8 +220,21 @@ def _collate(items):
     return np.stack(images), np.array(labels, dtype='int64')
 
 
-def _end_with_parent(parent, worker):
+def _start_worker(parent, worker):
+    """Let a worker live as long as its parent: the parent alone answers STOP_SIGNALS, which all processes may get."""
+    for number in STOP_SIGNALS:
+        signal.signal(number, signal.SIG_IGN)
+    signal.pthread_sigmask(signal.SIG_UNBLOCK, STOP_SIGNALS)
+    signal.signal(signal.SIGUSR1, lambda number, frame: sys.exit())
     end_with_parent(parent)
+
+
+@atexit.register
+def _end_workers():
+    """End the workers of loaders that were left, before multiprocessing waits for them: its SIGTERM they ignore."""
+    for process in multiprocessing.active_children():
+        if process.daemon:
+            os.kill(process.pid, signal.SIGUSR1)
 
 
 class Loader:
@@ -227,14 +248,19 @@ class Loader:
         self.batch_sampler = batch_sampler
         # a worker whose parent is killed may wait for ever for what that was writing
         self.loader = DataLoader(_Caught(dataset), batch_sampler=batch_sampler, num_workers=num_workers,
-                                 collate_fn=_collate, worker_init_fn=functools.partial(_end_with_parent, os.getpid()))
+                                 collate_fn=_collate, worker_init_fn=functools.partial(_start_worker, os.getpid()))
         self.waited = 0.0
 
     def __len__(self):
         return len(self.batch_sampler)
 
     def __iter__(self):
-        batches = iter(self.loader)
+        # a new worker inherits the block, until it ignores them
+        blocked = signal.pthread_sigmask(signal.SIG_BLOCK, STOP_SIGNALS)
+        try:
+            batches = iter(self.loader)
+        finally:
+            signal.pthread_sigmask(signal.SIG_SETMASK, blocked)
         while True:
             start = time.perf_counter()
             batch = next(batches, None)

@@ -14,7 +14,7 @@ import os
 import re
 import sys
 import time
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Optional
 
 import numpy as np
@@ -31,7 +31,9 @@ from mobileone import build_mobileone, model_convert
 from transforms import Normalize, RandomErase
 from utils import (
     LOG,
+    STOPPED,
     Progress,
+    StopRequest,
     UserError,
     append_json,
     first_few,
@@ -67,8 +69,42 @@ class Precision:
 
 
 @dataclass
+class EpochPart:
+    """What has been done of an epoch (from 1): its first optimizer steps, and this rank's images in them.
+
+    sums: their `batch_sums`, n: their number, seconds: how long it took.
+    """
+    epoch: int
+    steps: int
+    sums: paddle.Tensor
+    n: int
+    seconds: float
+
+    @classmethod
+    def none(cls, epoch):
+        return cls(epoch, 0, paddle.zeros([3], dtype='float64'), 0, 0.0)
+
+    def state(self, schedule):
+        """For a checkpoint, as plain numbers and an array of the sums and n of all ranks. Waits for the other ranks."""
+        sums = np.zeros([world_size(), 4])
+        sums[rank()] = [*self.sums.tolist(), self.n]
+        return {'steps': self.steps, 'seconds': self.seconds, 'sums': reduce_over_ranks(sums),
+                'steps_per_epoch': schedule.steps_per_epoch, 'total_batch': schedule.total_batch}
+
+    @classmethod
+    def resumed(cls, epoch, state, schedule):
+        """The part whose `state` a checkpoint holds; None if the steps of this run are others, or its ranks."""
+        keys = ('steps_per_epoch', 'total_batch')
+        if (len(state['sums']) != world_size()
+                or [state[key] for key in keys] != [getattr(schedule, key) for key in keys]):
+            return None
+        *sums, n = state['sums'][rank()].tolist()
+        return cls(epoch, state['steps'], paddle.to_tensor(sums, dtype='float64'), round(n), state['seconds'])
+
+
+@dataclass
 class Training:
-    """What a training step works on."""
+    """What a training step works on, and how far the run is."""
     model: paddle.nn.Layer
     # the model, or with several processes its DataParallel
     network: paddle.nn.Layer
@@ -82,10 +118,15 @@ class Training:
     precision: Precision
     grad_clip: float
     seed: int
+    # the epoch that was trained on last; whole once it has been
+    part: Optional[EpochPart] = None
+    # the best evaluation so far, by the EMA weights if there are any
+    best: dict = field(default_factory=lambda: {'acc1': -1.0, 'epoch': 0})
     # what the last evaluation took, for the estimate of the time left
     evaluation_seconds: float = 0.0
     # the newest checkpoint of this run, for the error that ends it
     last_checkpoint: str = ''
+    stop: StopRequest = field(default_factory=StopRequest)
 
 
 @dataclass
@@ -96,16 +137,19 @@ class Metrics:
     acc5: float
     n: int
     seconds: float
+    # whether a process has been asked to stop
+    stopping: bool = False
 
     @classmethod
-    def reduced(cls, sums, n, start):
+    def reduced(cls, sums, n, start, stop):
         """Of the images of all ranks: `batch_sums` of this rank's n images, which have been looked at since `start`.
 
-        Waits for the device and for the other ranks.
+        Waits for the device and for the other ranks. stop: this rank's StopRequest.
         """
-        *sums, n = reduce_over_ranks(paddle.concat([sums, paddle.to_tensor([n], dtype='float64')])).tolist()
-        loss, correct1, correct5 = (value / n for value in sums)
-        return cls(loss, 100 * correct1, 100 * correct5, round(n), time.perf_counter() - start)
+        own = paddle.to_tensor([n, bool(stop.name)], dtype='float64')
+        *sums, n, stops = reduce_over_ranks(paddle.concat([sums, own])).tolist()
+        loss, correct1, correct5 = (value / max(1, n) for value in sums)
+        return cls(loss, 100 * correct1, 100 * correct5, round(n), time.perf_counter() - start, stops > 0)
 
     def record(self):
         return {'loss': self.loss, 'acc1': self.acc1, 'acc5': self.acc5, 'n': self.n,
@@ -163,13 +207,15 @@ def train_step(training, batches, step):
 
 
 @paddle.no_grad()
-def evaluate(model, loader, normalize, report_freq=50, auto_cast=contextlib.nullcontext):
+def evaluate(model, loader, normalize, report_freq=50, auto_cast=contextlib.nullcontext, stop=None):
     """Metrics of a model over every image of a loader's data set, once. Leaves the model in evaluation mode.
 
     With several processes each has its share of the images, and all return the metrics of all.
-    report_freq: batches between progress lines, where there is no terminal for a bar; auto_cast: see `Precision`.
+    report_freq: batches between progress lines, where there is no terminal for a bar; auto_cast: see `Precision`;
+    stop: a StopRequest, which ends the evaluation: the Metrics, of a part of the images, are `stopping` then.
     """
     model.eval()
+    stop = stop or StopRequest()
     start, n = time.perf_counter(), 0
     sums = paddle.zeros([3], dtype='float64')
     progress = Progress('evaluation', len(loader), report_freq)
@@ -181,9 +227,11 @@ def evaluate(model, loader, normalize, report_freq=50, auto_cast=contextlib.null
         n += len(labels)
         if progress.step():
             progress.show(f'{world_size() * n / (time.perf_counter() - start):.1f} images/s')
+        if stop.name:
+            break
     progress.close()
-    metrics = Metrics.reduced(sums, n, start)
-    if metrics.n != len(loader.dataset):
+    metrics = Metrics.reduced(sums, n, start, stop)
+    if metrics.n != len(loader.dataset) and not metrics.stopping:
         raise RuntimeError(f'evaluated {metrics.n} images of {len(loader.dataset)}')
     return metrics
 
@@ -213,23 +261,33 @@ def windows(batches, size):
 
 
 def train_one_epoch(training, loader, epoch, config):
-    """Train on every batch of epoch `epoch` (from 1). Returns Metrics of the training batches of all ranks."""
+    """Train on every batch of epoch `epoch` (from 1), or on what `training.part` leaves of it.
+
+    Returns: Metrics of the training batches of all ranks.
+    Ends the program when it was asked to stop, with a checkpoint (`end_run`): alone after this step, with several ranks
+    at the next log line, where they meet.
+    """
+    done = training.part if training.part and training.part.epoch == epoch else EpochPart.none(epoch)
     training.model.train()
-    loader.batch_sampler.set_epoch(epoch)
+    loader.batch_sampler.set_epoch(epoch, done.steps * config.TRAIN.ACCUM_ITER)
     steps = training.schedule.steps_per_epoch
     evaluations = sum(is_validated(config, later) for later in range(epoch, config.TRAIN.NUM_EPOCHS + 1))
-    start, waited, n = time.perf_counter(), loader.waited, 0
-    sums = paddle.zeros([3], dtype='float64')
+    began, waited, n = time.perf_counter(), loader.waited, done.n
+    start = began - done.seconds
+    sums = done.sums
     never = paddle.full([1], math.inf, dtype='float64')
     first_bad = never  # step of the first loss that is not finite, remembered on the device
-    progress = Progress(f'epoch {epoch}/{config.TRAIN.NUM_EPOCHS}', steps, config.REPORT_FREQ)
-    for step, batches in enumerate(windows(loader, config.TRAIN.ACCUM_ITER), (epoch - 1) * steps):
+    progress = Progress(f'epoch {epoch}/{config.TRAIN.NUM_EPOCHS}', steps, config.REPORT_FREQ, done.steps)
+    metrics = None
+    for step, batches in enumerate(windows(loader, config.TRAIN.ACCUM_ITER), (epoch - 1) * steps + done.steps):
         losses = train_step(training, batches, step)
-        sums += losses
+        sums = sums + losses
         first_bad = paddle.minimum(first_bad, paddle.where(losses[:1].isfinite(), never, paddle.full_like(never, step)))
         n += sum(len(labels) for _, labels in batches)
-        if progress.step() or progress.done == steps:
-            metrics = Metrics.reduced(sums, n, start)
+        is_stopping = False
+        if progress.step() or progress.done == steps or (training.stop.name and world_size() == 1):
+            metrics = Metrics.reduced(sums, n, start, training.stop)
+            is_stopping = metrics.stopping
             if not math.isfinite(metrics.loss):  # on all ranks alike
                 bad = int(reduce_over_ranks(first_bad, 'MIN')[0]) + 1
                 check_finite(metrics.loss, f'the loss of training, epoch {epoch}, step {bad},',
@@ -238,10 +296,23 @@ def train_one_epoch(training, loader, epoch, config):
                              evaluations * training.evaluation_seconds)
             progress.show(f'loss {metrics.loss:.4f} lr {training.schedule.lr(step):.6g} '
                           f'{metrics.n / metrics.seconds:.1f} images/s '
-                          f'data {(loader.waited - waited) / metrics.seconds:.0%} ETA {left}')
+                          f'data {(loader.waited - waited) / (time.perf_counter() - began):.0%} ETA {left}')
+        training.part = EpochPart(epoch, progress.done, sums, n, time.perf_counter() - start)
+        if is_stopping:
+            end_run(config, training)
+        if config.SAVE_FREQ_STEPS and (step + 1) % config.SAVE_FREQ_STEPS == 0:
+            save_within_epoch(config, training)
     progress.close()
     average_statistics(training)
-    return metrics
+    return metrics or Metrics.reduced(sums, n, start, training.stop)  # of an epoch that is resumed at its end
+
+
+def end_run(config, training):
+    """End the program, as it was asked to: with a checkpoint of `training.part` and the status STOPPED."""
+    save_within_epoch(config, training)
+    LOG.info(f'stopped by {training.stop.name or "a signal to another process"}; -resume auto goes on from '
+             f'{training.last_checkpoint}')
+    sys.exit(STOPPED)
 
 
 def average_statistics(training):
@@ -424,42 +495,62 @@ def _write(path, text):
         file.write(text)
 
 
-def check_weights(training, epoch):
+def check_weights(training, when):
     """Raises: UserError, on all ranks alike, for weights or averages that are not finite: they must not be saved."""
     finite = [paddle.stack([tensor.isfinite().all() for tensor in tensors.values()]).numpy()
               for tensors in [training.model.state_dict()] + ([training.ema.average] if training.ema else [])]
     good = reduce_over_ranks(np.concatenate(finite), 'MIN').all()
-    check_finite(0.0 if good else math.nan, f'a weight after epoch {epoch}', training.last_checkpoint)
+    check_finite(0.0 if good else math.nan, f'a weight after {when}', training.last_checkpoint)
 
 
-def save_checkpoints(config, training, epoch, step, best):
-    """Write best.pdparams if this epoch is the best, at its epochs epoch_N.pdparams, and at last latest.pdparams.
+def save_within_epoch(config, training):
+    """Write latest.pdparams for `training.part`: in the middle of an epoch, or at its end before it is evaluated.
 
-    Raises: UserError, on all ranks, for weights that are not finite.
+    Of several ranks the batch-norm statistics are averaged. Raises: UserError, on all ranks, as `save_checkpoints`, and
+    for a loss that is not finite.
     """
-    check_weights(training, epoch)
-    latest = os.path.join(config.SAVE, checkpoint.LATEST)
-    if rank() == 0:
-        write_checkpoints(config, checkpoint.to_arrays({
-            'model': training.model.state_dict(),
-            'model_ema': training.ema.average if training.ema else {},
-            'optimizer': optim.optimizer_state(training.optimizer, training.model),
-            'epoch': epoch,
-            'step': step,
-            'lr_scheduler': {'last_epoch': epoch, 'last_lr': training.optimizer.get_lr()},
-            'amp_grad_scaler': training.precision.scaler.state_dict(),
-            'best': best,
-            'world_size': world_size(),
-        }))
-    training.last_checkpoint = f'{latest} (epoch {epoch})'
+    average_statistics(training)
+    part, schedule = training.part, training.schedule
+    state = part.state(schedule)
+    check_finite(state['sums'].sum(), f'the loss of training, epoch {part.epoch}, step {part.steps},',
+                 training.last_checkpoint)
+    save_checkpoints(config, training, part.epoch - 1, (part.epoch - 1) * schedule.steps_per_epoch + part.steps, state)
+
+
+def save_checkpoints(config, training, epoch, step, progress=None):
+    """Write the state after `epoch` epochs, `step` optimizer steps, to the files of `write_checkpoints`.
+
+    progress: of an epoch that is not done, `EpochPart.state`.
+    Raises: UserError, on all ranks, for weights that are not finite and for a file that cannot be written.
+    """
+    when = f'epoch {epoch + 1}, step {progress["steps"]}' if progress else f'epoch {epoch}'
+    check_weights(training, when)
+    state = {
+        'model': training.model.state_dict(),
+        'model_ema': training.ema.average if training.ema else {},
+        'optimizer': optim.optimizer_state(training.optimizer, training.model),
+        'epoch': epoch,
+        'step': step,
+        'lr_scheduler': {'last_epoch': epoch, 'last_lr': training.schedule.lr(step - 1)},
+        'amp_grad_scaler': training.precision.scaler.state_dict(),
+        'best': training.best,
+        'world_size': world_size(),
+        'progress': progress or {},
+    }
+    # all wait for it: none may end the run before it is written
+    from_main(lambda: write_checkpoints(config, checkpoint.to_arrays(state)))
+    training.last_checkpoint = f'{os.path.join(config.SAVE, checkpoint.LATEST)} ({when})'
 
 
 def write_checkpoints(config, state):
-    """Write the state of an epoch to the files that are due; latest.pdparams last, as the mark that the others are."""
+    """Write a state to the files that are due; latest.pdparams last, as the mark that the others are.
+
+    After an epoch these are best.pdparams, if it was the best, and at its epochs epoch_N.pdparams.
+    """
     epoch = state['epoch']
-    if state['best']['epoch'] == epoch:
+    if state['best']['epoch'] == epoch and not state['progress']:
         checkpoint.save(state, os.path.join(config.SAVE, checkpoint.BEST))
-    if config.SAVE_FREQ and epoch % config.SAVE_FREQ == 0:
+    if config.SAVE_FREQ and epoch % config.SAVE_FREQ == 0 and not state['progress']:
         checkpoint.save(state, os.path.join(config.SAVE, f'epoch_{epoch}.pdparams'))
         checkpoint.prune(config.SAVE, config.KEEP_CHECKPOINTS)
     checkpoint.save(state, os.path.join(config.SAVE, checkpoint.LATEST))
@@ -473,16 +564,20 @@ def run_evaluation(config, loader):
 
 
 def validate(config, training, loader, log, epoch, step):
-    """Evaluate and log the raw weights, then the EMA. Returns the Metrics that choose the best: the EMA's, if any."""
+    """Evaluate and log the raw weights, then the EMA. Returns the Metrics that choose the best: the EMA's, if any.
+
+    Metrics that are `stopping` are not logged.
+    """
     def of_present_weights(name):
         metrics = evaluate(training.model, loader, training.normalize, config.REPORT_FREQ,
-                           training.precision.auto_cast)
-        log.write(epoch, step, 'val', name, metrics, training.last_checkpoint)
+                           training.precision.auto_cast, training.stop)
+        if not metrics.stopping:
+            log.write(epoch, step, 'val', name, metrics, training.last_checkpoint)
         return metrics
 
     start = time.perf_counter()
     metrics = of_present_weights('raw')
-    if training.ema:
+    if training.ema and not metrics.stopping:
         with training.ema.applied():
             metrics = of_present_weights('ema')
     training.evaluation_seconds = time.perf_counter() - start
@@ -490,17 +585,17 @@ def validate(config, training, loader, log, epoch, step):
 
 
 def start_training(config, loader):
-    """A new Training, its weights random or MODEL.PRETRAINED's. Returns: (Training, epochs done, best so far)."""
+    """A new Training, its weights random or MODEL.PRETRAINED's."""
     model, _ = load_model(config)
-    return build_training(config, model, loader), config.TRAIN.LAST_EPOCH, {'acc1': -1.0, 'epoch': 0}
+    return build_training(config, model, loader)
 
 
 def resume_training(config, loader, path, state):
-    """The Training that a checkpoint (`checkpoint.load_training`) left. Returns: as `start_training`.
+    """The Training that a checkpoint (`checkpoint.load_training`) left.
 
     Raises: UserError for a checkpoint of another network or optimizer.
     """
-    epoch = state['epoch']
+    epoch, progress = state['epoch'], state['progress']
     if config.TRAIN.LAST_EPOCH > epoch:
         raise UserError(f'TRAIN.LAST_EPOCH is {config.TRAIN.LAST_EPOCH}, but {path} ends at epoch {epoch}: leave it '
                         'out')
@@ -512,27 +607,47 @@ def resume_training(config, loader, path, state):
     optim.load_optimizer_state(training.optimizer, training.model, state['optimizer'], path)
     if state['amp_grad_scaler']:
         training.precision.scaler.load_state_dict(state['amp_grad_scaler'])
-    training.last_checkpoint = f'{path} (epoch {epoch})'
-    LOG.info(f'resumed {path} after epoch {epoch}, step {state["step"]}')
+    training.best = state['best']
+    when = f'epoch {epoch}'
+    if progress:
+        when += f' and {progress["steps"]} of {progress["steps_per_epoch"]} steps of the next'
+    training.last_checkpoint = f'{path} ({when})'
+    LOG.info(f'resumed {path} after {when}, step {state["step"]}')
     if config.TRAIN.MODEL_EMA and not state['model_ema']:
         LOG.info('the checkpoint holds no EMA: the average starts from its weights')
-    step = epoch * training.schedule.steps_per_epoch
+    if progress:
+        training.part = EpochPart.resumed(epoch + 1, progress, training.schedule)
+    step = epoch * training.schedule.steps_per_epoch + (training.part.steps if training.part else 0)
     for name, then, now in (('processes', state['world_size'], world_size()), ('steps', state['step'], step)):
         if then != now:
             LOG.info(f'the checkpoint counts {then} {name}, this run {now}: it goes on after epoch {epoch}, but not '
                      'bitwise as it would have')
-    return training, epoch, state['best']
+    return training
 
 
 def run_training(config, train_loader, val_loader, resumed=None):
     """resumed: (path, state) of the checkpoint to go on from."""
     if resumed:
-        training, done, best = resume_training(config, train_loader, *resumed)
+        training = resume_training(config, train_loader, *resumed)
+        done = resumed[1]['epoch']
     else:
-        training, done, best = start_training(config, train_loader)
+        training = start_training(config, train_loader)
+        done = config.TRAIN.LAST_EPOCH
     # nothing of an earlier run is touched before the checkpoint has proved to fit
     from_main(lambda: take_over(config, resumed, done))
     log = RunLog(config, training.schedule)
+    with training.stop:
+        train_epochs(config, training, train_loader, val_loader, log, done)
+    if done >= config.TRAIN.NUM_EPOCHS:
+        LOG.info(f'all {config.TRAIN.NUM_EPOCHS} epochs are done: nothing is left to train')
+    path = os.path.join(config.SAVE, checkpoint.BEST)
+    best = training.best
+    LOG.info(f'best top-1 {best["acc1"]:.2f}% ({"EMA" if training.ema else "raw"} weights) at epoch {best["epoch"]}: '
+             f'{path if os.path.exists(path) else "its file is not in this folder"}')
+
+
+def train_epochs(config, training, train_loader, val_loader, log, done):
+    """Train, evaluate and save the epochs after `done`."""
     stage = get_stage(config, 1)  # that of the loader
     for epoch in range(done + 1, config.TRAIN.NUM_EPOCHS + 1):
         step = epoch * training.schedule.steps_per_epoch
@@ -545,14 +660,11 @@ def run_training(config, train_loader, val_loader, resumed=None):
         log.write(epoch, step, 'train', 'raw', metrics, training.last_checkpoint)
         if is_validated(config, epoch):
             metrics = validate(config, training, val_loader, log, epoch, step)
-            if metrics.acc1 > best['acc1']:
-                best = {'acc1': metrics.acc1, 'epoch': epoch}
-        save_checkpoints(config, training, epoch, step, best)
-    if done >= config.TRAIN.NUM_EPOCHS:
-        LOG.info(f'all {config.TRAIN.NUM_EPOCHS} epochs are done: nothing is left to train')
-    path = os.path.join(config.SAVE, checkpoint.BEST)
-    LOG.info(f'best top-1 {best["acc1"]:.2f}% ({"EMA" if training.ema else "raw"} weights) at epoch {best["epoch"]}: '
-             f'{path if os.path.exists(path) else "its file is not in this folder"}')
+            if metrics.stopping:
+                end_run(config, training)
+            if metrics.acc1 > training.best['acc1']:
+                training.best = {'acc1': metrics.acc1, 'epoch': epoch}
+        save_checkpoints(config, training, epoch, step)
 
 
 def prepare_folder(config):
@@ -613,7 +725,7 @@ def take_over(config, resumed, epoch):
     if config.MODEL.PRETRAINED:
         LOG.info(f'{config.MODEL.PRETRAINED} is not used: the run goes on from {path}')
     if config.MODEL.RESUME != 'auto':  # which takes the newest: nothing is past it
-        for old, new in checkpoint.put_aside(config.SAVE, epoch):
+        for old, new in checkpoint.put_aside(config.SAVE, checkpoint.position(state)):
             LOG.info(f'{old}: is past the checkpoint to resume; put aside as {new}')
     latest = os.path.realpath(os.path.join(config.SAVE, checkpoint.LATEST))
     path = os.path.realpath(path)
@@ -624,12 +736,18 @@ def take_over(config, resumed, epoch):
 def check_agreement(config, loaders):
     """Raises: UserError, on all ranks, when one has another config or other lists than rank 0.
 
-    Machines may keep the data in different places.
+    Machines may keep the data in different places, and weights in files of their own that must be equal.
     """
+    if world_size() == 1:
+        return
+
     def facts():
         keys = {key: value for key, value in leaves(config) if key not in ('DATA.DATA_PATH', 'SAVE')}
-        return {**keys, **{f'images of {os.path.basename(loader.dataset.list_path)}': len(loader.dataset)
-                           for loader in loaders}}
+        teacher = None if config.EVAL else get_teacher_config(config)
+        files = [config.MODEL.PRETRAINED, teacher.MODEL.PRETRAINED if teacher else '']
+        return {**keys, **{f'the SHA-256 of {path}': checkpoint.sha256(path) for path in files if path},
+                **{f'images of {os.path.basename(loader.dataset.list_path)}': len(loader.dataset)
+                   for loader in loaders}}
     first, own = from_main(facts), facts()
     differing = [f'{key} is {own[key]!r}, not {first[key]!r}' for key in first if own[key] != first[key]]
     if reduce_over_ranks([-len(differing)], 'MIN')[0] < 0:
@@ -714,7 +832,7 @@ def run(config):
         LOG.error(f'error: {error}')  # for log.txt; the program says it on stderr
         raise
     except Exception as error:
-        LOG.exception('error:')
+        LOG.exception(f'error: {type(error).__name__}: {" ".join(str(error).split())[:500]}')
         if world_size() > 1 and re.search('gloo|nccl', str(error), re.IGNORECASE):
             sys.exit(f'{program_name()}: error: lost the connection to another process: '
                      f'{_message_of_another_rank(config.SAVE)}')

@@ -71,6 +71,10 @@ def read_pytorch(path):
         import torch
     except ImportError:
         raise UserError('reading a PyTorch checkpoint needs PyTorch: pip install torch') from None
+    if tuple(map(int, torch.__version__.split('.')[:2])) < (2, 6):
+        # CVE-2025-32434
+        raise UserError(f'PyTorch is {torch.__version__}, in which a file can run code in spite of weights_only: pip '
+                        'install "torch>=2.6"')
     if not os.path.isfile(path):
         raise UserError(f'{path}: no such checkpoint; give a .pth.tar file')
     try:
@@ -88,7 +92,7 @@ def main():
     parser = ArgumentParser(description=__doc__)
     parser.add_argument('-cfg', metavar='FILE', required=True, help='YAML config of the variant, as for training')
     parser.add_argument('input', help='official checkpoint (.pth.tar)')
-    parser.add_argument('output', help='weight file to write (.pdparams)')
+    parser.add_argument('output', help='weight file to write (.pdparams or .safetensors)')
     args = parser.parse_args()
     if os.path.realpath(args.input) == os.path.realpath(args.output):
         raise UserError(f'{args.output}: is the input too; give the converted weights a name of their own')
@@ -96,6 +100,7 @@ def main():
     state_dict = read_pytorch(args.input)  # before Paddle: both bring an OpenMP runtime
     prepare_runtime()
     import checkpoint
+    print(f'{args.input}: SHA-256 {checkpoint.sha256(args.input)}')
     converted = convert_state_dict(state_dict, config)
     checkpoint.save(converted, args.output)
     kind = 'fused' if checkpoint.is_fused(converted) else 'unfused'

@@ -17,7 +17,7 @@ import tempfile
 import time
 
 from config import get_config, get_parser, resolve_config, update_config
-from utils import UserError, join_process_group, prepare_runtime, run_program, use_device
+from utils import STOP_SIGNALS, UserError, join_process_group, prepare_runtime, run_program, use_device
 
 
 def main():
@@ -48,10 +48,10 @@ def main():
 
 
 def run_processes(command, count):
-    """Run a command in `count` processes that form a group; as soon as one fails, end them all.
+    """Run a command in `count` processes that form a group; as soon as one fails, or we are asked to, end them all.
 
-    Returns: the exit status, that of the process that failed. What it wrote to stderr is written to ours; what the
-    others wrote, that it is gone, is not.
+    Returns: the exit status, that of the process that failed, or of the first one. What it wrote to stderr is written
+    to ours; what the others wrote, that it is gone, is not.
     """
     with contextlib.ExitStack() as stack:
         sockets = [stack.enter_context(socket.socket()) for _ in range(count)]
@@ -66,9 +66,13 @@ def run_processes(command, count):
         errors.append(tempfile.TemporaryFile())  # noqa: SIM115  open until the end
         processes.append(subprocess.Popen(command, stderr=errors[rank], env={
             **os.environ, **{name: str(value) for name, value in group.items()}}))
-    signal.signal(signal.SIGTERM, lambda number, frame: sys.exit(128 + number))
+    signal.signal(signal.SIGTERM, signal.default_int_handler)  # which raises KeyboardInterrupt
     try:
         failed = wait_for(processes)
+    except KeyboardInterrupt:
+        failed = 0
+        for number in STOP_SIGNALS:  # the processes answer, those of a second Ctrl-C too
+            signal.signal(number, signal.SIG_IGN)
     finally:
         end(processes)
     if failed is None:
@@ -90,10 +94,14 @@ def wait_for(processes):
         failed = [number for number, status in enumerate(statuses) if status]
     if not failed:
         return None
-    # a user's mistake (status 2) is often found by all, and what follows from one rank's end is no news
-    time.sleep(0.5)
-    mistakes = [number for number, process in enumerate(processes) if process.poll() == 2]
-    return (mistakes or failed)[0]
+    # one that raises may take longer to end than what its end does to the others
+    deadline = time.monotonic() + 2
+    while None in statuses and time.monotonic() < deadline:
+        time.sleep(0.1)
+        statuses = [process.poll() for process in processes]
+    failed += [number for number, status in enumerate(statuses) if status and number not in failed]
+    # a user's mistake (status 2) is often found by all; gloo aborts the others when one has gone, which is no news
+    return min(failed, key=lambda number: (statuses[number] != 2, statuses[number] == -signal.SIGABRT))
 
 
 def end(processes, patience=30):

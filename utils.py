@@ -25,6 +25,12 @@ class UserError(ValueError):
     """A mistake that the user can mend. The message is one line that names the value and the remedy."""
 
 
+# what asks a run to stop: Ctrl-C, and a system or a scheduler that wants its machine back
+STOP_SIGNALS = (signal.SIGINT, signal.SIGTERM)
+# exit status of a training that was asked to stop, and goes on with -resume: "try again later" of sysexits.h
+STOPPED = 75
+
+
 def prepare_runtime():
     """Set what must be set before Paddle is imported, and import it: call it before anything else that does.
 
@@ -102,6 +108,37 @@ def run_program(main):
         sys.exit(_fail(f'{name}: {error.strerror or error}; check the path, its permissions and the free space', 2))
     except KeyboardInterrupt:
         sys.exit(_fail('interrupted', 130))
+    except Exception as error:
+        _tell_launcher(f'{type(error).__name__}: {" ".join(str(error).split())}')
+        raise
+
+
+class StopRequest:
+    """While it is open, the first of STOP_SIGNALS is remembered as `name`, to be answered when it suits.
+
+    A second Ctrl-C interrupts at once; after an exception that follows a request, other signals are still ignored.
+    """
+
+    def __init__(self):
+        self.name = ''
+        self._before = {}
+
+    def __enter__(self):
+        self._before = {number: signal.signal(number, self._remember) for number in STOP_SIGNALS}
+        return self
+
+    def _remember(self, number, frame):
+        if self.name and number == signal.SIGINT:
+            raise KeyboardInterrupt
+        if not self.name and os.environ.get('PADDLE_TRAINER_ID', '0') == '0':
+            # not by print, which the signal may have interrupted
+            os.write(2, b'asked to stop: a checkpoint comes first; Ctrl-C again stops at once\n')
+        self.name = self.name or signal.Signals(number).name
+
+    def __exit__(self, kind, error, trace):
+        if not (kind and self.name):
+            for number, handler in self._before.items():
+                signal.signal(number, handler)
 
 
 def first_few(problems, count=5):
@@ -127,7 +164,16 @@ def program_name():
 def _fail(message, status):
     rank = os.environ.get('PADDLE_TRAINER_ID', '0')
     print(f'{program_name()}: error: {message if rank == "0" else f"rank {rank}: {message}"}', file=sys.stderr)
+    _tell_launcher(message)
     return status
+
+
+def _tell_launcher(message):
+    """Write an error of another rank than 0 to the stderr of Paddle's launcher, which shows rank 0's alone (Linux)."""
+    rank = os.environ.get('PADDLE_TRAINER_ID', '0')
+    if rank != '0' and 'MOBILEONE_PARENT' not in os.environ:
+        with contextlib.suppress(OSError), open(f'/proc/{os.getppid()}/fd/2', 'a', encoding='utf-8') as console:
+            console.write(f'{program_name()}: error: rank {rank}: {message}\n')
 
 
 def join_process_group():
@@ -250,12 +296,12 @@ def setup_logger(folder=None):
 class Progress:
     """How far a loop over `steps` steps is: a bar on a terminal, elsewhere a log line every `every` steps."""
 
-    def __init__(self, name, steps, every):
+    def __init__(self, name, steps, every, done=0):
         self.name = name
         self.steps = steps
         self.every = every
-        self.done = 0
-        self.bar = tqdm(total=steps, desc=name, leave=False, file=sys.stdout,
+        self.done = done
+        self.bar = tqdm(total=steps, initial=done, desc=name, leave=False, file=sys.stdout,
                         disable=rank() > 0 or not sys.stdout.isatty())
 
     def step(self):

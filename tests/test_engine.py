@@ -239,13 +239,13 @@ def test_weights_that_are_not_finite_are_not_saved(config, loaders, tmp_path):
     config.SAVE = str(tmp_path)
     training = engine.build_training(config, build_mobileone(config), loaders[0])
     engine.train_step(training, [next(iter(loaders[0]))], 0)
-    engine.save_checkpoints(config, training, 1, 1, {'acc1': 0.0, 'epoch': 1})
+    engine.save_checkpoints(config, training, 1, 1)
     before = (tmp_path / 'latest.pdparams').read_bytes()
     for holder in (training.ema.average, training.model.state_dict()):
         holder['fc.bias'].set_value(np.full([10], np.inf, 'float32'))
         with pytest.raises(UserError, match='a weight after epoch 2 is nan: .* the last good checkpoint is .*latest'
                                             r'\.pdparams \(epoch 1\)'):
-            engine.save_checkpoints(config, training, 2, 2, {'acc1': 0.0, 'epoch': 2})
+            engine.save_checkpoints(config, training, 2, 2)
         holder['fc.bias'].set_value(np.zeros([10], 'float32'))
     assert (tmp_path / 'latest.pdparams').read_bytes() == before
 

@@ -154,7 +154,7 @@ def two_steps(config):
     loaders = [engine.build_loader(config, is_train, config.TRAIN.LAST_EPOCH + 1) for is_train in (True, False)]
     for path in (config.MODEL.PRETRAINED, config.MODEL.RESUME):
         checkpoint.check_exists(path)
-    training, done, _ = engine.start_training(config, loaders[0])
+    training, done = engine.start_training(config, loaders[0]), config.TRAIN.LAST_EPOCH
     batches = itertools.chain.from_iterable(itertools.repeat(loaders[0]))
     before = training.model.fc.weight.numpy()
     first = done * training.schedule.steps_per_epoch

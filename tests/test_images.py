@@ -105,6 +105,7 @@ PNG = encoded(Image.fromarray(COLORS), 'PNG')
 @pytest.mark.parametrize('content, message', [
     (None, r'No such file or directory\); mend the file or its line in the list'),
     (b'', 'no image in a format that Pillow knows'),
+    (b'%!PS-Adobe-3.0 EPSF-3.0\n%%BoundingBox: 0 0 9 9\n%%EndComments\nshowpage\n', 'EPS, a program'),
     (b'not an image', 'no image in a format that Pillow knows'),
     (JPEG[:len(JPEG) // 2], 'image file is truncated'),
     (JPEG[:300], ''),
@@ -113,7 +114,7 @@ PNG = encoded(Image.fromarray(COLORS), 'PNG')
     (tiff(np.array([[0, 65536]], 'uint32'), '<'), r'pixels from 0 to 65536, more than 16 bits, whose range is not'),
     (tiff(np.ones((2, 3), 'float32'), '<', 3), 'floating-point pixels, whose range is not known'),
     (png(20000, 20000, 8, 2), r'Image size \(400000000 pixels\) exceeds limit of 178956970 pixels.*; scale it down$'),
-], ids=['missing', 'empty', 'text', 'cut jpeg', 'header', 'cut png', 'two formats', '32 bits', 'float', 'bomb'])
+], ids=['missing', 'empty', 'eps', 'text', 'cut jpeg', 'header', 'cut png', 'two formats', '32 bits', 'float', 'bomb'])
 def test_what_cannot_be_read_is_named(content, message, tmp_path):
     path = str(tmp_path / 'photo')
     if content is not None:

@@ -1,4 +1,5 @@
 """Conversion of official checkpoints: every tensor once, and the errors."""
+import hashlib
 import importlib.util
 import json
 import pathlib
@@ -78,6 +79,7 @@ def test_other_networks_convert(config):
 # a stand-in for PyTorch, which the tests do not install: it checks how the file is read
 FAKE_TORCH = '''
 import os, pickle
+__version__ = os.environ.get('FAKE_TORCH_VERSION', '2.13.0+cpu')
 def load(path, map_location, weights_only):
     assert map_location == 'cpu' and weights_only is True
     class Tensor:
@@ -96,6 +98,9 @@ def test_command_line(tmp_path):
     source.write_bytes(pickle.dumps(weights.state_dict('s0')))
     out = run('load_pytorch_weights.py', '-cfg', cfg, source, target, env=env).stdout
     assert '(unfused)' in out and 's0.pdparams' in out
+    assert f'{source}: SHA-256 {hashlib.sha256(source.read_bytes()).hexdigest()}' in out
+    assert 'PyTorch is 2.5.1, in which a file can run code' in fails(
+        'load_pytorch_weights.py', '-cfg', cfg, source, target, env={**env, 'FAKE_TORCH_VERSION': '2.5.1'})
     loaded, _ = checkpoint.load_weights(str(target))
     expected = convert_state_dict(weights.state_dict('s0'), variant_config('s0'))
     assert all(np.array_equal(loaded[name], value) for name, value in expected.items()) and len(loaded) == len(expected)

@@ -70,7 +70,7 @@ def test_checkpoint_content(trained):
     folder, _ = trained
     state = checkpoint.load(str(folder / 'latest.pdparams'))
     assert sorted(state) == ['amp_grad_scaler', 'best', 'epoch', 'lr_scheduler', 'model', 'model_ema', 'optimizer',
-                             'step', 'world_size']
+                             'progress', 'step', 'world_size']
     assert (state['epoch'], state['step']) == (4, 12)
     rows = [row for row in records(folder) if row['weights'] == 'ema']
     best = max(rows, key=lambda row: row['acc1'])

@@ -45,7 +45,7 @@ def largest_difference(models, batches, normalize):
 
 def main():
     parser = get_parser(__doc__, ['data_path', 'image_size', 'pretrained'])
-    parser.add_argument('-save', metavar='FILE', help='write the fused weights to this .pdparams')
+    parser.add_argument('-save', metavar='FILE', help='write the fused weights to this .pdparams or .safetensors')
     parser.add_argument('-no_data', action='store_true', help='compare on random images, without a data set')
     args = parser.parse_args()
     if not args.pretrained:  # a run's config may name the weights that the run started from

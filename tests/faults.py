@@ -1,0 +1,67 @@
+"""Run a program with a fault at a NUMBER-th call: python faults.py FAULT NUMBER PROGRAM [ARGUMENT ...]."""
+import os
+import runpy
+import signal
+import sys
+
+from utils import prepare_runtime
+
+prepare_runtime()
+
+import paddle  # noqa: E402
+
+import engine  # noqa: E402
+
+
+def on_call(owner, name, number, fault, counts=lambda *args: True):
+    """Let fault(original, *arguments) take the place of the number-th of the calls that count."""
+    original, calls = getattr(owner, name), []
+
+    def call(*args, **kwargs):
+        if counts(*args):
+            calls.append(None)
+            if len(calls) == number:
+                fault(original, *args)
+        return original(*args, **kwargs)
+    setattr(owner, name, call)
+
+
+def die(*args):
+    os.kill(os.getpid(), signal.SIGKILL)
+
+
+def die_half_written(save, state, path):
+    save(state, path)
+    os.truncate(path, os.path.getsize(path) // 2)
+    die()
+
+
+def send(name):
+    return lambda *args: os.kill(os.getpid(), getattr(signal, name))
+
+
+def raise_error(*args):
+    raise RuntimeError('boom')
+
+
+FAULTS = {
+    # in the step: between the optimizer and the average
+    'step': lambda number: on_call(engine.optim.ModelEma, 'update', number, die),
+    'write': lambda number: on_call(paddle, 'save', number, die_half_written),
+    'rename': lambda number: on_call(os, 'replace', number, die, lambda source, path: path.endswith('.pdparams')),
+    'evaluation': lambda number: on_call(engine, 'batch_sums', number, die, lambda *args: not paddle.is_grad_enabled()),
+    'terminate': lambda number: on_call(engine, 'train_step', number, send('SIGTERM')),
+    'interrupt': lambda number: on_call(engine, 'train_step', number, send('SIGINT')),
+    'terminate_evaluation': lambda number: on_call(engine, 'batch_sums', number, send('SIGTERM'),
+                                                   lambda *args: not paddle.is_grad_enabled()),
+    'raise': lambda number: on_call(engine, 'train_step', number, raise_error),
+}
+
+
+if __name__ == '__main__':
+    # of several processes: in the last one
+    if int(os.environ.get('PADDLE_TRAINER_ID', 0)) == int(os.environ.get('PADDLE_TRAINERS_NUM', 1)) - 1:
+        FAULTS[sys.argv[1]](int(sys.argv[2]))
+    program = sys.argv[3]
+    sys.argv = sys.argv[3:]
+    runpy.run_path(program, run_name='__main__')

@@ -1,0 +1,276 @@
+"""Faults while a run goes on: kills, signals, disks that are full. What docs/reliability.md promises."""
+import os
+import random
+import shutil
+import signal
+import subprocess
+import sys
+import time
+
+import pytest
+from conftest import ROOT, STAGES, assert_same, fails, options, records, run, without_times
+from test_distributed import GROUP
+
+import checkpoint
+from utils import STOPPED
+
+MAIN = 'main_single_gpu.py'
+FAULTS = ROOT / 'tests/faults.py'
+PATHS = {'PYTHONPATH': f'{ROOT}:{ROOT / "tests"}'}
+# four epochs of five steps, with a save within each
+RUN = ['TRAIN.NUM_EPOCHS', '4', 'TRAIN.ACCUM_ITER', '2', 'DATA.BATCH_SIZE', '6', 'TRAIN.MIXUP_ALPHA', '0.5',
+       'TRAIN.AUTO_AUGMENT', 'True', 'TRAIN.RANDOM_ERASE_PROB', '0.5', 'TRAIN.CURRICULUM', str(STAGES),
+       'SAVE_FREQ', '2', 'SAVE_FREQ_STEPS', '2', 'DATA.NUM_WORKERS', '2']
+
+
+@pytest.fixture(scope='module')
+def whole(fashion, tmp_path_factory):
+    """A run that nothing interrupts, and its options."""
+    folder = tmp_path_factory.mktemp('faults') / 'whole'
+    opts = options(fashion, *RUN)
+    run(MAIN, '-output', folder, *opts)
+    assert [row['step'] for row in records(folder) if row['split'] == 'train'] == [5, 10, 15, 20]
+    return folder, opts
+
+
+def assert_same_runs(first, second):
+    assert without_times(records(first)) == without_times(records(second))
+    for name in ('latest', 'best', 'epoch_2', 'epoch_4'):
+        assert_same(*(checkpoint.load(str(folder / f'{name}.pdparams')) for folder in (first, second)))
+
+
+def faulty(fault, number, *args, status):
+    """A run with a fault of faults.py; returns what it printed."""
+    return run(FAULTS, fault, number, MAIN, *args, status=status, env=PATHS).stdout
+
+
+@pytest.mark.parametrize('faults', [
+    # in the 4th step; then 2 of 5 are done, and the run is killed in the 2nd epoch's evaluation
+    [('step', 4), ('evaluation', 9)],
+    # the file is half written; whole, but not in its place yet
+    [('write', 4), ('rename', 5), ('rename', 1)],
+])
+def test_killed_at_a_chosen_point(whole, tmp_path, faults):
+    folder, opts = whole
+    args = ['-output', tmp_path / 'run', '-resume', 'auto', *opts]
+    for fault, number in faults:
+        faulty(fault, number, *args, status=-signal.SIGKILL)
+        assert fault not in ('write', 'rename') or list((tmp_path / 'run').glob('*.partial'))
+    out = run(MAIN, *args).stdout
+    assert ' resumed ' in out and 'bitwise' not in out
+    assert_same_runs(folder, tmp_path / 'run')
+    assert not list((tmp_path / 'run').glob('*.partial'))
+
+
+def test_killed_at_random(whole, tmp_path, long):
+    """Again and again, until the run is done; in seconds, for what lies between the chosen points."""
+    folder, opts = whole
+    command = [sys.executable, MAIN, '-resume', 'auto', *map(str, opts), '-output']
+    for chain in range(5 if long else 1):
+        chance = random.Random(chain)
+        output = tmp_path / str(chain)
+        for _ in range(4 if long else 3):
+            process = subprocess.Popen([*command, str(output)], cwd=ROOT, stdout=subprocess.DEVNULL,
+                                       stderr=subprocess.DEVNULL)
+            # from the first file of the run on: before, there is nothing to lose
+            while not (output / 'log.txt').exists():
+                time.sleep(0.01)
+            time.sleep(chance.uniform(0, 3))
+            process.kill()
+            process.wait()
+        run(*command[1:], output)
+        assert_same_runs(folder, output)
+
+
+@pytest.mark.parametrize('fault, number, where', [
+    ('terminate', 8, 'epoch 2, step 3'), ('interrupt', 5, 'epoch 1, step 5'),
+    ('terminate_evaluation', 2, 'epoch 1, step 5')])
+def test_asked_to_stop(whole, tmp_path, fault, number, where):
+    """SIGTERM and Ctrl-C end a run at the next step, with a checkpoint from which it goes on bitwise."""
+    folder, opts = whole
+    args = ['-output', tmp_path / 'run', '-resume', 'auto', *opts, 'SAVE_FREQ_STEPS', '0', 'REPORT_FREQ', '1000']
+    process = run(FAULTS, fault, number, MAIN, *args, status=STOPPED, env=PATHS)
+    name = 'SIGINT' if fault == 'interrupt' else 'SIGTERM'
+    latest = tmp_path / 'run/latest.pdparams'
+    assert f'stopped by {name}; -resume auto goes on from {latest} ({where})' in process.stdout
+    assert process.stderr == 'asked to stop: a checkpoint comes first; Ctrl-C again stops at once\n'
+    out = run(MAIN, *args).stdout
+    done, step = (int(word) for word in where.replace(',', '').split()[1::2])
+    assert (f'resumed {latest} after epoch {done - 1} and {step} of 5 steps of the next, step {5 * done - 5 + step}'
+            in out)
+    assert_same_runs(folder, tmp_path / 'run')
+
+
+def members(text):
+    """Process numbers whose command line holds a text."""
+    out = subprocess.run(['ps', '-ww', '-eo', 'pid=,args='], capture_output=True, text=True).stdout
+    return [int(line.split()[0]) for line in out.splitlines() if text in line]
+
+
+def wait_until(condition, seconds=30):
+    deadline = time.monotonic() + seconds
+    while not condition():
+        assert time.monotonic() < deadline
+        time.sleep(0.02)
+
+
+def start(args, folder, **kwargs):
+    """Start a program that goes on for long; returns when it has made a first checkpoint."""
+    process = subprocess.Popen([*map(str, args)], cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True,
+                               **kwargs)
+    wait_until(lambda: process.poll() is not None or (folder / 'latest.pdparams').exists(), 60)
+    assert process.poll() is None
+    return process
+
+
+LONG = ['TRAIN.NUM_EPOCHS', '3000', 'DATA.NUM_WORKERS', '2']
+
+
+def test_a_signal_to_all_of_a_group(fashion, tmp_path):
+    """As a launcher and a terminal send it: data workers do not answer, and the run can save."""
+    args = [sys.executable, MAIN, '-output', tmp_path / 'run', *options(fashion, *LONG)]
+    process = start(args, tmp_path / 'run', start_new_session=True)
+    wait_until(lambda: len(members(str(tmp_path))) == 3)
+    began = time.monotonic()
+    os.killpg(process.pid, signal.SIGTERM)
+    out, _ = process.communicate(timeout=20)
+    assert process.returncode == STOPPED and time.monotonic() - began < 20
+    assert 'stopped by SIGTERM' in out and members(str(tmp_path)) == []
+    assert checkpoint.load(str(tmp_path / 'run/latest.pdparams'))['progress']
+
+
+def test_workers_do_not_outlive_their_parent(fashion, tmp_path):
+    args = [sys.executable, MAIN, '-output', tmp_path / 'run', *options(fashion, *LONG)]
+    process = start(args, tmp_path / 'run')
+    wait_until(lambda: len(members(str(tmp_path))) == 3)
+    process.kill()
+    process.communicate()
+    wait_until(lambda: members(str(tmp_path)) == [], 10)
+
+
+def test_a_second_interrupt_stops_at_once(fashion, tmp_path):
+    """REPORT_FREQ and two processes: the stop would come at the next log line, which is far."""
+    args = [sys.executable, 'main_multi_gpu.py', '-nproc', '2', '-output', tmp_path / 'run', *options(
+        fashion, *LONG, 'SAVE_FREQ_STEPS', '1', 'REPORT_FREQ', '1000000', 'TRAIN.NUM_EPOCHS', '1', 'DATA.BATCH_SIZE',
+        '1')]
+    process = start(args, tmp_path / 'run', start_new_session=True)
+    os.killpg(process.pid, signal.SIGINT)
+    time.sleep(0.3)
+    if process.poll() is None:
+        os.killpg(process.pid, signal.SIGINT)
+    process.communicate(timeout=30)
+    assert process.returncode in (130, STOPPED) and members(str(tmp_path)) == []
+
+
+@pytest.mark.parametrize('name, epoch', [('latest.pdparams', 1), ('epoch_4.pdparams', 3)])
+def test_a_full_disk(whole, tmp_path, name, epoch):
+    """The error names the path, the checkpoint before is whole, and the run goes on from it."""
+    folder, opts = whole
+    output = tmp_path / 'run'
+    args = ['-output', output, '-resume', 'auto', *opts, 'SAVE_FREQ_STEPS', '0']
+    faulty('rename', 3, *args, status=-signal.SIGKILL)  # after best and latest of the first epoch
+    before = (output / 'latest.pdparams').read_bytes()
+    (output / f'{name}.partial').unlink(missing_ok=True)
+    (output / f'{name}.partial').symlink_to('/dev/full')
+    line = fails(MAIN, *args)
+    assert f'{output}/{name}: cannot write (No space left on device); free the disk' in line
+    assert checkpoint.load(str(output / 'latest.pdparams'))['epoch'] == epoch
+    assert name != 'latest.pdparams' or (output / name).read_bytes() == before
+    assert not list(output.glob('*.partial'))
+    run(MAIN, *args)
+    assert_same_runs(folder, output)
+
+
+def test_a_folder_that_goes_away(whole, tmp_path):
+    """The error names it."""
+    _, opts = whole
+    process = start([sys.executable, MAIN, '-output', tmp_path / 'run', *opts, 'TRAIN.NUM_EPOCHS', '3000'],
+                    tmp_path / 'run')
+    shutil.move(tmp_path / 'run', tmp_path / 'elsewhere')
+    (tmp_path / 'run').write_text('')
+    _, error = process.communicate(timeout=60)
+    assert process.returncode == 2 and len(error.splitlines()) == 1 and f'{tmp_path}/run/' in error
+    checkpoint.load_training(str(tmp_path / 'elsewhere/latest.pdparams'))
+
+
+# several processes: what a run of two has that is asked to stop, and one that is killed
+
+TWO = ['main_multi_gpu.py', '-nproc', '2']
+FAULTY_TWO = ['-c', GROUP, '2', FAULTS]
+BOTH = ['DATA.BATCH_SIZE', '3', 'REPORT_FREQ', '2']
+
+
+@pytest.fixture(scope='module')
+def whole_of_two(fashion, tmp_path_factory):
+    folder = tmp_path_factory.mktemp('faults') / 'two'
+    opts = options(fashion, *RUN, *BOTH)
+    run(*TWO, '-output', folder, *opts)
+    return folder, opts
+
+
+def test_two_processes_that_are_killed(whole_of_two, tmp_path):
+    """With the same SAVE_FREQ_STEPS bitwise, batch-norm statistics too."""
+    folder, opts = whole_of_two
+    args = ['-output', tmp_path / 'run', '-resume', 'auto', *opts]
+    process = run(*FAULTY_TWO, 'step', 9, TWO[0], *args, status=128 + signal.SIGKILL, env=PATHS)
+    assert process.stderr == 'rank 1 was ended by SIGKILL\n'
+    out = run(*TWO, *args).stdout
+    assert 'after epoch 1 and 3 of 5 steps of the next, step 8' in out and 'bitwise' not in out
+    assert_same_runs(folder, tmp_path / 'run')
+
+
+def test_one_of_two_processes_is_asked_to_stop(whole_of_two, tmp_path):
+    """They agree at the next log line; weights are bitwise those of a run that was not, but batch-norm statistics."""
+    folder, opts = whole_of_two
+    args = ['-output', tmp_path / 'run', '-resume', 'auto', *opts]
+    out = run(*FAULTY_TWO, 'terminate', 8, TWO[0], *args, status=STOPPED, env=PATHS).stdout
+    assert 'stopped by a signal to another process; -resume auto goes on' in out
+    assert '(epoch 2, step 4)' in out.splitlines()[-1]  # the next log line after the 3rd step
+    out = run(*TWO, *args).stdout
+    assert 'after epoch 1 and 4 of 5 steps of the next, step 9' in out and 'bitwise' not in out
+    states = [checkpoint.load(str(path / 'latest.pdparams')) for path in (folder, tmp_path / 'run')]
+    statistics = [name for name in states[0]['model'] if name.endswith(('._mean', '._variance'))]
+    for state in states:
+        for part in ('model', 'model_ema'):
+            state[part] = {name: value for name, value in state[part].items() if name not in statistics}
+        del state['best']
+    assert statistics
+    assert_same(*states)
+
+
+def test_a_parent_and_its_processes_are_asked_to_stop(fashion, tmp_path):
+    args = [sys.executable, *TWO, '-output', tmp_path / 'run', *options(fashion, *LONG)]
+    process = start(args, tmp_path / 'run')
+    began = time.monotonic()
+    process.terminate()
+    out, error = process.communicate(timeout=30)
+    assert process.returncode == STOPPED and time.monotonic() - began < 20
+    assert out.splitlines()[-1].endswith(')') and 'stopped by SIGTERM; -resume auto goes on from ' in out
+    assert error.splitlines() == ['asked to stop: a checkpoint comes first; Ctrl-C again stops at once']
+    assert members(str(tmp_path)) == []
+
+
+def test_the_launcher_is_asked_to_stop(fashion, tmp_path):
+    """Its own status is 15 whatever the processes return."""
+    process = start(['sh', 'run_train_multi.sh', *options(fashion, *LONG)[4:]], tmp_path / 'run', env={
+        **os.environ, 'PYTHON': sys.executable, 'PADDLE_NPROC_PER_NODE': '2', 'DATA_PATH': str(fashion), 'OUTPUT': str(
+            tmp_path / 'run'), 'BATCH_SIZE': '8'})
+    process.terminate()
+    process.communicate(timeout=40)
+    assert process.returncode == signal.SIGTERM and members(str(tmp_path)) == []
+    assert 'stopped by SIGTERM; -resume auto goes on' in (tmp_path / 'run/log.txt').read_text()
+    assert checkpoint.load(str(tmp_path / 'run/latest.pdparams'))['progress']
+
+
+@pytest.mark.parametrize('launcher', [FAULTY_TWO[:-1], ['-m', 'paddle.distributed.launch', '--nproc_per_node', '2']])
+def test_an_error_of_one_process_reaches_the_console(fashion, tmp_path, launcher):
+    began = time.monotonic()
+    if 'paddle.distributed.launch' in launcher:
+        launcher = [*launcher, '--log_dir', tmp_path / 'log']
+    command = [sys.executable, *launcher, FAULTS, 'raise', '5', TWO[0], '-output', tmp_path / 'run', *options(
+        fashion, 'TRAIN.NUM_EPOCHS', '3000')]
+    process = subprocess.run([*map(str, command)], cwd=ROOT, capture_output=True, text=True, timeout=100,
+                             env={**os.environ, **PATHS})
+    assert process.returncode != 0 and time.monotonic() - began < 60 and members(str(tmp_path)) == []
+    assert 'RuntimeError: boom' in process.stderr
+    assert 'rank 1: error: RuntimeError: boom' in (tmp_path / 'run/log.txt').read_text()

@@ -1,0 +1,267 @@
+"""Weight files of strangers: what Paddle writes is read, and nothing in a file is ever executed."""
+import collections
+import hashlib
+import os
+import pickle
+import sys
+import tracemalloc
+
+import numpy as np
+import paddle
+import pytest
+import safetensors.numpy
+from conftest import ROOT, options, run
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+import checkpoint
+from mobileone import build_mobileone
+from utils import UserError
+
+
+@pytest.mark.parametrize('protocol', [2, 3, 4])
+def test_what_paddle_writes_is_read(config, tmp_path, protocol):
+    """Tensors, arrays, the states of optimizer, scheduler and scaler, at each of paddle.save's protocols."""
+    model = build_mobileone(config)
+    scheduler = paddle.optimizer.lr.CosineAnnealingDecay(0.1, 10)
+    optimizer = paddle.optimizer.AdamW(scheduler, parameters=model.parameters())
+    model(paddle.randn([2, 3, 32, 32])).sum().backward()
+    optimizer.step()
+    arrays = {'F': np.asfortranarray(np.arange(6.0).reshape(2, 3)), 'bool': np.array([True]), 'none': None,
+              'scalar': paddle.to_tensor(3), 'half': np.ones([2], 'float16'), 'list': [1, 2.5, 'x', False]}
+    if protocol > 2:  # which has no empty bytes
+        arrays['empty'] = np.zeros([0, 3])
+    state = {'model': model.state_dict(), 'model_ema': collections.OrderedDict(model.state_dict()),
+             'optimizer': optimizer.state_dict(), 'lr_scheduler': scheduler.state_dict(), 'epoch': 3,
+             'amp_grad_scaler': paddle.amp.GradScaler(enable=False).state_dict(), 'arrays': arrays}
+    path = str(tmp_path / 'w.pdparams')
+    paddle.save(state, path, protocol=protocol)
+
+    def same(own, theirs):
+        if isinstance(theirs, dict):
+            theirs.pop('StructuredToParameterName@@', None)
+            own.pop('StructuredToParameterName@@', None)
+            assert list(own) == list(theirs)
+            return [same(own[key], theirs[key]) for key in theirs]
+        if isinstance(theirs, np.ndarray):
+            assert own.dtype == theirs.dtype and own.shape == theirs.shape and own.flags.writeable
+            return np.testing.assert_array_equal(own, theirs)
+        assert type(own) is type(theirs) and own == theirs
+    same(checkpoint.load(path), paddle.load(path, return_numpy=True))
+
+
+class Call:
+    """What pickle makes of it: function(*arguments), when it is read."""
+
+    def __init__(self, function, *arguments):
+        self.call = function, arguments
+
+    def __reduce__(self):
+        return self.call
+
+
+def dumps(value):
+    return pickle.dumps(value, protocol=4)
+
+
+def named(module, name):
+    """A pickle of {'stages.0': the global `name` of a module}, called with ('touch hacked',)."""
+    call = f'c{module}\n{name}\n(X\x0c\x00\x00\x00touch hackedtR'
+    return b'\x80\x02}X\x08\x00\x00\x00stages.0' + call.encode() + b's.'
+
+
+def array_pickle(shape, code='f4', content=b'', dtype_state=(3, '<', None, None, None, -1, -1, 0)):
+    """A pickle of an array that says of itself what is given."""
+    class Dtype:
+        def __reduce__(self):
+            return np.dtype, (code, False, True), dtype_state
+
+    class Array:
+        def __reduce__(self):
+            return np.zeros(0).__reduce__()[0], (np.ndarray, (0,), b'b'), (1, shape, Dtype(), False, content)
+    return dumps({'stages.0': Array()})
+
+
+ATTACKS = {
+    'os.system': (dumps({'stages.0': Call(os.system, 'touch hacked')}), r"'posix.system', which is no part of weights"),
+    'eval': (dumps(Call(eval, '__import__("os").system("touch hacked")')), "'builtins.eval', which is no part"),
+    'exec in a checkpoint': (dumps({'model': {'stages.0': np.zeros(2), 'x': Call(exec, 'open("hacked", "w")')}}),
+                             "'builtins.exec'"),
+    'in the name of a tensor': (dumps({'stages.0': Call(tuple, (Call(os.system, 'touch hacked'), np.zeros(2)))}),
+                                "'posix.system'"),
+    'nested': (dumps({'x': Call(os.system, Call(eval, '"touch hacked"'))}), "'posix.system'|'builtins.eval'"),
+    'getattr': (dumps(Call(getattr, os, 'system') if False else Call(getattr, 'x', 'upper')), "'builtins.getattr'"),
+    'another name in numpy': (named('numpy', 'load'), "'numpy.load'"),
+    'hidden in numpy': (named('numpy.core.multiarray', 'os.system'), "'numpy.core.multiarray.os.system'"),
+    'another name in collections': (named('collections', 'namedtuple'), "'collections.namedtuple'"),
+    'another codec': (named('_codecs', 'encode'), 'it calls _codecs.encode with arguments that no weights have'),
+    'another dtype': (named('numpy', 'dtype'), 'it calls numpy.dtype with arguments'),
+    'a path and a name': (b'\x80\x04\x8c\x02os\x8c\x06system\x93\x8c\x0ctouch hacked\x85R.', "'os.system'"),
+    'instance': (b'(S"touch hacked"\nios\nsystem\n.', 'the pickle instruction'),
+    'object': (b'\x80\x02(cos\nsystem\nS"x"\no.', "instruction STRING|'os.system'"),
+    'new object': (dumps(Exception('x')), 'exceptions|builtins.Exception'),
+    'extension': (b'\x80\x02\x82\x01.', 'the pickle instruction EXT1'),
+    'persistent': (b'\x80\x02X\x01\x00\x00\x00aQ.', 'the pickle instruction BINPERSID'),
+    'buffer': (b'\x80\x05\x97.', 'the pickle instruction NEXT_BUFFER'),
+    'state of a dictionary': (b'\x80\x02}}b.', 'it holds dict where|not enough values|unpack'),
+    'state of a name': (b'\x80\x02cnumpy\ndtype\n(K\x01(K\x01tcnumpy\ndtype\n\x89C\x00tb.', 'where no weights have it'),
+    'an array of objects': (array_pickle((1,), 'O', [Call(os.system, 'touch hacked')]),
+                            "'posix.system'|it calls numpy.dtype"),
+    'an array of objects that it shares': (array_pickle((1,), 'O8', []), 'it calls numpy.dtype'),
+    'a data type with fields': (array_pickle((1,), 'V8', b'\0' * 8), 'it calls numpy.dtype'),
+    'a state of a data type': (array_pickle((1,), 'f4', b'\0' * 4, (3, '<', ('f4', (2,)), None, None, 4, 4, 0)),
+                               'a data type that no weights have'),
+    'a large shape': (array_pickle((2 ** 40,)), r'an array of shape \[1099511627776\] in 0 bytes'),
+    'a shape whose product overflows': (array_pickle((2 ** 32, 2 ** 32), 'f4', b''), 'an array of shape'),
+    'a negative shape': (array_pickle((-1, -4), 'i1', b'\0' * 4), 'an array of shape'),
+    'too short': (array_pickle((3,), 'f4', b'\0' * 8), r'an array of shape \[3\] in 8 bytes'),
+    'too long': (array_pickle((1,), 'f4', b'\0' * 8), r'an array of shape \[1\] in 8 bytes'),
+    'too many sides': (array_pickle((1,) * 40, 'f4', b'\0' * 4), 'an array of shape'),
+    'text for bytes': (array_pickle((1,), 'i1', 'x'), 'it holds str where no weights have it'),
+    'without content': (b'\x80\x02}X\x01\x00\x00\x00acnumpy.core.multiarray\n_reconstruct\n(cnumpy\nndarray\n(K\x00t'
+                        b'C\x01btRs.', 'it holds NoneType where no weights have it'),
+    'a large memo': (b'\x80\x02}r\xff\xff\xff\xff.', 'holds no MobileOne weights'),
+    'large bytes': (b'\x80\x04\x8e' + (2 ** 40).to_bytes(8, 'little') + b'x.', 'ValueError'),
+    'large text': (b'\x80\x04\x8d' + (2 ** 62).to_bytes(8, 'little') + b'x.', 'ValueError'),
+    'a large frame': (b'\x80\x04\x95' + (2 ** 40).to_bytes(8, 'little') + b'N.', 'holds NoneType'),
+    'in itself': (b'\x80\x04}\x94\x8c\x01ah\x00s.', 'it holds dict where no weights have it'),
+    'shared lists': (b'\x80\x04]\x94(h\x00h\x00e\x94h\x01.', 'it holds list where no weights have it'),
+    'deep': (b'\x80\x04' + b'}\x8c\x01a' * 100000 + b'N' + b's' * 100000 + b'.', 'nested too deeply'),
+    'a key that is no text': (b'\x80\x04}K\x01K\x02s.', 'a key in it is int'),
+    'a key of several lines': (dumps({'stages.0\nerror': np.zeros(1)}), 'a key in it is str, not a short text'),
+    'what follows the end': (dumps({'stages.0': np.zeros(1)}) + dumps(Call(os.system, 'touch hacked')),
+                             'bytes follow its end'),
+}
+
+
+@pytest.mark.parametrize('name', ATTACKS)
+def test_attacks_are_refused(tmp_path, monkeypatch, name):
+    monkeypatch.chdir(tmp_path)
+    content, message = ATTACKS[name]
+    (tmp_path / 'w.pdparams').write_bytes(content)
+    tracemalloc.start()
+    try:
+        with pytest.raises(UserError, match=rf'w.pdparams: .*({message})') as error:
+            checkpoint.load_weights('w.pdparams')
+        assert tracemalloc.get_traced_memory()[1] < 100e6
+    finally:
+        tracemalloc.stop()
+    assert '\n' not in str(error.value) and len(str(error.value)) < 500
+    assert os.listdir(tmp_path) == ['w.pdparams']
+
+
+def test_the_attacks_are_real(tmp_path, monkeypatch):
+    """Python's own reader runs them."""
+    monkeypatch.chdir(tmp_path)
+    for name in ('os.system', 'eval', 'exec in a checkpoint', 'nested', 'a path and a name'):
+        pickle.loads(ATTACKS[name][0])
+        os.remove('hacked')
+    (tmp_path / 'w.pdparams').write_bytes(ATTACKS['os.system'][0])
+    paddle.load('w.pdparams')
+    assert os.path.exists('hacked')
+
+
+def test_every_program_reads_safely(fashion, tmp_path):
+    path = tmp_path / 'w.pdparams'
+    path.write_bytes(ATTACKS['os.system'][0].replace(b'touch hacked', b'echo hacked '))
+    for args in (['main_single_gpu.py', '-eval', '-pretrained', path], ['main_single_gpu.py', '-pretrained', path],
+                 ['main_single_gpu.py', '-resume', path, '-output', tmp_path / 'other'],
+                 ['-m', 'tools.fuse', '-no_data', '-pretrained', path]):
+        process = run(*args, *(options(fashion) if 'main' in args[0] else []), status=2, cwd=ROOT, env={
+            'PYTHONPATH': str(ROOT)})
+        assert "it holds 'posix.system', which is no part of weights" in process.stderr
+        assert 'hacked' not in process.stdout + process.stderr
+
+
+def test_the_sha256_of_every_weight_file_is_logged(fashion, tmp_path):
+    """Of weights, of the checkpoint to resume, of a teacher."""
+    def run_logs(name, *args):
+        opts = options(fashion, 'TRAIN.NUM_EPOCHS', '2', *args[1:])
+        return run('main_single_gpu.py', '-output', tmp_path / name, *opts, *args[0]).stdout
+    run_logs('first', [], 'TRAIN.NUM_EPOCHS', '1')
+    path = tmp_path / 'first/latest.pdparams'
+    line = f'{path}: {path.stat().st_size:,} bytes, SHA-256 {hashlib.sha256(path.read_bytes()).hexdigest()}'
+    assert line in run_logs('tuned', ['-pretrained', path])
+    assert line in run_logs('evaluated', ['-eval', '-pretrained', path])
+    assert line in run_logs('resumed', ['-resume', path])
+    assert line in run_logs('taught', [], 'TRAIN.DISTILLATION.TYPE', 'hard', 'TRAIN.DISTILLATION.TEACHER_CFG',
+                            tmp_path / 'first/config.yaml', 'TRAIN.DISTILLATION.TEACHER_WEIGHTS', path)
+
+
+def test_safetensors(config, fashion, tmp_path):
+    """Written and read without a pickle; the programs take it where they take .pdparams."""
+    path = str(tmp_path / 'w.safetensors')
+    model = build_mobileone(config)
+    checkpoint.save(model.state_dict(), path)
+    weights, is_ema = checkpoint.load_weights(path)
+    assert not is_ema and safetensors.numpy.load_file(path).keys() == weights.keys()
+    for name, tensor in model.state_dict().items():
+        np.testing.assert_array_equal(weights[name], tensor.numpy())
+    short = options(fashion, 'TRAIN.NUM_EPOCHS', '1')
+    run('main_single_gpu.py', '-output', tmp_path / 'a', '-pretrained', path, *short)
+    out = run('-m', 'tools.fuse', '-cfg', tmp_path / 'a/config.yaml', '-no_data', '-pretrained',
+              tmp_path / 'a/best.pdparams', '-save', tmp_path / 'fused.safetensors').stdout
+    assert f'fused weights: {tmp_path}/fused.safetensors' in out
+    assert '(fused)' in run('main_single_gpu.py', '-eval', '-output', tmp_path / 'b', *options(fashion), '-pretrained',
+                            tmp_path / 'fused.safetensors').stdout
+    content = (tmp_path / 'w.safetensors').read_bytes()
+    for broken in (content[:-1], content[:100], b'', b'\xff' * 8 + content[8:], ATTACKS['os.system'][0]):
+        (tmp_path / 'broken.safetensors').write_bytes(broken)
+        with pytest.raises(UserError, match='broken.safetensors: not a .safetensors file that can be read safely'):
+            checkpoint.load_weights(str(tmp_path / 'broken.safetensors'))
+    with pytest.raises(UserError, match='holds weights alone'):
+        checkpoint.load_training(path)
+    with pytest.raises(UserError, match='x.safetensors: holds only arrays, not dict under .model'):
+        checkpoint.save({'model': model.state_dict()}, str(tmp_path / 'x.safetensors'))
+
+
+def test_without_safetensors(tmp_path, monkeypatch):
+    monkeypatch.setitem(sys.modules, 'safetensors', None)
+    monkeypatch.setitem(sys.modules, 'safetensors.numpy', None)
+    (tmp_path / 'w.safetensors').write_bytes(b'')
+    for call in (lambda path: checkpoint.load(path), lambda path: checkpoint.save({}, path)):
+        with pytest.raises(UserError, match='w.safetensors: needs safetensors: pip install safetensors'):
+            call(str(tmp_path / 'w.safetensors'))
+
+
+@pytest.fixture(scope='module')
+def small(tmp_path_factory):
+    """The bytes of a small checkpoint."""
+    path = str(tmp_path_factory.mktemp('small') / 'w.pdparams')
+    state = {name: kind() for name, kind in checkpoint.PARTS.items()}
+    arrays = {f'stages.{n}': np.arange(n, dtype='float32') for n in range(1, 4)}
+    paddle.save({**state, 'model': arrays, 'model_ema': arrays, 'best': {'acc1': 1.5, 'epoch': 1}}, path)
+    with open(path, 'rb') as file:
+        return file.read()
+
+
+def test_any_bytes_are_read_or_refused(small, long, tmp_path):
+    """A checkpoint's bytes with changes, and pickles of other things: a value, or a UserError of one line."""
+    path = str(tmp_path / 'w.pdparams')
+    values = st.recursive(st.none() | st.booleans() | st.integers() | st.floats() | st.text() | st.binary(),
+                          lambda inner: st.lists(inner) | st.dictionaries(st.text() | st.integers(), inner)
+                          | st.tuples(inner, inner), max_leaves=10)
+    edits = st.lists(st.tuples(st.integers(0, len(small) - 1), st.integers(0, 3), st.binary(max_size=4)), min_size=1,
+                     max_size=6)
+    seen = {'read': 0, 'refused': 0}
+
+    @settings(max_examples=20000 if long else 300, deadline=None, derandomize=True, database=None)
+    @given(edits | values | st.binary())
+    def check(value):
+        if isinstance(value, list) and value and all(isinstance(edit, tuple) and len(edit) == 3 for edit in value):
+            content = bytearray(small)
+            for place, length, new in value:
+                content[place:place + length] = new
+        else:
+            content = value if isinstance(value, bytes) else pickle.dumps(value, protocol=4)
+        with open(path, 'wb') as file:
+            file.write(content)
+        for load in (checkpoint.load, checkpoint.load_weights, checkpoint.load_training):
+            try:
+                load(path)
+                seen['read'] += 1
+            except UserError as error:
+                assert '\n' not in str(error) and len(str(error)) < 600
+                seen['refused'] += 1
+    check()
+    assert min(seen.values()) > 10

@@ -18,6 +18,9 @@ LATEST, BEST = 'latest.pdparams', 'best.pdparams'
 # what a checkpoint of training holds, and of which type
 PARTS = {'model': dict, 'model_ema': dict, 'optimizer': dict, 'epoch': int, 'step': int, 'lr_scheduler': dict,
          'amp_grad_scaler': dict, 'best': dict, 'world_size': int, 'progress': dict}
+# of `best`, and of `progress`, which is empty after an epoch: see engine.EpochPart
+BEST_PARTS = {'acc1': float, 'epoch': int}
+PROGRESS_PARTS = {'steps': int, 'seconds': float, 'sums': np.ndarray, 'steps_per_epoch': int, 'total_batch': int}
 CLASSIFIER = ('fc.weight', 'fc.bias')
 SAFETENSORS = '.safetensors'
 
@@ -279,11 +282,32 @@ def load_training(path):
     if not (isinstance(state, dict) and isinstance(state.get('model'), dict)):
         raise UserError(f'{path}: holds weights alone, which cannot be resumed; start from them with -pretrained')
     state.setdefault('progress', {})  # checkpoints of earlier versions end with an epoch
-    missing = [name for name, kind in PARTS.items() if not isinstance(state.get(name), kind)]
+    missing = _missing(PARTS, state)
+    if not missing:
+        missing = _missing(BEST_PARTS, state['best'], 'best.')
+        missing += _missing(PROGRESS_PARTS, state['progress'], 'progress.') if state['progress'] else []
     if missing:
         raise UserError(f'{path}: is no checkpoint of this project (no {", ".join(missing)}), and others cannot be '
                         'resumed; start from its weights with -pretrained')
+    for part in ('model', 'model_ema', 'optimizer'):
+        _check_floats(state[part], path)
+    progress = state['progress']
+    if state['epoch'] < 0 or state['world_size'] < 1 or progress and not (
+            0 < progress['steps'] <= progress['steps_per_epoch']
+            and progress['sums'].shape == (state['world_size'], 4) and progress['sums'].dtype == 'float64'):
+        raise UserError(f'{path}: is broken: what it says of epochs, steps and processes cannot be; resume another one')
     return state
+
+
+def _missing(parts, state, prefix=''):
+    return [prefix + name for name, kind in parts.items() if not isinstance(state.get(name), kind)]
+
+
+def _check_floats(arrays, path):
+    """Raises: UserError unless the values of a dictionary are arrays of floats."""
+    for key, value in arrays.items():
+        if not (isinstance(value, np.ndarray) and value.dtype.kind == 'f'):
+            raise UserError(f'{path}: {key} is {type(value).__name__}, not an array of floats')
 
 
 def _checkpoints(folder):
@@ -346,12 +370,10 @@ def load_weights(path):
     if not isinstance(state, dict):
         raise UserError(f'{path}: holds {type(state).__name__}, not a dictionary of weights')
     state = {key: value for key, value in state.items() if key != 'StructuredToParameterName@@'}
-    if not any(str(key).startswith('stages.') for key in state):
+    if not any(key.startswith('stages.') for key in state):
         raise UserError(f'{path}: holds no MobileOne weights (no key starts with "stages."); official PyTorch files '
                         'are converted by load_pytorch_weights.py')
-    for key, value in state.items():
-        if not (isinstance(key, str) and isinstance(value, np.ndarray) and value.dtype.kind == 'f'):
-            raise UserError(f'{path}: {key} is {type(value).__name__}, not an array of floats')
+    _check_floats(state, path)
     return state, is_ema
 
 

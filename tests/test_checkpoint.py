@@ -146,9 +146,13 @@ def test_prune(tmp_path):
     assert sorted(os.listdir(tmp_path)) == [f'{name}.pdparams' for name in kept]
 
 
+PROGRESS = {'steps': 2, 'seconds': 1.5, 'sums': np.zeros([1, 4]), 'steps_per_epoch': 5, 'total_batch': 8}
+
+
 def write_checkpoint(path, epoch, **parts):
     state = {name: kind() for name, kind in checkpoint.PARTS.items()}
-    checkpoint.save({**state, 'model': {'x': np.zeros(2, 'float32')}, 'epoch': epoch, **parts}, str(path))
+    checkpoint.save({**state, 'model': {'x': np.zeros(2, 'float32')}, 'epoch': epoch, 'world_size': 1,
+                     'best': {'acc1': 50.0, 'epoch': 1}, **parts}, str(path))
 
 
 def test_newest_and_past_checkpoints(tmp_path, caplog):
@@ -160,6 +164,13 @@ def test_newest_and_past_checkpoints(tmp_path, caplog):
     checkpoint.save({'stages.x': np.zeros(2)}, str(tmp_path / 'weights.pdparams'))
     path, state = checkpoint.find_newest(str(tmp_path))
     assert os.path.basename(path) == 'latest.pdparams' and state['epoch'] == 2
+    # within an epoch: past its beginning, and put aside for a checkpoint that is not
+    for steps in (3, 2):
+        write_checkpoint(tmp_path / f'part-{steps}.pdparams', 2, progress={**PROGRESS, 'steps': steps})
+    assert os.path.basename(checkpoint.find_newest(str(tmp_path))[0]) == 'part-3.pdparams'
+    assert [os.path.basename(old) for old, _ in checkpoint.put_aside(str(tmp_path), (2, 2))] == ['part-3.pdparams']
+    assert [os.path.basename(old) for old, _ in checkpoint.put_aside(str(tmp_path), (2, 0))] == ['part-2.pdparams']
+    write_checkpoint(path, 2)
     os.truncate(path, 100)
     assert os.path.basename(checkpoint.find_newest(str(tmp_path))[0]) != 'latest.pdparams'
     (tmp_path / 'best.pdparams.past').touch()
@@ -176,7 +187,12 @@ def test_newest_and_past_checkpoints(tmp_path, caplog):
 
 @pytest.mark.parametrize('parts, message', [
     ({'step': 1.5}, 'no step'), ({'best': 3, 'epoch': 'x'}, 'no epoch, best'),
-    ({'model': np.zeros(2)}, 'weights alone')])
+    ({'model': np.zeros(2)}, 'weights alone'), ({'best': {'epoch': 1}}, 'no best.acc1'),
+    ({'model_ema': {'x': 3}}, 'x is int, not an array of floats'),
+    ({'optimizer': {'x': {}}}, 'x is dict, not an array of floats'),
+    ({'epoch': -1}, 'is broken'), ({'progress': {'steps': 1}}, 'no progress.seconds, progress.sums'),
+    *(({'progress': {**PROGRESS, **part}}, 'is broken') for part in (
+        {'steps': 0}, {'steps': 6}, {'sums': np.zeros([2, 4])}, {'sums': np.zeros([1, 4], 'float32')}))])
 def test_what_is_no_checkpoint_of_training(tmp_path, parts, message):
     write_checkpoint(tmp_path / 'x.pdparams', **{'epoch': 1, **parts})
     with pytest.raises(UserError, match=message):

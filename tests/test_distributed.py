@@ -152,6 +152,24 @@ def test_ranks_that_disagree_are_refused(fashion, option):
         'another rank has another config' in process.stderr)
 
 
+def test_ranks_with_other_data_are_refused(fashion, tmp_path):
+    """Where the lists are may differ, and weight files of one name, but not what is in them."""
+    lines = (fashion / 'train_list.txt').read_text().splitlines()
+    shorter = with_lists(fashion, tmp_path / 'shorter', train=lines[:50])
+    process = group(2, 'disagree', fashion, 'DATA.DATA_PATH', shorter, status=2)
+    assert 'images of train_list.txt is 50, not 60; start all processes alike' in process.stderr or (
+        'another rank has another config' in process.stderr)
+    for name in ('a', 'b'):
+        (tmp_path / name).mkdir()
+        (tmp_path / name / 'w.pdparams').write_text('x')
+    args = ['disagree_on_weights', fashion, tmp_path / 'a', tmp_path / 'b']
+    assert group(2, *args).stdout.count('agreed') == 2
+    (tmp_path / 'b/w.pdparams').write_text('y')
+    process = group(2, *args, status=2)
+    assert 'rank 1: not as on rank 0: the SHA-256 of w.pdparams is ' in process.stderr or (
+        'another rank has another config' in process.stderr)
+
+
 @pytest.mark.parametrize('count', [1, 2])
 def test_a_loss_that_is_not_finite_ends_all_ranks_together(fashion, count):
     args = ['not_finite', fashion, 'DATA.BATCH_SIZE', 10 // count, 'REPORT_FREQ', '5']

@@ -118,6 +118,14 @@ def disagree(folder, key, value):
     engine.check_agreement(config, [loader])
 
 
+def disagree_on_weights(folder, *folders):
+    """The same name of a weight file is another file on rank 1."""
+    os.chdir(folders[rank()])
+    _, loader, config = build(folder, Plain, 'MODEL.PRETRAINED', 'w.pdparams')
+    engine.check_agreement(config, [loader])
+    say(f'rank {rank()}: agreed')
+
+
 def not_finite(folder, *options):
     """Train with a loss that is not finite from step 4 on, on the last rank alone."""
     training, loader, config = build(folder, Plain, *options)

@@ -101,6 +101,16 @@ def test_asked_to_stop(whole, tmp_path, fault, number, where):
     assert_same_runs(folder, tmp_path / 'run')
 
 
+def test_other_batches_begin_the_epoch_again(whole, tmp_path):
+    _, opts = whole
+    faulty('terminate', 8, '-output', tmp_path / 'run', *opts, status=STOPPED)
+    out = run(MAIN, '-output', tmp_path / 'run', '-resume', 'auto', *opts, 'DATA.BATCH_SIZE', '5').stdout
+    assert 'the checkpoint counts 8 steps, this run 6: it goes on after epoch 1, but not bitwise' in out
+    rows = [row for row in records(tmp_path / 'run') if row['split'] == 'train']
+    assert [(row['epoch'], row['step']) for row in rows] == [(1, 5), (2, 12), (3, 18), (4, 24)]
+    assert {row['n'] for row in rows} == {60}
+
+
 def members(text):
     """Process numbers whose command line holds a text."""
     out = subprocess.run(['ps', '-ww', '-eo', 'pid=,args='], capture_output=True, text=True).stdout

@@ -120,6 +120,8 @@ class Training:
     seed: int
     # the epoch that was trained on last; whole once it has been
     part: Optional[EpochPart] = None
+    # the optimizer's state in the checkpoint that was resumed: before the first step PaddlePaddle 2.6.2 does not say it
+    resumed_optimizer: dict = field(default_factory=dict)
     # the best evaluation so far, by the EMA weights if there are any
     best: dict = field(default_factory=lambda: {'acc1': -1.0, 'epoch': 0})
     # what the last evaluation took, for the estimate of the time left
@@ -528,7 +530,7 @@ def save_checkpoints(config, training, epoch, step, progress=None):
     state = {
         'model': training.model.state_dict(),
         'model_ema': training.ema.average if training.ema else {},
-        'optimizer': optim.optimizer_state(training.optimizer, training.model),
+        'optimizer': optim.optimizer_state(training.optimizer, training.model) or training.resumed_optimizer,
         'epoch': epoch,
         'step': step,
         'lr_scheduler': {'last_epoch': epoch, 'last_lr': training.schedule.lr(step - 1)},
@@ -607,7 +609,7 @@ def resume_training(config, loader, path, state):
     optim.load_optimizer_state(training.optimizer, training.model, state['optimizer'], path)
     if state['amp_grad_scaler']:
         training.precision.scaler.load_state_dict(state['amp_grad_scaler'])
-    training.best = state['best']
+    training.resumed_optimizer, training.best = state['optimizer'], state['best']
     when = f'epoch {epoch}'
     if progress:
         when += f' and {progress["steps"]} of {progress["steps_per_epoch"]} steps of the next'

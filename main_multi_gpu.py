@@ -101,7 +101,9 @@ def wait_for(processes):
         statuses = [process.poll() for process in processes]
     failed += [number for number, status in enumerate(statuses) if status and number not in failed]
     # a user's mistake (status 2) is often found by all; gloo aborts the others when one has gone, which is no news
-    return min(failed, key=lambda number: (statuses[number] != 2, statuses[number] == -signal.SIGABRT))
+    mistakes = [number for number, status in enumerate(statuses) if status == 2]
+    causes = [number for number in failed if statuses[number] != -signal.SIGABRT]
+    return (mistakes or causes or failed)[0]
 
 
 def end(processes, patience=30):

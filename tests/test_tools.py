@@ -187,7 +187,7 @@ def test_benchmark_of_processes(fashion):
     assert [row[0] for row in rows] == ['1', '2'] and all(float(row[1]) > 0 for row in rows) and process.stderr == ''
     assert rows[0][5] == '100.0%'
     assert '-steps and -repeats must be at least 1' in fails(*args, '-repeats', '0')
-    assert '-nproc 1: main_multi_gpu.py: error: ' in fails(*args, 'MODEL.NUM_BLOCKS', '[1,1]')
+    assert '-nproc 1: main_multi_gpu.py: error: ' in fails(*args, 'TRAIN.ACCUM_ITER', '1000')
 
 
 def test_plot_log(fashion, tmp_path):

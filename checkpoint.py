@@ -12,7 +12,7 @@ from typing import Optional
 import numpy as np
 import paddle
 
-from utils import LOG, UserError, first_few, misfits
+from utils import LOG, UserError, describe_error, first_few, misfits
 
 LATEST, BEST = 'latest.pdparams', 'best.pdparams'
 # what a checkpoint of training holds, and of which type
@@ -114,9 +114,9 @@ def load(path):
     try:
         return read(data)
     except Exception as error:  # a broken file raises nearly every type
-        reason = f'{type(error).__name__}: {" ".join(str(error).split())[:200]}'
         raise UserError(f'{path}: not a {".pdparams" if is_pickle else SAFETENSORS} file that can be read safely '
-                        f'({reason}); nothing of it was executed; get it again from its publisher') from None
+                        f'({describe_error(error, 200)}); nothing of it was executed; get it again from its '
+                        'publisher') from None
 
 
 # A .pdparams file is a pickle: a program for a machine with a stack. Python's machine imports and calls what the

@@ -16,7 +16,7 @@ import re
 import yaml
 from yacs.config import CfgNode as CN
 
-from utils import UserError, program_name
+from utils import UserError, one_line, program_name
 
 _C = CN()
 # YAML files, relative to this one, that are merged before it
@@ -318,16 +318,10 @@ _DEFAULTS = {**dict(leaves(_C)),
 _SECTIONS = {key[:dot.start()] for key in _DEFAULTS for dot in re.finditer(r'\.', key)}
 
 
-def _one_line(text):
-    """Text from a file or the command line as a message shows it, cut where it is long."""
-    text = ' '.join(text.split())
-    return text if len(text) <= 300 else f'{text[:300]}...'
-
-
 def _show(value):
-    """A value, likewise."""
+    """A value as a message shows it, in one line."""
     try:
-        return _one_line(repr(value))
+        return one_line(repr(value))
     except ValueError:  # Python writes out no more than some thousand digits
         return 'a number of too many digits'
 
@@ -406,7 +400,7 @@ def _set(config, key, value, source):
     if key == 'BASE':
         raise UserError(f'{source}: BASE is {_show(value)}, but takes effect only at the top of a YAML file')
     if key not in _DEFAULTS:
-        key = _one_line(key)
+        key = one_line(key)
         raise UserError(f'{source}: unknown key {key}; the nearest known key is {_nearest_key(key)}')
     value = _coerce(value, _DEFAULTS[key], key, source)
     node = config
@@ -460,7 +454,7 @@ class _Loader(yaml.SafeLoader):
 
 def _merge_file(config, path, parents=()):
     """Merge a YAML file into config, the files of its BASE first."""
-    source = _one_line(str(path))
+    source = one_line(str(path))
     if os.path.realpath(path) in parents:
         raise UserError(f'{source}: BASE leads back to this file; remove the circle')
     try:
@@ -472,7 +466,7 @@ def _merge_file(config, path, parents=()):
         raise UserError(f'{source}: cannot read the config file ({error.strerror}); give one with -cfg') from None
     # PyYAML's own, and what else it raises, for values like the date 2022-02-30 or `!!int ""`
     except (yaml.YAMLError, ValueError, LookupError, AttributeError, ArithmeticError, RecursionError) as error:
-        reason = 'nested too deep' if isinstance(error, RecursionError) else _one_line(str(error))
+        reason = 'nested too deep' if isinstance(error, RecursionError) else one_line(str(error))
         raise UserError(f'{source}: not a YAML file ({reason}); mend it, or give another with -cfg') from None
     tree = {} if tree is None else tree
     if not isinstance(tree, dict):
@@ -535,7 +529,7 @@ def update_config(config, args):
                 config.DATA.BATCH_SIZE_EVAL = config.DATA.BATCH_SIZE
     for pairs in getattr(args, 'opts', None) or []:
         if len(pairs) % 2:
-            raise UserError(f'-opts: no value after {_one_line(pairs[-1])}; give pairs KEY VALUE')
+            raise UserError(f'-opts: no value after {one_line(pairs[-1])}; give pairs KEY VALUE')
         for key, value in zip(pairs[::2], pairs[1::2]):
             _set(config, key, value, '-opts')
     return config

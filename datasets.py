@@ -22,7 +22,7 @@ from paddle.io import DataLoader, Dataset
 from PIL import Image, ImageOps, UnidentifiedImageError
 
 from transforms import AutoAugment, ColorJitter, EvalTransform, RandAugment, TrainTransform
-from utils import STOP_SIGNALS, UserError, end_with_parent
+from utils import STOP_SIGNALS, UserError, end_with_parent, one_line
 
 # an image either is read or raises; what Pillow remarks besides does not say of which file
 warnings.filterwarnings('ignore', module='PIL')
@@ -134,7 +134,7 @@ def read_image(path, exif_transpose=False):
         if isinstance(error, UnidentifiedImageError):
             reason = 'no image in a format that Pillow knows'
         else:
-            reason = getattr(error, 'strerror', None) or ' '.join(str(error).split()) or type(error).__name__
+            reason = getattr(error, 'strerror', None) or one_line(str(error)) or type(error).__name__
         too_large = isinstance(error, Image.DecompressionBombError)
         remedy = 'scale it down' if too_large else 'mend the file or its line in the list'
         raise UserError(f'{path}: cannot read the image ({reason}); {remedy}') from None

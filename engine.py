@@ -36,6 +36,7 @@ from utils import (
     StopRequest,
     UserError,
     append_json,
+    describe_error,
     first_few,
     from_main,
     mean_over_ranks,
@@ -750,7 +751,8 @@ def check_agreement(config, loaders):
         return {**keys, **{f'the SHA-256 of {path}': checkpoint.sha256(path) for path in files if path},
                 **{f'images of {os.path.basename(loader.dataset.list_path)}': len(loader.dataset)
                    for loader in loaders}}
-    first, own = from_main(facts), facts()
+    first = from_main(facts)
+    own = first if rank() == 0 else facts()
     differing = [f'{key} is {own[key]!r}, not {first[key]!r}' for key in first if own[key] != first[key]]
     if reduce_over_ranks([-len(differing)], 'MIN')[0] < 0:
         raise UserError(f'not as on rank 0: {first_few(differing)}; start all processes alike' if differing else
@@ -834,7 +836,7 @@ def run(config):
         LOG.error(f'error: {error}')  # for log.txt; the program says it on stderr
         raise
     except Exception as error:
-        LOG.exception(f'error: {type(error).__name__}: {" ".join(str(error).split())[:500]}')
+        LOG.exception(f'error: {describe_error(error)}')
         if world_size() > 1 and re.search('gloo|nccl', str(error), re.IGNORECASE):
             sys.exit(f'{program_name()}: error: lost the connection to another process: '
                      f'{_message_of_another_rank(config.SAVE)}')

@@ -62,13 +62,17 @@ def use_device(index=0):
     return paddle.device.get_device()
 
 
+def usable_cores():
+    """Cores that this process may use; not every system knows a process's affinity."""
+    return len(os.sched_getaffinity(0)) if hasattr(os, 'sched_getaffinity') else os.cpu_count()
+
+
 def _prepare_cpu():
     # a GPU build warns of the CUDA libraries that this machine lacks
     os.environ.setdefault('GLOG_minloglevel', '2')
-    # Paddle computes on one thread unless told otherwise; not every system knows a process's affinity
-    cores = len(os.sched_getaffinity(0)) if hasattr(os, 'sched_getaffinity') else os.cpu_count()
+    # Paddle computes on one thread unless told otherwise
     processes = int(os.environ.get('PADDLE_LOCAL_SIZE', 1))
-    os.environ.setdefault('OMP_NUM_THREADS', str(max(1, cores // processes)))
+    os.environ.setdefault('OMP_NUM_THREADS', str(max(1, usable_cores() // processes)))
     try:
         with open('/proc/cpuinfo', encoding='utf-8') as file:
             amd = 'AuthenticAMD' in file.read()
@@ -109,7 +113,7 @@ def run_program(main):
     except KeyboardInterrupt:
         sys.exit(_fail('interrupted', 130))
     except Exception as error:
-        _tell_launcher(f'{type(error).__name__}: {" ".join(str(error).split())}')
+        _tell_launcher(describe_error(error))
         raise
 
 
@@ -145,6 +149,17 @@ def first_few(problems, count=5):
     """A list of problems as one line: the first `count`, and how many more there are."""
     more = f' and {len(problems) - count} more' if len(problems) > count else ''
     return '; '.join(problems[:count]) + more
+
+
+def one_line(text, length=300):
+    """Text from a file, an error or the command line as a message shows it, cut where it is long."""
+    text = ' '.join(text.split())
+    return text if len(text) <= length else f'{text[:length]}...'
+
+
+def describe_error(error, length=300):
+    """An exception's type and message, as `one_line` cuts it."""
+    return f'{type(error).__name__}: {one_line(str(error), length)}'
 
 
 def misfits(expected, found):

@@ -90,7 +90,7 @@ ATTACKS = {
     'in the name of a tensor': (dumps({'stages.0': Call(tuple, (Call(os.system, 'touch hacked'), np.zeros(2)))}),
                                 "'posix.system'"),
     'nested': (dumps({'x': Call(os.system, Call(eval, '"touch hacked"'))}), "'posix.system'|'builtins.eval'"),
-    'getattr': (dumps(Call(getattr, os, 'system') if False else Call(getattr, 'x', 'upper')), "'builtins.getattr'"),
+    'getattr': (dumps(Call(getattr, 'x', 'upper')), "'builtins.getattr'"),
     'another name in numpy': (named('numpy', 'load'), "'numpy.load'"),
     'hidden in numpy': (named('numpy.core.multiarray', 'os.system'), "'numpy.core.multiarray.os.system'"),
     'another name in collections': (named('collections', 'namedtuple'), "'collections.namedtuple'"),

@@ -19,7 +19,7 @@ from concurrent.futures.process import BrokenProcessPool
 from tqdm import tqdm
 
 from config import get_config, get_parser, resolve_config, update_config
-from utils import UserError, end_with_parent, prepare_runtime, run_program
+from utils import UserError, end_with_parent, prepare_runtime, run_program, usable_cores
 
 LISTS = ('train_list.txt', 'val_list.txt')
 
@@ -48,11 +48,10 @@ def _start_worker(parent):
 @contextlib.contextmanager
 def start_workers():
     """A pool of a process for each core, which are ended at once when the block is left, however that happens."""
-    cores = len(os.sched_getaffinity(0)) if hasattr(os, 'sched_getaffinity') else os.cpu_count()
     # forked, they share the memory of what is imported; not multiprocessing.Pool, which waits for one that was killed
     context = multiprocessing.get_context('fork')
     parent = os.getpid()
-    workers = ProcessPoolExecutor(cores, context, _start_worker, (parent,))
+    workers = ProcessPoolExecutor(usable_cores(), context, _start_worker, (parent,))
 
     def interrupt(number, frame):
         # a terminal's Ctrl-C reaches all, workers that have hardly started too; they are ended below

@@ -1,4 +1,5 @@
 """Weight files and checkpoints: atomic writing, safe and strict loading, latest and best."""
+import functools
 import glob
 import hashlib
 import itertools
@@ -18,9 +19,14 @@ LATEST, BEST = 'latest.pdparams', 'best.pdparams'
 # what a checkpoint of training holds, and of which type
 PARTS = {'model': dict, 'model_ema': dict, 'optimizer': dict, 'epoch': int, 'step': int, 'lr_scheduler': dict,
          'amp_grad_scaler': dict, 'best': dict, 'world_size': int, 'progress': dict}
-# of `best`, and of `progress`, which is empty after an epoch: see engine.EpochPart
+# of `best`; of `progress`, which is empty after an epoch: see engine.EpochPart; of PaddlePaddle's GradScaler, which is
+# empty where it does nothing
 BEST_PARTS = {'acc1': float, 'epoch': int}
 PROGRESS_PARTS = {'steps': int, 'seconds': float, 'sums': np.ndarray, 'steps_per_epoch': int, 'total_batch': int}
+SCALER_PARTS = {'scale': np.ndarray, 'incr_ratio': float, 'decr_ratio': float, 'incr_every_n_steps': int,
+                'decr_every_n_nan_or_inf': int, 'incr_count': int, 'decr_count': int, 'use_dynamic_loss_scaling': bool}
+# more epochs, steps, seconds and images than a run has
+_MANY = 2 ** 53
 CLASSIFIER = ('fc.weight', 'fc.bias')
 SAFETENSORS = '.safetensors'
 
@@ -80,6 +86,10 @@ def _import_safetensors(path):
     return safetensors.numpy
 
 
+def _read_safetensors(safetensors, data):
+    return {_check_key(name): array for name, array in safetensors.load(data).items()}
+
+
 def to_arrays(state):
     """The same nested dictionaries with NumPy arrays in place of tensors."""
     if isinstance(state, dict):
@@ -110,7 +120,7 @@ def load(path):
         data = file.read()
     LOG.info(f'{path}: {len(data):,} bytes, SHA-256 {hashlib.sha256(data).hexdigest()}')
     is_pickle = not path.endswith(SAFETENSORS)
-    read = read_pickle if is_pickle else _import_safetensors(path).load
+    read = read_pickle if is_pickle else functools.partial(_read_safetensors, _import_safetensors(path))
     try:
         return read(data)
     except Exception as error:  # a broken file raises nearly every type
@@ -138,33 +148,42 @@ class _Array:
     value: Optional[np.ndarray] = None
 
 
-# what paddle.save (2.6, 3.x) names: arrays as NumPy 1 and 2 pickle them, tensors as the tuples (name, array), and for
-# protocol 2 bytes as text
+# what paddle.save (2.6, 3.x) names: arrays and numbers as NumPy 1 and 2 pickle them, tensors as the tuples (name,
+# array), and for protocol 2 bytes as text
 _GLOBALS = {f'{module}.{name}' for module, name in [
     ('numpy.core.multiarray', '_reconstruct'), ('numpy._core.multiarray', '_reconstruct'), ('numpy', 'ndarray'),
-    ('numpy', 'dtype'), ('builtins', 'tuple'), ('__builtin__', 'tuple'), ('collections', 'OrderedDict'),
-    ('_codecs', 'encode')]}
+    ('numpy.core.multiarray', 'scalar'), ('numpy._core.multiarray', 'scalar'), ('numpy', 'dtype'),
+    ('builtins', 'tuple'), ('__builtin__', 'tuple'), ('collections', 'OrderedDict'), ('_codecs', 'encode'),
+    ('__builtin__', 'bytes')]}
 _DTYPES = {'b1', 'i1', 'i2', 'i4', 'i8', 'u1', 'u2', 'u4', 'u8', 'f2', 'f4', 'f8'}
 _LITERALS = {'BININT', 'BININT1', 'BININT2', 'LONG1', 'BINFLOAT', 'SHORT_BINUNICODE', 'BINUNICODE', 'BINUNICODE8',
              'SHORT_BINBYTES', 'BINBYTES', 'BINBYTES8'}
 _CONSTANTS = {'NONE': None, 'NEWTRUE': True, 'NEWFALSE': False, 'EMPTY_TUPLE': ()}
 _TUPLES = {'TUPLE1': 1, 'TUPLE2': 2, 'TUPLE3': 3}
+# instructions of a file, and values in what they make: a checkpoint of MobileOne-S0 has up to 0.2 million
+_MOST = 1_000_000
 
 
 def read_pickle(data):
     """The nested dictionaries and lists of arrays and plain values that `paddle.save` (2.6, 3.x) pickled to bytes.
 
+    NumPy's numbers become Python's. Takes time and memory in proportion to the bytes, whatever they say.
     Raises: ValueError for anything else in the pickle, naming it; for bytes that are no pickle nearly every type.
     """
     stack, marks, memo = [], [], {}
+    made = 0  # bytes of arrays, and of text that is made bytes
 
     def pop(count):
+        if not 0 <= count <= len(stack):
+            raise ValueError('it is no pickle: it takes more from its stack than that holds')
         items = stack[len(stack) - count:]
         del stack[len(stack) - count:]
         return items
 
-    for opcode, argument, offset in pickletools.genops(data):
+    for index, (opcode, argument, offset) in enumerate(pickletools.genops(data)):
         name = opcode.name
+        if index == _MOST or made > 2 * len(data):
+            raise ValueError('it describes more than weights of its size can be')
         if name in ('PROTO', 'FRAME'):
             pass
         elif name in _LITERALS:
@@ -183,29 +202,32 @@ def read_pickle(data):
             stack.append(tuple(pop(_TUPLES[name])))
         elif name in ('SETITEM', 'SETITEMS'):
             items = pop(2 if name == 'SETITEM' else len(stack) - marks.pop())
-            _expect(stack[-1], dict).update(zip(items[::2], items[1::2]))
+            if len(items) % 2:
+                raise ValueError('it is no pickle: it has a key without a value')
+            # keys are checked before they are hashed, which deep tuples and chosen numbers make costly
+            _expect(stack[-1], dict).update(zip(map(_check_key, items[::2]), items[1::2]))
         elif name in ('APPEND', 'APPENDS'):
             items = pop(1 if name == 'APPEND' else len(stack) - marks.pop())
             _expect(stack[-1], list).extend(items)
         elif name in ('MEMOIZE', 'BINPUT', 'LONG_BINPUT'):
             memo[len(memo) if argument is None else argument] = stack[-1]
         elif name in ('BINGET', 'LONG_BINGET'):
-            # no containers: with them a small file could describe an endless one
-            stack.append(_expect(memo[argument], (str, bytes, int, float, _Global, _Dtype, _Array)))
+            stack.append(_expect(memo[argument], (str, bytes, int, float, dict, list, _Global, _Dtype, _Array)))
         elif name == 'GLOBAL':
             stack.append(_find(argument.replace(' ', '.', 1)))
         elif name == 'STACK_GLOBAL':
             stack.append(_find('.'.join(pop(2))))
         elif name == 'REDUCE':
             stack.append(_reduce(*pop(2)))
+            made += len(stack[-1]) if isinstance(stack[-1], bytes) else 0
         elif name == 'BUILD':
-            target, state = pop(2)
-            stack.append(_build(target, state))
+            stack.append(_build(*pop(2)))
+            made += stack[-1].value.nbytes if isinstance(stack[-1], _Array) else 0
         elif name == 'STOP':
             if offset + 1 != len(data):
                 raise ValueError(f'{len(data) - offset - 1} bytes follow its end')
             value, = stack
-            return _plain(value)
+            return _plain(value, itertools.count())
         else:
             raise ValueError(f'it holds the pickle instruction {name}, which no weights need')
 
@@ -214,6 +236,13 @@ def _expect(value, kinds):
     if not isinstance(value, kinds):
         raise ValueError(f'it holds {type(value).__name__} where no weights have it')
     return value
+
+
+def _check_key(key):
+    """A key of a dictionary in a weight file. Raises: ValueError for one that no message could show."""
+    if not (isinstance(key, str) and key.isprintable() and len(key) <= 200):
+        raise ValueError(f'a key in it is {type(key).__name__}, not a short text')
+    return key
 
 
 def _find(name):
@@ -227,8 +256,12 @@ def _reduce(function, arguments):
     name = _expect(function, _Global).name
     if name.endswith('._reconstruct') and arguments == (_Global('numpy.ndarray'), (0,), b'b'):
         return _Array()
-    if name == 'numpy.dtype' and arguments[0] in _DTYPES and arguments[1:] in ((False, True), (0, 1)):
+    if name == 'numpy.dtype' and _expect(arguments[0], str) in _DTYPES and arguments[1:] in ((False, True), (0, 1)):
         return _Dtype(arguments[0])
+    if name.endswith('.scalar'):
+        dtype, content = arguments
+        number, = _array(dtype, content)
+        return number.item()
     if name.endswith('.tuple'):
         (label, array), = arguments
         _expect(label, str)
@@ -237,6 +270,8 @@ def _reduce(function, arguments):
         return {}
     if name == '_codecs.encode' and arguments[1:] == ('latin1',):
         return _expect(arguments[0], str).encode('latin1')
+    if name == '__builtin__.bytes' and arguments == ():
+        return b''
     raise ValueError(f'it calls {name} with arguments that no weights have')
 
 
@@ -248,26 +283,32 @@ def _build(target, state):
             raise ValueError('it holds a data type that no weights have')
         return target
     _, shape, dtype, is_fortran, content = state
-    dtype = np.dtype('<' + _expect(dtype, _Dtype).code)
+    array = _array(dtype, content)
     shape = [_expect(side, int) for side in shape]
-    if min(shape, default=0) < 0 or len(shape) > 32 or math.prod(shape) * dtype.itemsize != len(content):
-        raise ValueError(f'it holds an array of shape {str(shape)[:100]} in {len(content)} bytes')
-    array = np.frombuffer(_expect(content, bytes), dtype)
+    if min(shape, default=0) < 0 or len(shape) > 32 or math.prod(shape) != array.size:
+        raise ValueError(f'it holds an array of shape {str(shape)[:100]} in {array.nbytes} bytes')
     _expect(target, _Array).value = array.reshape(shape, order='F' if is_fortran else 'C').copy()
     return target
 
 
-def _plain(value, depth=0):
-    """A finished value of a pickle with its arrays in their places."""
+def _array(dtype, content):
+    """The bytes of a pickle as the numbers of a _Dtype, not copied."""
+    return np.frombuffer(_expect(content, bytes), '<' + _expect(dtype, _Dtype).code)
+
+
+def _plain(value, counter, depth=0):
+    """A finished value of a pickle with its arrays in their places.
+
+    counter: counts the values. A dictionary may have several places, and so a small file could describe an endless one.
+    """
     if depth > 10:
         raise ValueError('its dictionaries are nested too deeply')
+    if next(counter) == _MOST:
+        raise ValueError('it describes more than weights of its size can be')
     if isinstance(value, dict):
-        for key in value:
-            if not (isinstance(key, str) and key.isprintable() and len(key) <= 200):
-                raise ValueError(f'a key in it is {type(key).__name__}, not a short text')
-        return {key: _plain(item, depth + 1) for key, item in value.items()}
+        return {key: _plain(item, counter, depth + 1) for key, item in value.items()}
     if isinstance(value, list):
-        return [_plain(item, depth + 1) for item in value]
+        return [_plain(item, counter, depth + 1) for item in value]
     if isinstance(value, _Array):
         return _expect(value.value, np.ndarray)
     return _expect(value, (str, int, float, type(None)))
@@ -285,18 +326,36 @@ def load_training(path):
     missing = _missing(PARTS, state)
     if not missing:
         missing = _missing(BEST_PARTS, state['best'], 'best.')
-        missing += _missing(PROGRESS_PARTS, state['progress'], 'progress.') if state['progress'] else []
+        for part, parts in (('progress', PROGRESS_PARTS), ('amp_grad_scaler', SCALER_PARTS)):
+            missing += _missing(parts, state[part], f'{part}.') if state[part] else []
     if missing:
         raise UserError(f'{path}: is no checkpoint of this project (no {", ".join(missing)}), and others cannot be '
                         'resumed; start from its weights with -pretrained')
     for part in ('model', 'model_ema', 'optimizer'):
         _check_floats(state[part], path)
-    progress = state['progress']
-    if state['epoch'] < 0 or state['world_size'] < 1 or progress and not (
-            0 < progress['steps'] <= progress['steps_per_epoch']
-            and progress['sums'].shape == (state['world_size'], 4) and progress['sums'].dtype == 'float64'):
-        raise UserError(f'{path}: is broken: what it says of epochs, steps and processes cannot be; resume another one')
-    return state
+    impossible = [name for name, is_possible in _facts(state).items() if not is_possible]
+    if impossible:
+        raise UserError(f'{path}: is broken: {", ".join(impossible)} cannot be; resume another one')
+    return {part: value for part, value in state.items() if part in PARTS}
+
+
+def _facts(state):
+    """Whether what a checkpoint of training says can be: {name: bool}."""
+    best, progress, scaler = state['best'], state['progress'], state['amp_grad_scaler']
+    facts = {'epoch': 0 <= state['epoch'] < _MANY, 'step': 0 <= state['step'] < _MANY,
+             'world_size': 1 <= state['world_size'] < _MANY, 'best.acc1': math.isfinite(best['acc1']),
+             'best.epoch': 0 <= best['epoch'] <= state['epoch']}
+    if progress:
+        sums = progress['sums']
+        facts.update({'progress.steps': 0 < progress['steps'] <= progress['steps_per_epoch'] < _MANY,
+                      'progress.total_batch': 1 <= progress['total_batch'] < _MANY,
+                      'progress.seconds': 0 <= progress['seconds'] < _MANY,
+                      'progress.sums': sums.shape == (state['world_size'], 4) and sums.dtype == 'float64'
+                      and bool(((sums >= 0) & (sums < _MANY)).all())})
+    if scaler:
+        scale = scaler['scale']
+        facts['amp_grad_scaler.scale'] = (scale.shape == (1,) and scale.dtype == 'float32' and 0 < scale[0] < math.inf)
+    return facts
 
 
 def _missing(parts, state, prefix=''):
@@ -365,7 +424,7 @@ def load_weights(path):
     """
     state, is_ema = load(path), False
     if isinstance(state, dict) and isinstance(state.get('model'), dict):
-        is_ema = bool(state.get('model_ema'))
+        is_ema = isinstance(state.get('model_ema'), dict) and bool(state['model_ema'])
         state = state['model_ema'] if is_ema else state['model']
     if not isinstance(state, dict):
         raise UserError(f'{path}: holds {type(state).__name__}, not a dictionary of weights')

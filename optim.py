@@ -88,7 +88,7 @@ def set_weight_decay(optimizer, value):
 
 
 def _states(optimizer, model):
-    """Yield (our name, Paddle's name, count of numbers) of all that an optimizer keeps.
+    """Yield (our name, Paddle's name, shape) of all that an optimizer keeps.
 
     Ours follow the model's, fc.weight.velocity. Paddle's count the layers that a process has made before, so that a
     second model in a process has others.
@@ -97,8 +97,8 @@ def _states(optimizer, model):
     for name, parameter in model.named_parameters():
         if not parameter.stop_gradient:
             for state in STATES[kind]:
-                size = 1 if state.endswith('_pow_acc') else parameter.size
-                yield f'{name}.{state}', f'{parameter.name}_{state}_0', size
+                shape = [1] if state.endswith('_pow_acc') else list(parameter.shape)
+                yield f'{name}.{state}', f'{parameter.name}_{state}_0', shape
 
 
 def optimizer_state(optimizer, model):
@@ -108,13 +108,13 @@ def optimizer_state(optimizer, model):
 
 
 def load_optimizer_state(optimizer, model, state, path):
-    """Give a new optimizer the arrays of `optimizer_state`; every one must be there, with its size, and no other.
+    """Give a new optimizer the arrays of `optimizer_state`; every one must be there, with its shape, and no other.
 
     Raises: UserError that names `path` and what does not fit.
     """
     states = list(_states(optimizer, model))
-    problems = misfits({ours: f'{size} numbers' for ours, _, size in states},
-                       {ours: f'{array.size} numbers' for ours, array in state.items()})
+    problems = misfits({ours: f'{shape} float32' for ours, _, shape in states},
+                       {ours: f'{list(array.shape)} {array.dtype}' for ours, array in state.items()})
     if problems:
         raise UserError(f'{path}: its optimizer is another one: {first_few(problems)}; resume with the '
                         'TRAIN.OPTIMIZER and the network of that run')

@@ -1,7 +1,9 @@
 """Weight files: what is read, what is refused, and that writing is whole or not at all."""
+import math
 import os
 import pathlib
 import pickle
+import unittest.mock
 
 import numpy as np
 import paddle
@@ -148,6 +150,9 @@ def test_prune(tmp_path):
 
 PROGRESS = {'steps': 2, 'seconds': 1.5, 'sums': np.zeros([1, 4]), 'steps_per_epoch': 5, 'total_batch': 8}
 
+SCALER = {'scale': np.ones([1], 'float32'), 'incr_ratio': 2.0, 'decr_ratio': 0.5, 'incr_every_n_steps': 2000,
+          'decr_every_n_nan_or_inf': 1, 'incr_count': 0, 'decr_count': 0, 'use_dynamic_loss_scaling': True}
+
 
 def write_checkpoint(path, epoch, **parts):
     state = {name: kind() for name, kind in checkpoint.PARTS.items()}
@@ -190,10 +195,39 @@ def test_newest_and_past_checkpoints(tmp_path, caplog):
     ({'model': np.zeros(2)}, 'weights alone'), ({'best': {'epoch': 1}}, 'no best.acc1'),
     ({'model_ema': {'x': 3}}, 'x is int, not an array of floats'),
     ({'optimizer': {'x': {}}}, 'x is dict, not an array of floats'),
-    ({'epoch': -1}, 'is broken'), ({'progress': {'steps': 1}}, 'no progress.seconds, progress.sums'),
-    *(({'progress': {**PROGRESS, **part}}, 'is broken') for part in (
-        {'steps': 0}, {'steps': 6}, {'sums': np.zeros([2, 4])}, {'sums': np.zeros([1, 4], 'float32')}))])
+    ({'progress': {'steps': 1}}, 'no progress.seconds, progress.sums'),
+    ({'amp_grad_scaler': {'scale': 1.0}}, 'no amp_grad_scaler.scale, amp_grad_scaler.incr_ratio'),
+    *((part, f'x.pdparams: is broken: {next(iter(part))}.* cannot be') for part in (
+        {'epoch': -1}, {'epoch': 2 ** 60}, {'step': -1}, {'step': 2 ** 60}, {'world_size': 0})),
+    *(({'best': {'acc1': 50.0, 'epoch': 1, key: value}}, f'is broken: best.{key} cannot be') for key, value in (
+        ('acc1', math.nan), ('acc1', math.inf), ('epoch', -1), ('epoch', 2))),
+    *(({'progress': {**PROGRESS, key: value}}, f'is broken: progress.{key} cannot be') for key, value in (
+        ('steps', 0), ('steps', 6), ('total_batch', 0), ('total_batch', 2 ** 60), ('seconds', -1.0),
+        ('seconds', math.nan), ('seconds', math.inf), ('sums', np.zeros([2, 4])), ('sums', np.zeros([1, 4], 'float32')),
+        ('sums', np.full([1, 4], math.nan)), ('sums', np.full([1, 4], math.inf)), ('sums', np.full([1, 4], -1.0)))),
+    *(({'amp_grad_scaler': {**SCALER, 'scale': np.array(scale)}}, 'is broken: amp_grad_scaler.scale cannot be')
+      for scale in ([np.float32(math.nan)], [np.float32(0)], [1.0], np.float32(1), [[np.float32(1)]]))])
 def test_what_is_no_checkpoint_of_training(tmp_path, parts, message):
     write_checkpoint(tmp_path / 'x.pdparams', **{'epoch': 1, **parts})
     with pytest.raises(UserError, match=message):
         checkpoint.load_training(str(tmp_path / 'x.pdparams'))
+
+
+def test_what_a_checkpoint_of_training_holds(tmp_path, monkeypatch):
+    """Its parts, a scaler's state as PaddlePaddle says it among them, and nothing else."""
+    # a scaler does something on a GPU alone: this one takes the CPU for one
+    monkeypatch.setattr(paddle.amp.grad_scaler, '_dygraph_tracer', unittest.mock.MagicMock())
+    scaler = paddle.amp.GradScaler()
+    assert {key: type(value) for key, value in checkpoint.to_arrays(scaler.state_dict()).items()
+            } == checkpoint.SCALER_PARTS
+    write_checkpoint(tmp_path / 'x.pdparams', 1, progress=PROGRESS, amp_grad_scaler=scaler.state_dict(), other=[1])
+    state = checkpoint.load_training(str(tmp_path / 'x.pdparams'))
+    assert state.keys() == checkpoint.PARTS.keys() and state['progress']['steps'] == 2
+    scaler.load_state_dict(state['amp_grad_scaler'])
+
+
+def test_weights_beside_an_average_that_is_none(model, tmp_path):
+    for other in (np.zeros(2), 3, [1]):
+        checkpoint.save({'model': model.state_dict(), 'model_ema': other}, str(tmp_path / 'x.pdparams'))
+        weights, is_ema = checkpoint.load_weights(str(tmp_path / 'x.pdparams'))
+        assert not is_ema and weights.keys() == model.state_dict().keys()

@@ -28,12 +28,13 @@ def test_what_paddle_writes_is_read(config, tmp_path, protocol):
     model(paddle.randn([2, 3, 32, 32])).sum().backward()
     optimizer.step()
     arrays = {'F': np.asfortranarray(np.arange(6.0).reshape(2, 3)), 'bool': np.array([True]), 'none': None,
-              'scalar': paddle.to_tensor(3), 'half': np.ones([2], 'float16'), 'list': [1, 2.5, 'x', False]}
-    if protocol > 2:  # which has no empty bytes
-        arrays['empty'] = np.zeros([0, 3])
+              'scalar': paddle.to_tensor(3), 'half': np.ones([2], 'float16'), 'list': [1, 2.5, 'x', False],
+              'empty': np.zeros([0, 3])}
+    numbers = {kind: np.dtype(kind).type(1.5) for kind in ('float16', 'float32', 'float64', 'int64', 'uint8', 'bool')}
     state = {'model': model.state_dict(), 'model_ema': collections.OrderedDict(model.state_dict()),
              'optimizer': optimizer.state_dict(), 'lr_scheduler': scheduler.state_dict(), 'epoch': 3,
-             'amp_grad_scaler': paddle.amp.GradScaler(enable=False).state_dict(), 'arrays': arrays}
+             'amp_grad_scaler': paddle.amp.GradScaler(enable=False).state_dict(), 'arrays': arrays, 'again': arrays,
+             'numbers': numbers}
     path = str(tmp_path / 'w.pdparams')
     paddle.save(state, path, protocol=protocol)
 
@@ -46,6 +47,8 @@ def test_what_paddle_writes_is_read(config, tmp_path, protocol):
         if isinstance(theirs, np.ndarray):
             assert own.dtype == theirs.dtype and own.shape == theirs.shape and own.flags.writeable
             return np.testing.assert_array_equal(own, theirs)
+        if isinstance(theirs, np.generic):
+            theirs = theirs.item()
         assert type(own) is type(theirs) and own == theirs
     same(checkpoint.load(path), paddle.load(path, return_numpy=True))
 
@@ -70,16 +73,35 @@ def named(module, name):
     return b'\x80\x02}X\x08\x00\x00\x00stages.0' + call.encode() + b's.'
 
 
-def array_pickle(shape, code='f4', content=b'', dtype_state=(3, '<', None, None, None, -1, -1, 0)):
-    """A pickle of an array that says of itself what is given."""
+def array_pickle(shape, code='f4', content=b'', dtype_state=(3, '<', None, None, None, -1, -1, 0), made=b'b', count=1):
+    """A pickle of `count` arrays that say of themselves what is given, and share their content (but no tuples)."""
     class Dtype:
         def __reduce__(self):
-            return np.dtype, (code, False, True), dtype_state
+            return np.dtype, (code, False, True), tuple([*dtype_state])
 
     class Array:
         def __reduce__(self):
-            return np.zeros(0).__reduce__()[0], (np.ndarray, (0,), b'b'), (1, shape, Dtype(), False, content)
-    return dumps({'stages.0': Array()})
+            function = np.zeros(0).__reduce__()[0]
+            return function, (np.ndarray, tuple([0]), made), (1, tuple([*shape]), Dtype(), False, content)
+    return dumps({f'stages.{index}': Array() for index in range(count)})
+
+
+def shared(depth, count):
+    """A list of `count` times the same list of ..., which Python reads in little memory."""
+    value = []
+    for _ in range(depth):
+        value = [value] * count
+    return dumps(value)
+
+
+def text(value):
+    return b'X' + len(value).to_bytes(4, 'little') + value.encode()
+
+
+# tuples in each other: to hash them ends Python
+DEEP = b')' + b'\x85' * 300_000
+# numbers of the same hash: a dictionary compares each with all before it
+SAME_HASH = b''.join(b'\x8a\x0a' + ((2 ** 61 - 1) * k).to_bytes(10, 'little') + b'N' for k in range(1, 100_000))
 
 
 ATTACKS = {
@@ -120,12 +142,38 @@ ATTACKS = {
     'text for bytes': (array_pickle((1,), 'i1', 'x'), 'it holds str where no weights have it'),
     'without content': (b'\x80\x02}X\x01\x00\x00\x00acnumpy.core.multiarray\n_reconstruct\n(cnumpy\nndarray\n(K\x00t'
                         b'C\x01btRs.', 'it holds NoneType where no weights have it'),
+    'another byte order': (array_pickle((1,), 'f4', b'\0' * 4, (3, '>', None, None, None, -1, -1, 0)),
+                           'a data type that no weights have'),
+    'another version of a data type': (array_pickle((1,), 'f4', b'\0' * 4, (4, '<', None, None, None, -1, -1, 0)),
+                                       'a data type that no weights have'),
+    'metadata of a data type': (array_pickle((1,), 'f4', b'\0' * 4, (3, '<', None, None, None, -1, -1, 0, {})),
+                                'a data type that no weights have'),
+    'another beginning of an array': (array_pickle((1,), 'f4', b'\0' * 4, made=b'f'),
+                                      'it calls numpy._?core.multiarray._reconstruct with arguments'),
+    'a number of two': (b'\x80\x02cnumpy.core.multiarray\nscalar\ncnumpy\ndtype\n' + text('i1')
+                        + b'\x89\x88\x87RC\x02ab\x86R.', 'too many values'),
+    'a number of text': (b'\x80\x02cnumpy.core.multiarray\nscalar\n' + text('i1') + b'C\x01a\x86R.',
+                         'it holds str where no weights have it'),
+    'content again and again': (array_pickle((10 ** 6,), 'u1', bytes(10 ** 6), count=200), 'it describes more than'),
+    'text made bytes again and again': (
+        b'\x80\x02]' + text('a' * 10 ** 6) + b'q\x00c_codecs\nencode\nq\x01'
+        + (b'h\x01h\x00' + text('latin1') + b'\x86R') * 200 + b'.', 'it describes more than'),
+    'lists of the same lists': (shared(9, 10), 'it describes more than'),
+    'too many instructions': (b'\x80\x04](' + b'N' * 1_000_000 + b'e.', 'it describes more than'),
+    'a deep key': (b'\x80\x04}' + DEEP + b'Ns.', 'a key in it is tuple'),
+    'a deep key among several': (b'\x80\x04}(' + DEEP + b'Nu.', 'a key in it is tuple'),
+    'a deep data type': (b'\x80\x04cnumpy\ndtype\n' + DEEP + b'\x89\x88\x87R.', 'it holds tuple where'),
+    'keys of the same hash': (b'\x80\x04}(' + SAME_HASH + b'u.', 'a key in it is int'),
+    'more than there is': (b'\x80\x04N\x86.', 'it is no pickle: it takes more from its stack'),
+    'less than nothing': (b'\x80\x04}' + text('a') + b'N(st.', 'it is no pickle: it takes more from its stack'),
+    'a key without a value': (b'\x80\x04}(' + text('a') + b'u.', 'it is no pickle: it has a key without a value'),
+    'a long key': (dumps({'stages.' + 'x' * 200: np.zeros(1)}), 'a key in it is str, not a short text'),
     'a large memo': (b'\x80\x02}r\xff\xff\xff\xff.', 'holds no MobileOne weights'),
     'large bytes': (b'\x80\x04\x8e' + (2 ** 40).to_bytes(8, 'little') + b'x.', 'ValueError'),
     'large text': (b'\x80\x04\x8d' + (2 ** 62).to_bytes(8, 'little') + b'x.', 'ValueError'),
     'a large frame': (b'\x80\x04\x95' + (2 ** 40).to_bytes(8, 'little') + b'N.', 'holds NoneType'),
-    'in itself': (b'\x80\x04}\x94\x8c\x01ah\x00s.', 'it holds dict where no weights have it'),
-    'shared lists': (b'\x80\x04]\x94(h\x00h\x00e\x94h\x01.', 'it holds list where no weights have it'),
+    'in itself': (b'\x80\x04}\x94\x8c\x01ah\x00s.', 'nested too deeply'),
+    'twice in itself': (b'\x80\x04]\x94(h\x00h\x00e.', 'nested too deeply'),
     'deep': (b'\x80\x04' + b'}\x8c\x01a' * 100000 + b'N' + b's' * 100000 + b'.', 'nested too deeply'),
     'a key that is no text': (b'\x80\x04}K\x01K\x02s.', 'a key in it is int'),
     'a key of several lines': (dumps({'stages.0\nerror': np.zeros(1)}), 'a key in it is str, not a short text'),
@@ -209,6 +257,9 @@ def test_safetensors(config, fashion, tmp_path):
         (tmp_path / 'broken.safetensors').write_bytes(broken)
         with pytest.raises(UserError, match='broken.safetensors: not a .safetensors file that can be read safely'):
             checkpoint.load_weights(str(tmp_path / 'broken.safetensors'))
+    safetensors.numpy.save_file({'stages.0\nerror: ': np.zeros(1)}, tmp_path / 'key.safetensors')
+    with pytest.raises(UserError, match='a key in it is str, not a short text'):
+        checkpoint.load_weights(str(tmp_path / 'key.safetensors'))
     with pytest.raises(UserError, match='holds weights alone'):
         checkpoint.load_training(path)
     with pytest.raises(UserError, match='x.safetensors: holds only arrays, not dict under .model'):

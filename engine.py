@@ -103,6 +103,24 @@ class EpochPart:
         return cls(epoch, state['steps'], paddle.to_tensor(sums, dtype='float64'), round(n), state['seconds'])
 
 
+# a process that is asked to stop is killed after 30 seconds, by main_multi_gpu.py, Paddle's launcher and SLURM alike
+MEETING_SECONDS = 5.0
+
+
+@dataclass
+class Meetings:
+    """How many steps the ranks train at most before they meet: about MEETING_SECONDS, as many on every rank.
+
+    step_seconds: what a step took this rank between its last two meetings.
+    """
+    steps: int = 1
+    step_seconds: float = math.inf
+
+    def plan(self, step_seconds):
+        """step_seconds: the mean of the ranks'. Theirs of the present meeting are not known before they meet again."""
+        self.steps = max(1, int(MEETING_SECONDS / max(step_seconds, 1e-6)))
+
+
 @dataclass
 class Training:
     """What a training step works on, and how far the run is."""
@@ -130,6 +148,7 @@ class Training:
     # the newest checkpoint of this run, for the error that ends it
     last_checkpoint: str = ''
     stop: StopRequest = field(default_factory=StopRequest)
+    meetings: Meetings = field(default_factory=Meetings)
 
 
 @dataclass
@@ -142,17 +161,20 @@ class Metrics:
     seconds: float
     # whether a process has been asked to stop
     stopping: bool = False
+    # mean of the ranks' Meetings.step_seconds
+    step_seconds: float = 0.0
 
     @classmethod
-    def reduced(cls, sums, n, start, stop):
+    def reduced(cls, sums, n, start, stop, step_seconds=0.0):
         """Of the images of all ranks: `batch_sums` of this rank's n images, which have been looked at since `start`.
 
-        Waits for the device and for the other ranks. stop: this rank's StopRequest.
+        Waits for the device and for the other ranks. stop, step_seconds: this rank's StopRequest, Meetings.step_seconds
         """
-        own = paddle.to_tensor([n, bool(stop.name)], dtype='float64')
-        *sums, n, stops = reduce_over_ranks(paddle.concat([sums, own])).tolist()
+        own = paddle.to_tensor([n, bool(stop.name), step_seconds], dtype='float64')
+        *sums, n, stops, step_seconds = reduce_over_ranks(paddle.concat([sums, own])).tolist()
         loss, correct1, correct5 = (value / max(1, n) for value in sums)
-        return cls(loss, 100 * correct1, 100 * correct5, round(n), time.perf_counter() - start, stops > 0)
+        return cls(loss, 100 * correct1, 100 * correct5, round(n), time.perf_counter() - start, stops > 0,
+                   step_seconds / world_size())
 
     def record(self):
         return {'loss': self.loss, 'acc1': self.acc1, 'acc5': self.acc5, 'n': self.n,
@@ -268,7 +290,7 @@ def train_one_epoch(training, loader, epoch, config):
 
     Returns: Metrics of the training batches of all ranks.
     Ends the program when it was asked to stop, with a checkpoint (`end_run`): alone after this step, with several ranks
-    at the next log line, where they meet.
+    where they meet: at the next log line, or before (`Meetings`).
     """
     done = training.part if training.part and training.part.epoch == epoch else EpochPart.none(epoch)
     training.model.train()
@@ -281,27 +303,33 @@ def train_one_epoch(training, loader, epoch, config):
     never = paddle.full([1], math.inf, dtype='float64')
     first_bad = never  # step of the first loss that is not finite, remembered on the device
     progress = Progress(f'epoch {epoch}/{config.TRAIN.NUM_EPOCHS}', steps, config.REPORT_FREQ, done.steps)
-    metrics = None
+    metrics, meetings = None, training.meetings
+    met, met_time = done.steps, began
     for step, batches in enumerate(windows(loader, config.TRAIN.ACCUM_ITER), (epoch - 1) * steps + done.steps):
         losses = train_step(training, batches, step)
         sums = sums + losses
         first_bad = paddle.minimum(first_bad, paddle.where(losses[:1].isfinite(), never, paddle.full_like(never, step)))
         n += sum(len(labels) for _, labels in batches)
-        is_stopping = False
-        if progress.step() or progress.done == steps or (training.stop.name and world_size() == 1):
-            metrics = Metrics.reduced(sums, n, start, training.stop)
-            is_stopping = metrics.stopping
+        is_line = progress.step() or progress.done == steps
+        is_meeting = progress.done - met >= meetings.steps if world_size() > 1 else bool(training.stop.name)
+        if is_line or is_meeting:
+            metrics = Metrics.reduced(sums, n, start, training.stop, meetings.step_seconds)
             if not math.isfinite(metrics.loss):  # on all ranks alike
                 bad = int(reduce_over_ranks(first_bad, 'MIN')[0]) + 1
                 check_finite(metrics.loss, f'the loss of training, epoch {epoch}, step {bad},',
                              training.last_checkpoint)
+            now = time.perf_counter()
+            meetings.plan(metrics.step_seconds)
+            meetings.step_seconds = (now - met_time) / (progress.done - met)
+            met, met_time = progress.done, now
+        if is_line:
             left = time_left(metrics.seconds, progress.done, training.schedule.total_steps - step - 1,
                              evaluations * training.evaluation_seconds)
             progress.show(f'loss {metrics.loss:.4f} lr {training.schedule.lr(step):.6g} '
                           f'{metrics.n / metrics.seconds:.1f} images/s '
                           f'data {(loader.waited - waited) / (time.perf_counter() - began):.0%} ETA {left}')
         training.part = EpochPart(epoch, progress.done, sums, n, time.perf_counter() - start)
-        if is_stopping:
+        if (is_line or is_meeting) and metrics.stopping:
             end_run(config, training)
         if config.SAVE_FREQ_STEPS and (step + 1) % config.SAVE_FREQ_STEPS == 0:
             save_within_epoch(config, training)

@@ -3,6 +3,7 @@ import os
 import runpy
 import signal
 import sys
+import time
 
 from utils import prepare_runtime
 
@@ -23,6 +24,15 @@ def on_call(owner, name, number, fault, counts=lambda *args: True):
             if len(calls) == number:
                 fault(original, *args)
         return original(*args, **kwargs)
+    setattr(owner, name, call)
+
+
+def slow_down(owner, name, seconds):
+    original = getattr(owner, name)
+
+    def call(*args):
+        time.sleep(seconds)
+        return original(*args)
     setattr(owner, name, call)
 
 
@@ -54,6 +64,8 @@ FAULTS = {
     'interrupt': lambda number: on_call(engine, 'train_step', number, send('SIGINT')),
     'terminate_evaluation': lambda number: on_call(engine, 'batch_sums', number, send('SIGTERM'),
                                                    lambda *args: not paddle.is_grad_enabled()),
+    # each step takes NUMBER seconds more
+    'slow': lambda number: slow_down(engine, 'train_step', number),
     'raise': lambda number: on_call(engine, 'train_step', number, raise_error),
 }
 

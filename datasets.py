@@ -14,6 +14,7 @@ import sys
 import time
 import traceback
 import warnings
+import weakref
 import zlib  # noqa: F401  before Paddle: see utils.py
 from dataclasses import dataclass
 
@@ -229,11 +230,14 @@ def _start_worker(parent, worker):
     end_with_parent(parent)
 
 
+_WORKERS = weakref.WeakSet()
+
+
 @atexit.register
 def _end_workers():
     """End the workers of loaders that were left, before multiprocessing waits for them: its SIGTERM they ignore."""
     for process in multiprocessing.active_children():
-        if process.daemon:
+        if process in _WORKERS:
             os.kill(process.pid, signal.SIGUSR1)
 
 
@@ -257,8 +261,10 @@ class Loader:
     def __iter__(self):
         # a new worker inherits the block, until it ignores them
         blocked = signal.pthread_sigmask(signal.SIG_BLOCK, STOP_SIGNALS)
+        others = set(multiprocessing.active_children())
         try:
             batches = iter(self.loader)
+            _WORKERS.update(set(multiprocessing.active_children()) - others)
         finally:
             signal.pthread_sigmask(signal.SIG_SETMASK, blocked)
         while True:

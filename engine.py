@@ -648,6 +648,10 @@ def resume_training(config, loader, path, state):
         LOG.info('the checkpoint holds no EMA: the average starts from its weights')
     if progress:
         training.part = EpochPart.resumed(epoch + 1, progress, training.schedule)
+        if not training.part:
+            LOG.info(f'the checkpoint is within epoch {epoch + 1}, of {progress["total_batch"]} images in a step and '
+                     f'{state["world_size"]} processes, this run has {training.schedule.total_batch} and '
+                     f'{world_size()}: that epoch begins again')
     step = epoch * training.schedule.steps_per_epoch + (training.part.steps if training.part else 0)
     for name, then, now in (('processes', state['world_size'], world_size()), ('steps', state['step'], step)):
         if then != now:

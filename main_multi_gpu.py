@@ -82,7 +82,7 @@ def run_processes(command, count):
     status = processes[failed].returncode
     if status < 0:
         print(f'rank {failed} was ended by {signal.Signals(-status).name}', file=sys.stderr)
-    return status if status > 0 else 128 - status
+    return 128 - status if status < 0 else status
 
 
 def wait_for(processes):

@@ -15,6 +15,7 @@ import logging
 import os
 import signal
 import sys
+import threading
 import warnings
 
 import numpy as np
@@ -40,19 +41,30 @@ def prepare_runtime():
     """
     if _check_versions() == 'paddlepaddle' or not glob.glob('/dev/nvidia[0-9]*'):
         _prepare_cpu()
+    # Paddle (2.6.2, 3.3.1) answers SIGTERM with a stack trace, in which a data worker just forked may deadlock; and it
+    # leaves its batches in shared memory, unless Python ends in order. So the signal waits until it can be answered
+    blocked = signal.pthread_sigmask(signal.SIG_BLOCK, [signal.SIGTERM])
+    try:
+        _import_paddle()
+        signal.signal(signal.SIGTERM, lambda number, frame: sys.exit(128 + number))
+    finally:
+        signal.pthread_sigmask(signal.SIG_SETMASK, blocked)
+    # said at every start of a training, of what batch norms do anyway
+    warnings.filterwarnings('ignore', 'When training, we now always track global mean and variance')
+
+
+def _import_paddle():
     # the import warns of the number of threads chosen here and of a missing ccache: nothing a user could mend
     try:
         with contextlib.redirect_stderr(io.StringIO()), warnings.catch_warnings():
             warnings.simplefilter('ignore')
-            import paddle  # noqa: F401
+            import paddle
     except ImportError as error:
         raise UserError(f'PaddlePaddle cannot be imported ({error}); libgomp.so.1 comes with the system (on Debian: '
                         'apt install libgomp1), for anything else install PaddlePaddle anew') from None
-    # Paddle (2.6.2, 3.3.1) answers SIGTERM with a stack trace, in which a data worker just forked may deadlock; and it
-    # leaves its batches in shared memory, unless Python ends in order
-    signal.signal(signal.SIGTERM, lambda number, frame: sys.exit(128 + number))
-    # said at every start of a training, of what batch norms do anyway
-    warnings.filterwarnings('ignore', 'When training, we now always track global mean and variance')
+    if 'PADDLE_TRAINER_ID' in os.environ:
+        # when a rank has gone, gloo aborts the others: their C++ stack traces are no news
+        paddle.disable_signal_handler()
 
 
 def use_device(index=0):
@@ -101,6 +113,11 @@ def run_program(main):
     """Call a program's main(); a user's mistake ends in one line on stderr and exit status 2."""
     try:
         main()
+    except SystemExit as error:
+        if error.code == STOPPED:  # as it was asked to: who asks once more, as launchers do, gets that status too
+            for number in STOP_SIGNALS:
+                signal.signal(number, signal.SIG_IGN)
+        raise
     except UserError as error:
         sys.exit(_fail(str(error), 2))
     except BrokenPipeError:
@@ -120,7 +137,8 @@ def run_program(main):
 class StopRequest:
     """While it is open, the first of STOP_SIGNALS is remembered as `name`, to be answered when it suits.
 
-    A second Ctrl-C interrupts at once; after an exception that follows a request, other signals are still ignored.
+    A second Ctrl-C interrupts at once. Opened in another thread than the main one, which alone gets signals, it does
+    nothing.
     """
 
     def __init__(self):
@@ -128,7 +146,8 @@ class StopRequest:
         self._before = {}
 
     def __enter__(self):
-        self._before = {number: signal.signal(number, self._remember) for number in STOP_SIGNALS}
+        if threading.current_thread() is threading.main_thread():
+            self._before = {number: signal.signal(number, self._remember) for number in STOP_SIGNALS}
         return self
 
     def _remember(self, number, frame):
@@ -140,9 +159,8 @@ class StopRequest:
         self.name = self.name or signal.Signals(number).name
 
     def __exit__(self, kind, error, trace):
-        if not (kind and self.name):
-            for number, handler in self._before.items():
-                signal.signal(number, handler)
+        for number, handler in self._before.items():
+            signal.signal(number, handler)
 
 
 def first_few(problems, count=5):
@@ -187,7 +205,8 @@ def _tell_launcher(message):
     """Write an error of another rank than 0 to the stderr of Paddle's launcher, which shows rank 0's alone (Linux)."""
     rank = os.environ.get('PADDLE_TRAINER_ID', '0')
     if rank != '0' and 'MOBILEONE_PARENT' not in os.environ:
-        with contextlib.suppress(OSError), open(f'/proc/{os.getppid()}/fd/2', 'a', encoding='utf-8') as console:
+        with contextlib.suppress(OSError), open(
+                f'/proc/{os.getppid()}/fd/2', 'a', encoding='utf-8', errors='backslashreplace') as console:
             console.write(f'{program_name()}: error: rank {rank}: {message}\n')
 
 
@@ -200,8 +219,6 @@ def join_process_group():
         return
     if not paddle.device.cuda.device_count():
         os.environ['PADDLE_DISTRI_BACKEND'] = 'gloo'
-    # when a rank has gone, gloo aborts the others: their C++ stack traces are no news
-    paddle.disable_signal_handler()
     with contextlib.redirect_stderr(io.StringIO()):  # a banner on flags that Paddle (3.3.1) has set itself
         paddle.distributed.init_parallel_env()
 

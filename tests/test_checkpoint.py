@@ -138,6 +138,23 @@ def test_writing_is_whole_or_not_at_all(tmp_path, monkeypatch):
     assert checkpoint.load(path) == {'epoch': 1} and os.listdir(tmp_path) == ['c.pdparams']
 
 
+def test_a_file_is_on_the_disk_before_it_has_its_name(tmp_path, monkeypatch):
+    """And its name is, before the run goes on."""
+    calls, fsync, replace = [], os.fsync, os.replace
+
+    def logged_fsync(descriptor):
+        calls.append(os.path.basename(os.readlink(f'/proc/self/fd/{descriptor}')))
+        fsync(descriptor)
+
+    def logged_replace(source, target):
+        calls.append('replace')
+        replace(source, target)
+    monkeypatch.setattr(os, 'fsync', logged_fsync)
+    monkeypatch.setattr(os, 'replace', logged_replace)
+    checkpoint.save({'epoch': 1}, str(tmp_path / 'c.pdparams'))
+    assert calls == ['c.pdparams.partial', 'replace', tmp_path.name]
+
+
 def test_prune(tmp_path):
     for name in ('epoch_2', 'epoch_10', 'epoch_9', 'epoch_1', 'epoch_x', 'latest', 'best'):
         (tmp_path / f'{name}.pdparams').write_text('')

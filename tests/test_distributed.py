@@ -122,6 +122,10 @@ def test_statistics_are_averaged_at_the_end_of_an_epoch(fashion):
     assert len(counts) == 1 and counts.pop() > 20
 
 
+def test_all_wait_for_a_save_within_an_epoch(fashion, tmp_path):
+    assert group(2, 'save', fashion, tmp_path).stdout.count('went on') == 2
+
+
 @pytest.mark.parametrize('count', [1, 2])
 def test_nothing_synchronises_between_log_lines(fashion, count):
     args = ['count', fashion, 'DATA.BATCH_SIZE', 12 // count, 'REPORT_FREQ', '2', 'TRAIN.ACCUM_ITER', '1',
@@ -200,14 +204,15 @@ def test_a_rank_that_fails_ends_all(tmp_path, how, status, message):
     assert time.monotonic() - start < 60
 
 
-def test_a_parent_that_is_terminated_ends_its_processes(tmp_path):
-    process = subprocess.Popen([sys.executable, '-c', GROUP, '2', ROOT / 'tests/workers.py', 'fail', tmp_path, 'sleep'],
+@pytest.mark.parametrize('how, status', [('sleep', 128 + signal.SIGTERM), ('end', 0)])
+def test_a_parent_that_is_terminated_ends_its_processes(tmp_path, how, status):
+    process = subprocess.Popen([sys.executable, '-c', GROUP, '2', ROOT / 'tests/workers.py', 'fail', tmp_path, how],
                                env={**os.environ, 'PYTHONPATH': f'{ROOT}:{ROOT / "tests"}'}, cwd=ROOT)
     while len(list(tmp_path.glob('*.pid'))) < 2:
         assert process.poll() is None
         time.sleep(0.1)
     process.terminate()
-    assert process.wait(40) == 128 + signal.SIGTERM and ended(tmp_path)
+    assert process.wait(40) == status and ended(tmp_path)
 
 
 def test_an_image_that_one_rank_cannot_read(trained, fashion, tmp_path):

@@ -1,6 +1,8 @@
 """Metrics, the training step and the evaluation, in one process."""
 import contextlib
 import json
+import math
+import os
 
 import numpy as np
 import paddle
@@ -314,3 +316,27 @@ def test_training_accuracy_under_mixup_counts_the_larger_share(config, loaders):
         training.model(images))
     images, labels = next(iter(loaders[0]))
     assert engine.train_step(training, [(images, labels)], 0)[1].item() == len(labels)
+
+
+def test_a_part_of_an_epoch_is_the_same_after_a_resume(config, loaders):
+    training = engine.build_training(config, build_mobileone(config), loaders[0])
+    part = engine.EpochPart(3, 2, paddle.to_tensor([1.5, 2.0, 4.0], dtype='float64'), 16, 12.5)
+    state = part.state(training.schedule)
+    again = engine.EpochPart.resumed(3, state, training.schedule)
+    assert (again.epoch, again.steps, again.n, again.seconds) == (3, 2, 16, 12.5)
+    assert again.sums.tolist() == part.sums.tolist()
+    # other steps, other images in a step, another number of processes
+    for key, value in (('steps_per_epoch', 50), ('total_batch', 3), ('sums', np.zeros([2, 4]))):
+        assert engine.EpochPart.resumed(3, {**state, key: value}, training.schedule) is None
+
+
+def test_a_loss_that_is_not_finite_is_not_saved(config, loaders, tmp_path):
+    config.SAVE = str(tmp_path)
+    training = engine.build_training(config, build_mobileone(config), loaders[0])
+    training.part = engine.EpochPart(1, 2, paddle.to_tensor([math.inf, 0, 0], dtype='float64'), 16, 1.0)
+    with pytest.raises(UserError, match='the loss of training, epoch 1, step 2, is inf'):
+        engine.save_within_epoch(config, training)
+    assert os.listdir(tmp_path) == []
+    training.part.sums = paddle.zeros([3], dtype='float64')
+    engine.save_within_epoch(config, training)
+    assert os.listdir(tmp_path) == ['latest.pdparams']

@@ -183,10 +183,31 @@ def statistics(folder):
     say(f'rank {rank()}: {differed} differed')
 
 
+def save(folder, output):
+    """All ranks wait until a checkpoint within an epoch is written, and go on with its batch-norm statistics."""
+    training, _, config = build(folder, None, 'SAVE', output)
+    name = next(name for name in training.model.state_dict() if name.endswith('._mean'))
+    tensor = training.model.state_dict()[name]
+    tensor.set_value(np.full(tensor.shape, rank(), 'float32'))
+    training.part = engine.EpochPart(1, 1, paddle.zeros([3], dtype='float64'), 8, 1.0)
+    write = engine.write_checkpoints
+
+    def slowly(*args):
+        time.sleep(1)
+        write(*args)
+    engine.write_checkpoints = slowly
+    engine.save_within_epoch(config, training)
+    mean = engine.checkpoint.load(os.path.join(output, 'latest.pdparams'))['model'][name]
+    assert (mean == (world_size() - 1) / 2).all() and (tensor.numpy() == mean).all()
+    say(f'rank {rank()} went on')
+
+
 def fail(folder, how):
-    """Rank 1 fails in one way, and the others wait for it; or all fail together; or all sleep."""
+    """Rank 1 fails in one way, and the others wait for it; or all fail together; or all sleep, or end when asked to."""
+    if how == 'end':
+        signal.signal(signal.SIGTERM, lambda number, frame: os._exit(0))
     Path(folder, f'{os.getpid()}.pid').touch()
-    if how == 'sleep':
+    if how in ('sleep', 'end'):
         time.sleep(600)
     if rank() == 1 or how == 'together':
         if how == 'raise':

@@ -87,6 +87,8 @@ def _import_safetensors(path):
 
 
 def _read_safetensors(safetensors, data):
+    if int.from_bytes(data[:8], 'little') > _MOST:
+        raise ValueError(f'its header is longer than {_MOST:,} bytes, which no weights need')
     return {_check_key(name): array for name, array in safetensors.load(data).items()}
 
 
@@ -160,7 +162,8 @@ _LITERALS = {'BININT', 'BININT1', 'BININT2', 'LONG1', 'BINFLOAT', 'SHORT_BINUNIC
              'SHORT_BINBYTES', 'BINBYTES', 'BINBYTES8'}
 _CONSTANTS = {'NONE': None, 'NEWTRUE': True, 'NEWFALSE': False, 'EMPTY_TUPLE': ()}
 _TUPLES = {'TUPLE1': 1, 'TUPLE2': 2, 'TUPLE3': 3}
-# instructions of a file, and values in what they make: a checkpoint of MobileOne-S0 has up to 0.2 million
+# instructions of a pickle, and values in what they make: a checkpoint of MobileOne-S0 has up to 0.2 million; bytes of a
+# header of .safetensors: its weights have 0.1 million
 _MOST = 1_000_000
 
 
@@ -278,15 +281,16 @@ def _reduce(function, arguments):
 def _build(target, state):
     """A data type or an array of a pickle with its state: of the array the shape, which must fit its bytes."""
     if isinstance(target, _Dtype):
-        version, order, *rest = state
-        if version != 3 or order not in ('<', '|') or rest != [None, None, None, -1, -1, 0]:
+        if _expect(state, tuple) not in [(3, order, None, None, None, -1, -1, 0) for order in ('<', '|')]:
             raise ValueError('it holds a data type that no weights have')
         return target
-    _, shape, dtype, is_fortran, content = state
+    _, shape, dtype, is_fortran, content = _expect(state, tuple)
     array = _array(dtype, content)
-    shape = [_expect(side, int) for side in shape]
-    if min(shape, default=0) < 0 or len(shape) > 32 or math.prod(shape) != array.size:
-        raise ValueError(f'it holds an array of shape {str(shape)[:100]} in {array.nbytes} bytes')
+    if len(_expect(shape, tuple)) > 32:
+        raise ValueError(f'it holds an array of {len(shape)} sides')
+    if any(_expect(side, int) < 0 for side in shape) or math.prod(shape) != array.size:
+        sides = ', '.join(str(side) if 0 <= side < _MANY else 'out of range' for side in shape)
+        raise ValueError(f'it holds an array of shape [{sides}] in {array.nbytes} bytes')
     _expect(target, _Array).value = array.reshape(shape, order='F' if is_fortran else 'C').copy()
     return target
 
@@ -333,6 +337,7 @@ def load_training(path):
                         'resumed; start from its weights with -pretrained')
     for part in ('model', 'model_ema', 'optimizer'):
         _check_floats(state[part], path)
+        _check_finite(state[part], path)
     impossible = [name for name, is_possible in _facts(state).items() if not is_possible]
     if impossible:
         raise UserError(f'{path}: is broken: {", ".join(impossible)} cannot be; resume another one')
@@ -349,12 +354,16 @@ def _facts(state):
         sums = progress['sums']
         facts.update({'progress.steps': 0 < progress['steps'] <= progress['steps_per_epoch'] < _MANY,
                       'progress.total_batch': 1 <= progress['total_batch'] < _MANY,
-                      'progress.seconds': 0 <= progress['seconds'] < _MANY,
+                      'progress.seconds': 0 <= progress['seconds'] < 1e9,
                       'progress.sums': sums.shape == (state['world_size'], 4) and sums.dtype == 'float64'
                       and bool(((sums >= 0) & (sums < _MANY)).all())})
     if scaler:
         scale = scaler['scale']
         facts['amp_grad_scaler.scale'] = (scale.shape == (1,) and scale.dtype == 'float32' and 0 < scale[0] < math.inf)
+        facts.update({f'amp_grad_scaler.{name}': scaler[name] > 1 and math.isfinite(scaler[name])
+                      if name == 'incr_ratio' else 0 < scaler[name] < 1 for name in ('incr_ratio', 'decr_ratio')})
+        facts.update({f'amp_grad_scaler.{name}': 0 <= scaler[name] < 2 ** 31
+                      for name, kind in SCALER_PARTS.items() if kind is int})
     return facts
 
 
@@ -366,7 +375,17 @@ def _check_floats(arrays, path):
     """Raises: UserError unless the values of a dictionary are arrays of floats."""
     for key, value in arrays.items():
         if not (isinstance(value, np.ndarray) and value.dtype.kind == 'f'):
-            raise UserError(f'{path}: {key} is {type(value).__name__}, not an array of floats')
+            kind = f'an array of {value.dtype}' if isinstance(value, np.ndarray) else type(value).__name__
+            raise UserError(f'{path}: {key} is {kind}, not an array of floats'
+                            f'{"; save bfloat16 as float32" if kind.endswith("uint16") else ""}')
+
+
+def _check_finite(arrays, path):
+    """Raises: UserError unless the values of a dictionary of arrays are finite, as the float32 that they become."""
+    with np.errstate(over='ignore'):
+        bad = [key for key, value in arrays.items() if not np.isfinite(value.astype('float32', copy=False)).all()]
+    if bad:
+        raise UserError(f'{path}: {first_few(bad)} hold numbers that are not finite; resume another one')
 
 
 def _checkpoints(folder):
@@ -461,7 +480,8 @@ def load_into(model, weights, path, allow_other_classifier=False):
                         'give the -cfg (and MODEL.NUM_CLASSES) that these weights belong to')
     for name, tensor in model.state_dict().items():
         if name not in left_out:
-            tensor.set_value(weights[name].astype(tensor.numpy().dtype))
+            with np.errstate(over='ignore'):  # infinite then, which the loss will be, and is refused
+                tensor.set_value(weights[name].astype(tensor.numpy().dtype))
     return left_out
 
 

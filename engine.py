@@ -270,7 +270,8 @@ def check_finite(value, what, last_checkpoint=''):
 
 def time_left(seconds, steps_done, steps_left, evaluation_seconds=0.0):
     """Estimate of what remains of a run, from the seconds that steps_done steps took and what evaluations will take."""
-    return datetime.timedelta(seconds=round(seconds / steps_done * steps_left + evaluation_seconds))
+    left = seconds / steps_done * steps_left + evaluation_seconds
+    return datetime.timedelta(seconds=round(min(left, 1e10)))  # which a timedelta can hold
 
 
 def is_validated(config, epoch):
@@ -527,11 +528,16 @@ def _write(path, text):
 
 
 def check_weights(training, when):
-    """Raises: UserError, on all ranks alike, for weights or averages that are not finite: they must not be saved."""
+    """Raises: UserError, on all ranks alike, for numbers that are not finite: they must not be saved.
+
+    Of the weights, their averages and what the optimizer has gathered.
+    """
     finite = [paddle.stack([tensor.isfinite().all() for tensor in tensors.values()]).numpy()
-              for tensors in [training.model.state_dict()] + ([training.ema.average] if training.ema else [])]
+              for tensors in (training.model.state_dict(), training.ema.average if training.ema else {},
+                              optim.optimizer_state(training.optimizer, training.model)) if tensors]
     good = reduce_over_ranks(np.concatenate(finite), 'MIN').all()
-    check_finite(0.0 if good else math.nan, f'a weight after {when}', training.last_checkpoint)
+    check_finite(0.0 if good else math.nan, f'a weight, or a number of the optimizer, after {when}',
+                 training.last_checkpoint)
 
 
 def save_within_epoch(config, training):

@@ -78,10 +78,11 @@ def run_processes(command, count):
     if failed is None:
         return 0
     errors[failed].seek(0)
-    sys.stderr.write(errors[failed].read().decode(errors='replace'))
     status = processes[failed].returncode
-    if status < 0:
-        print(f'rank {failed} was ended by {signal.Signals(-status).name}', file=sys.stderr)
+    with contextlib.suppress(OSError):  # nobody may read it
+        sys.stderr.write(errors[failed].read().decode(errors='replace'))
+        if status < 0:
+            print(f'rank {failed} was ended by {signal.Signals(-status).name}', file=sys.stderr)
     return 128 - status if status < 0 else status
 
 

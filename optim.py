@@ -104,7 +104,9 @@ def _states(optimizer, model):
 def optimizer_state(optimizer, model):
     """{name: tensor} of what an optimizer has gathered over the steps of a model; empty before the first step."""
     state = optimizer.state_dict()
-    return {ours: state[paddles] for ours, paddles, _ in _states(optimizer, model)} if state else {}
+    # between a resume and the first step it is the arrays that were given (3.3.1), or empty (2.6.2)
+    return {ours: state[paddles] if isinstance(state[paddles], paddle.Tensor) else paddle.to_tensor(state[paddles])
+            for ours, paddles, _ in _states(optimizer, model)} if state else {}
 
 
 def load_optimizer_state(optimizer, model, state, path):

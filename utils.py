@@ -121,8 +121,7 @@ def run_program(main):
     except UserError as error:
         sys.exit(_fail(str(error), 2))
     except BrokenPipeError:
-        # what read our output has ended; nothing more can be written, not even at exit
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        _silence_stdout()
         sys.exit(_fail('the program that read the output has ended', 1))
     except OSError as error:
         name = error.filename or 'a file'
@@ -132,6 +131,11 @@ def run_program(main):
     except Exception as error:
         _tell_launcher(describe_error(error))
         raise
+
+
+def _silence_stdout():
+    """For when what read it has ended: nothing more can be written, not even at exit."""
+    os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
 
 
 class StopRequest:
@@ -153,10 +157,11 @@ class StopRequest:
     def _remember(self, number, frame):
         if self.name and number == signal.SIGINT:
             raise KeyboardInterrupt
-        if not self.name and os.environ.get('PADDLE_TRAINER_ID', '0') == '0':
-            # not by print, which the signal may have interrupted
-            os.write(2, b'asked to stop: a checkpoint comes first; Ctrl-C again stops at once\n')
-        self.name = self.name or signal.Signals(number).name
+        is_first, self.name = not self.name, self.name or signal.Signals(number).name
+        if is_first and os.environ.get('PADDLE_TRAINER_ID', '0') == '0':
+            # not by print, which the signal may have interrupted; and what shows it may have got the signal too
+            with contextlib.suppress(OSError):
+                os.write(2, b'asked to stop: a checkpoint comes first; Ctrl-C again stops at once\n')
 
     def __exit__(self, kind, error, trace):
         for number, handler in self._before.items():
@@ -170,8 +175,9 @@ def first_few(problems, count=5):
 
 
 def one_line(text, length=300):
-    """Text from a file, an error or the command line as a message shows it, cut where it is long."""
+    """Text from a file, an error or the command line as a message shows it: cut where it is long, and plain."""
     text = ' '.join(text.split())
+    text = ''.join(char if char.isprintable() else repr(char)[1:-1] for char in text[:length + 1])
     return text if len(text) <= length else f'{text[:length]}...'
 
 
@@ -196,7 +202,8 @@ def program_name():
 
 def _fail(message, status):
     rank = os.environ.get('PADDLE_TRAINER_ID', '0')
-    print(f'{program_name()}: error: {message if rank == "0" else f"rank {rank}: {message}"}', file=sys.stderr)
+    with contextlib.suppress(OSError):  # nobody may read it
+        print(f'{program_name()}: error: {message if rank == "0" else f"rank {rank}: {message}"}', file=sys.stderr)
     _tell_launcher(message)
     return status
 
@@ -288,13 +295,28 @@ LOG = logging.getLogger('mobileone')
 
 
 class _ConsoleHandler(logging.Handler):
-    """Writes to stdout without tearing a progress bar; not errors, which end the program and go to stderr."""
+    """Writes to stdout without tearing a progress bar; not errors, which end the program and go to stderr.
+
+    log: the file that has the messages too, if any. With one, a run goes on when nobody reads stdout any more.
+    """
+
+    def __init__(self, level, log=''):
+        super().__init__(level)
+        self.log = log
 
     def filter(self, record):
         return record.levelno < logging.ERROR
 
     def emit(self, record):
-        tqdm.write(self.format(record))
+        try:
+            tqdm.write(self.format(record))
+            sys.stdout.flush()
+        except BrokenPipeError:  # `tee` has ended, of a Ctrl-C that asks the run to stop
+            if not self.log:
+                raise
+            _silence_stdout()
+            with contextlib.suppress(OSError):
+                print(f'nobody reads the output any more; it goes on in {self.log}', file=sys.stderr)
 
 
 class _FileHandler(logging.FileHandler):
@@ -315,10 +337,11 @@ def setup_logger(folder=None):
     for handler in list(LOG.handlers):
         LOG.removeHandler(handler)
         handler.close()
-    handlers = [_ConsoleHandler(logging.INFO)]
+    log = os.path.join(folder, 'log.txt') if folder else ''
+    handlers = [_ConsoleHandler(logging.INFO, log)]
     if folder:
         os.makedirs(folder, exist_ok=True)  # nodes need not share their disks
-        handlers.append(_FileHandler(os.path.join(folder, 'log.txt'), encoding='utf-8'))
+        handlers.append(_FileHandler(log, encoding='utf-8'))
     for handler in handlers:
         handler.setFormatter(logging.Formatter('%(asctime)s %(message)s' if is_main else
                                                f'%(asctime)s rank {rank()}: %(message)s', '%Y-%m-%d %H:%M:%S'))

@@ -211,6 +211,12 @@ def test_newest_and_past_checkpoints(tmp_path, caplog):
     ({'step': 1.5}, 'no step'), ({'best': 3, 'epoch': 'x'}, 'no epoch, best'),
     ({'model': np.zeros(2)}, 'weights alone'), ({'best': {'epoch': 1}}, 'no best.acc1'),
     ({'model_ema': {'x': 3}}, 'x is int, not an array of floats'),
+    ({'model_ema': {'x': np.zeros(2, 'uint16')}}, 'x is an array of uint16, not .* floats; save bfloat16 as float32'),
+    *(({part: {'x': np.array([1, value])}}, 'x.pdparams: x hold numbers that are not finite')
+      for part, value in (('model', math.nan), ('model_ema', math.inf), ('optimizer', -math.inf), ('model', 1e300))),
+    *(({'amp_grad_scaler': {**SCALER, key: value}}, f'is broken: amp_grad_scaler.{key} cannot be') for key, value in (
+        ('incr_ratio', math.nan), ('incr_ratio', math.inf), ('incr_ratio', 1.0), ('decr_ratio', 0.0),
+        ('decr_ratio', 1.0), ('incr_every_n_steps', -1), ('incr_count', 2 ** 31))),
     ({'optimizer': {'x': {}}}, 'x is dict, not an array of floats'),
     ({'progress': {'steps': 1}}, 'no progress.seconds, progress.sums'),
     ({'amp_grad_scaler': {'scale': 1.0}}, 'no amp_grad_scaler.scale, amp_grad_scaler.incr_ratio'),

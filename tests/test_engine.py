@@ -133,6 +133,7 @@ def test_more_classes_than_labels_are_said(config, fashion):
 def test_time_left():
     assert str(engine.time_left(10, 20, 60)) == '0:00:30'
     assert str(engine.time_left(10, 20, 60, evaluation_seconds=3600)) == '1:00:30'
+    assert engine.time_left(1e9, 1, 2 ** 53).days > 100_000
 
 
 def test_runs_that_start_together_have_folders_of_their_own(tmp_path):
@@ -243,12 +244,13 @@ def test_weights_that_are_not_finite_are_not_saved(config, loaders, tmp_path):
     engine.train_step(training, [next(iter(loaders[0]))], 0)
     engine.save_checkpoints(config, training, 1, 1)
     before = (tmp_path / 'latest.pdparams').read_bytes()
-    for holder in (training.ema.average, training.model.state_dict()):
-        holder['fc.bias'].set_value(np.full([10], np.inf, 'float32'))
-        with pytest.raises(UserError, match='a weight after epoch 2 is nan: .* the last good checkpoint is .*latest'
-                                            r'\.pdparams \(epoch 1\)'):
+    velocity = engine.optim.optimizer_state(training.optimizer, training.model)['fc.bias.velocity']
+    for tensor in (training.ema.average['fc.bias'], training.model.fc.bias, velocity):
+        tensor.set_value(np.full([10], np.inf, 'float32'))
+        with pytest.raises(UserError, match='a weight, or a number of the optimizer, after epoch 2 is nan: .* the last '
+                                            r'good checkpoint is .*latest\.pdparams \(epoch 1\)'):
             engine.save_checkpoints(config, training, 2, 2)
-        holder['fc.bias'].set_value(np.zeros([10], 'float32'))
+        tensor.set_value(np.zeros([10], 'float32'))
     assert (tmp_path / 'latest.pdparams').read_bytes() == before
 
 

@@ -175,6 +175,20 @@ def test_a_second_interrupt_stops_at_once(fashion, tmp_path):
     assert process.returncode in (130, STOPPED) and members(str(tmp_path)) == []
 
 
+@pytest.mark.parametrize('count', [1, 2])
+def test_a_stop_with_nobody_to_tell(fashion, tmp_path, count):
+    """`python ... 2>&1 | tee log`: Ctrl-C ends tee too."""
+    process = subprocess.Popen([*map(str, [
+        sys.executable, 'main_multi_gpu.py', '-nproc', count, '-output', tmp_path / 'run', *options(
+            fashion, *LONG, 'REPORT_FREQ', '1')])], cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.STDOUT)
+    wait_until(lambda: (tmp_path / 'run/latest.pdparams').exists(), 60)
+    process.stdout.close()
+    process.send_signal(signal.SIGINT)
+    assert process.wait(20) == STOPPED and members(str(tmp_path)) == []
+    assert 'stopped by SIG' in (tmp_path / 'run/log.txt').read_text().splitlines()[-1]
+    assert checkpoint.load(str(tmp_path / 'run/latest.pdparams'))['progress']
+
+
 @pytest.mark.parametrize('name, epoch', [('latest.pdparams', 1), ('epoch_4.pdparams', 3)])
 def test_a_full_disk(whole, tmp_path, name, epoch):
     """The error names the path, the checkpoint before is whole, and the run goes on from it."""

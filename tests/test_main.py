@@ -232,10 +232,17 @@ def test_bars_on_a_terminal(fashion, tmp_path):
 
 
 def test_output_that_nobody_reads(fashion, tmp_path):
-    process = subprocess.run(f'{sys.executable} {MAIN} -output {tmp_path / "run"} '
-                             f'{" ".join(map(str, options(fashion)))} | head -n 1', shell=True, cwd=ROOT,
-                             capture_output=True, text=True)
-    assert len(process.stderr.splitlines()) == 1 and 'the program that read the output has ended' in process.stderr
+    """A run goes on, in log.txt; a program that has none ends."""
+    def head(command):
+        return subprocess.run(f'{sys.executable} {command} | head -n 1', shell=True, cwd=ROOT, capture_output=True,
+                              text=True).stderr
+    opts = ' '.join(map(str, options(fashion)))
+    log = tmp_path / 'run/log.txt'
+    assert head(f'{MAIN} -output {tmp_path / "run"} {opts}') == (
+        f'nobody reads the output any more; it goes on in {log}\n')
+    assert ' best top-1 ' in log.read_text().splitlines()[-1]
+    assert head('-m tools.show_recipe -cfg configs/mobileone_s0.yaml') == (
+        'tools.show_recipe: error: the program that read the output has ended\n')
 
 
 @pytest.mark.parametrize('workers', [0, 2])

@@ -82,7 +82,7 @@ def array_pickle(shape, code='f4', content=b'', dtype_state=(3, '<', None, None,
     class Array:
         def __reduce__(self):
             function = np.zeros(0).__reduce__()[0]
-            return function, (np.ndarray, tuple([0]), made), (1, tuple([*shape]), Dtype(), False, content)
+            return function, (np.ndarray, tuple([0]), made), (1, type(shape)([*shape]), Dtype(), False, content)
     return dumps({f'stages.{index}': Array() for index in range(count)})
 
 
@@ -95,7 +95,7 @@ def shared(depth, count):
 
 
 def text(value):
-    return b'X' + len(value).to_bytes(4, 'little') + value.encode()
+    return b'X' + len(value.encode()).to_bytes(4, 'little') + value.encode()
 
 
 # tuples in each other: to hash them ends Python
@@ -138,7 +138,13 @@ ATTACKS = {
     'a negative shape': (array_pickle((-1, -4), 'i1', b'\0' * 4), 'an array of shape'),
     'too short': (array_pickle((3,), 'f4', b'\0' * 8), r'an array of shape \[3\] in 8 bytes'),
     'too long': (array_pickle((1,), 'f4', b'\0' * 8), r'an array of shape \[1\] in 8 bytes'),
-    'too many sides': (array_pickle((1,) * 40, 'f4', b'\0' * 4), 'an array of shape'),
+    'too many sides': (array_pickle((1,) * 40, 'f4', b'\0' * 4), 'an array of 40 sides'),
+    'many large sides': (b'\x80\x02cnumpy.core.multiarray\n_reconstruct\n(cnumpy\nndarray\nK\x00\x85C\x01btR(K\x01('
+                         b'\x8a\xff' + b'\x7f' * 255 + b'q\x00' + b'h\x00' * 400_000 + b'tcnumpy\ndtype\n(' + text('f4')
+                         + b'K\x00K\x01tR\x89C\x00tb.', 'an array of 400001 sides'),
+    'a state that is text': (b'\x80\x02cnumpy\ndtype\n(' + text('f4') + b'K\x00K\x01tR' + text('\u0100' * 3_000_000)
+                             + b'b.', 'it holds str where no weights have it'),
+    'a shape that is bytes': (array_pickle(b'\x01', 'f4', b'\0' * 4), 'it holds bytes where no weights have it'),
     'text for bytes': (array_pickle((1,), 'i1', 'x'), 'it holds str where no weights have it'),
     'without content': (b'\x80\x02}X\x01\x00\x00\x00acnumpy.core.multiarray\n_reconstruct\n(cnumpy\nndarray\n(K\x00t'
                         b'C\x01btRs.', 'it holds NoneType where no weights have it'),
@@ -260,6 +266,14 @@ def test_safetensors(config, fashion, tmp_path):
     safetensors.numpy.save_file({'stages.0\nerror: ': np.zeros(1)}, tmp_path / 'key.safetensors')
     with pytest.raises(UserError, match='a key in it is str, not a short text'):
         checkpoint.load_weights(str(tmp_path / 'key.safetensors'))
+    safetensors.numpy.save_file({f'stages.{n}': np.zeros(0, 'uint8') for n in range(20_000)},
+                                tmp_path / 'many.safetensors')
+    with pytest.raises(UserError, match='its header is longer than 1,000,000 bytes'):
+        checkpoint.load_weights(str(tmp_path / 'many.safetensors'))
+    (tmp_path / 'plain.safetensors').write_bytes(content.replace(b'"F32"', b'"\\u001b"', 1))
+    with pytest.raises(UserError) as error:
+        checkpoint.load_weights(str(tmp_path / 'plain.safetensors'))
+    assert str(error.value).isprintable()
     with pytest.raises(UserError, match='holds weights alone'):
         checkpoint.load_training(path)
     with pytest.raises(UserError, match='x.safetensors: holds only arrays, not dict under .model'):

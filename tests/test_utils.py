@@ -60,6 +60,11 @@ def test_a_request_to_stop_is_remembered_while_it_is_open():
     assert [signal.getsignal(number) for number in utils.STOP_SIGNALS] == before and stop.name == 'SIGTERM'
 
 
+def test_one_line():
+    assert utils.one_line('a\tb\r\n\x1b[31m \x07c\udcff é') == r'a b \x1b[31m \x07c\udcff é'
+    assert utils.one_line('a' * 301) == 'a' * 300 + '...' and utils.one_line('a' * 300) == 'a' * 300
+
+
 def test_another_thread_cannot_be_asked_to_stop():
     names = []
 

@@ -22,8 +22,9 @@ import numpy as np
 from paddle.io import DataLoader, Dataset
 from PIL import Image, ImageOps, UnidentifiedImageError
 
+from program import STOP_SIGNALS, end_with_parent
 from transforms import AutoAugment, ColorJitter, EvalTransform, RandAugment, TrainTransform
-from utils import STOP_SIGNALS, UserError, end_with_parent, one_line
+from utils import UserError, one_line
 
 # an image either is read or raises; what Pillow remarks besides does not say of which file
 warnings.filterwarnings('ignore', module='PIL')

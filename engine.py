@@ -28,12 +28,11 @@ from datasets import get_dataloader, get_dataset, get_stage
 from losses import DistillationLoss, LabelSmoothingCrossEntropyLoss, SoftTargetCrossEntropyLoss
 from mixup import Mixup
 from mobileone import build_mobileone, model_convert
+from program import STOPPED, StopRequest
 from transforms import Normalize, RandomErase
 from utils import (
     LOG,
-    STOPPED,
     Progress,
-    StopRequest,
     UserError,
     append_json,
     describe_error,

@@ -10,7 +10,8 @@ import os
 import numpy as np
 
 from config import ArgumentParser, get_config
-from utils import UserError, first_few, prepare_runtime, run_program
+from program import prepare_runtime, run_program
+from utils import UserError, first_few
 
 
 def convert_state_dict(state_dict, config):

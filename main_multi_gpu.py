@@ -17,7 +17,8 @@ import tempfile
 import time
 
 from config import get_config, get_parser, resolve_config, update_config
-from utils import STOP_SIGNALS, UserError, join_process_group, prepare_runtime, run_program, use_device
+from program import STOP_SIGNALS, join_process_group, prepare_runtime, run_program, use_device
+from utils import UserError
 
 
 def main():

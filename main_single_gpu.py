@@ -8,7 +8,8 @@ The run's folder (-output) gets config.yaml, log.txt, log.jsonl, latest.pdparams
 import os
 
 from config import get_config, get_parser, update_config
-from utils import UserError, prepare_runtime, run_program, use_device
+from program import prepare_runtime, run_program, use_device
+from utils import UserError
 
 
 def main():

@@ -7,7 +7,7 @@ import sys
 
 import pytest
 
-from utils import prepare_runtime
+from program import prepare_runtime
 
 prepare_runtime()
 

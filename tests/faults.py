@@ -5,7 +5,7 @@ import signal
 import sys
 import time
 
-from utils import prepare_runtime
+from program import prepare_runtime
 
 prepare_runtime()
 

@@ -8,7 +8,8 @@ from conftest import run
 
 import datasets
 from datasets import EvalSampler, TrainSampler, get_dataloader, get_dataset, read_list
-from utils import STOP_SIGNALS, UserError
+from program import STOP_SIGNALS
+from utils import UserError
 
 
 def listed(folder, text, name='train_list.txt'):

@@ -13,7 +13,7 @@ from conftest import ROOT, STAGES, assert_same, fails, options, records, run, wi
 from test_distributed import GROUP
 
 import checkpoint
-from utils import STOPPED
+from program import STOPPED
 
 MAIN = 'main_single_gpu.py'
 FAULTS = ROOT / 'tests/faults.py'

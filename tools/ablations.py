@@ -14,8 +14,9 @@ import sys
 from dataclasses import dataclass
 
 from config import ArgumentParser, get_config, with_values
+from program import prepare_runtime, run_program
 from tools.plot_log import read_log
-from utils import UserError, prepare_runtime, run_program
+from utils import UserError
 
 ROOT = os.path.dirname(os.path.dirname(os.path.abspath(__file__)))
 BASE = get_config(os.path.join(ROOT, 'configs', 'ablations.yaml'))

@@ -5,8 +5,8 @@
 Needs matplotlib (pip install matplotlib).
 """
 from config import ArgumentParser
+from program import run_program
 from tools import import_pyplot
-from utils import run_program
 
 CONV, NORM, FUSED, PLAIN = '#cfe2f3', '#fff2cc', '#d9ead3', '#eeeeee'
 LINE, ACCENT = '#444444', '#a02020'

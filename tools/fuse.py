@@ -13,7 +13,8 @@ import time
 import numpy as np
 
 from config import get_config, get_parser, resolve_config, update_config
-from utils import UserError, prepare_runtime, run_program, setup_logger, use_device
+from program import prepare_runtime, run_program, use_device
+from utils import UserError, setup_logger
 
 
 def count_parameters(model):

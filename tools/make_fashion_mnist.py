@@ -18,7 +18,8 @@ from PIL import Image
 from tqdm import tqdm
 
 from config import ArgumentParser
-from utils import UserError, run_program
+from program import run_program
+from utils import UserError
 
 CLASSES = ['T-shirt_top', 'Trouser', 'Pullover', 'Dress', 'Coat', 'Sandal', 'Shirt', 'Sneaker', 'Bag', 'Ankle_boot']
 SPLITS = {'train': 'train', 'val': 't10k'}

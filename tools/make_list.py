@@ -16,7 +16,8 @@ import re
 import numpy as np
 
 from config import ArgumentParser
-from utils import UserError, run_program
+from program import run_program
+from utils import UserError
 
 EXTENSIONS = ('.jpg', '.jpeg', '.png', '.bmp', '.gif', '.tif', '.tiff', '.webp')
 

@@ -10,8 +10,9 @@ import os
 import textwrap
 
 from config import UNRELATED, ArgumentParser, get_config, leaves
+from program import run_program
 from tools import import_pyplot
-from utils import UserError, run_program
+from utils import UserError
 
 # title of a panel -> (field of the records, which of them: (split, weights))
 PANELS = {

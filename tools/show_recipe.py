@@ -9,8 +9,9 @@ The values are those of an epoch's first step, from the functions that training 
 import json
 
 from config import get_config, get_parser, resolve_config, update_config, with_values
+from program import prepare_runtime, run_program
 from tools import import_pyplot
-from utils import UserError, prepare_runtime, run_program
+from utils import UserError
 
 # values that are drawn -> titles
 TITLES = {'lr': 'learning rate', 'weight_decay': 'weight decay', 'image_size': 'image size (pixels)',

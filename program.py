@@ -1,0 +1,194 @@
+"""How a program starts, is asked to stop, and ends: Paddle's runtime, signals, errors on the console.
+
+Importing this module does not import Paddle.
+"""
+import contextlib
+import ctypes
+import glob
+import importlib.metadata
+import io
+import os
+import signal
+import sys
+import threading
+import warnings
+
+from utils import UserError, describe_error, program_name, silence_stdout
+
+# what asks a run to stop: Ctrl-C, and a system or a scheduler that wants its machine back
+STOP_SIGNALS = (signal.SIGINT, signal.SIGTERM)
+# exit status of a training that was asked to stop, and goes on with -resume: "try again later" of sysexits.h
+STOPPED = 75
+
+
+def prepare_runtime():
+    """Set what must be set before Paddle is imported, and import it: call it before anything else that does.
+
+    On a machine without a GPU, Paddle computes on all cores that the process may use.
+
+    Raises: UserError when the installed NumPy is one that the installed Paddle crashes on.
+    """
+    if _check_versions() == 'paddlepaddle' or not glob.glob('/dev/nvidia[0-9]*'):
+        _prepare_cpu()
+    # Paddle (2.6.2, 3.3.1) answers SIGTERM with a stack trace, in which a data worker just forked may deadlock; and it
+    # leaves its batches in shared memory, unless Python ends in order. So the signal waits until it can be answered
+    blocked = signal.pthread_sigmask(signal.SIG_BLOCK, [signal.SIGTERM])
+    try:
+        _import_paddle()
+        signal.signal(signal.SIGTERM, lambda number, frame: sys.exit(128 + number))
+    finally:
+        signal.pthread_sigmask(signal.SIG_SETMASK, blocked)
+    # said at every start of a training, of what batch norms do anyway
+    warnings.filterwarnings('ignore', 'When training, we now always track global mean and variance')
+
+
+def _import_paddle():
+    # the import warns of the number of threads chosen here and of a missing ccache: nothing a user could mend
+    try:
+        with contextlib.redirect_stderr(io.StringIO()), warnings.catch_warnings():
+            warnings.simplefilter('ignore')
+            import paddle
+    except ImportError as error:
+        raise UserError(f'PaddlePaddle cannot be imported ({error}); libgomp.so.1 comes with the system (on Debian: '
+                        'apt install libgomp1), for anything else install PaddlePaddle anew') from None
+    if 'PADDLE_TRAINER_ID' in os.environ:
+        # when a rank has gone, gloo aborts the others: their C++ stack traces are no news
+        paddle.disable_signal_handler()
+
+
+def _check_versions():
+    """The installed distribution of Paddle: 'paddlepaddle' or 'paddlepaddle-gpu'."""
+    numpy = importlib.metadata.version('numpy')
+    for name in ('paddlepaddle-gpu', 'paddlepaddle'):
+        try:
+            paddle = importlib.metadata.version(name)
+        except importlib.metadata.PackageNotFoundError:
+            continue
+        if paddle.startswith('2.') and not numpy.startswith('1.'):
+            raise UserError(f'numpy {numpy} crashes {name} {paddle}: pip install "numpy<2"')
+        return name
+    raise UserError('PaddlePaddle is not installed: pip install paddlepaddle==3.3.1 (CPU), or see README.md for GPUs')
+
+
+def _prepare_cpu():
+    # a GPU build warns of the CUDA libraries that this machine lacks
+    os.environ.setdefault('GLOG_minloglevel', '2')
+    # Paddle computes on one thread unless told otherwise
+    processes = int(os.environ.get('PADDLE_LOCAL_SIZE', 1))
+    os.environ.setdefault('OMP_NUM_THREADS', str(max(1, usable_cores() // processes)))
+    try:
+        with open('/proc/cpuinfo', encoding='utf-8') as file:
+            amd = 'AuthenticAMD' in file.read()
+    except OSError:
+        amd = False
+    if amd:
+        # the MKL inside Paddle (2.6.2, 3.3.1) takes its slowest path on AMD; 5 is AVX2
+        os.environ.setdefault('MKL_DEBUG_CPU_TYPE', '5')
+
+
+def use_device(index=0):
+    """Compute on this GPU, or on the CPU where Paddle finds none (a GPU build too). Returns: the device's name."""
+    import paddle
+    paddle.set_device(f'gpu:{index}' if paddle.device.cuda.device_count() else 'cpu')
+    return paddle.device.get_device()
+
+
+def usable_cores():
+    """Cores that this process may use; not every system knows a process's affinity."""
+    return len(os.sched_getaffinity(0)) if hasattr(os, 'sched_getaffinity') else os.cpu_count()
+
+
+def join_process_group():
+    """Join the group that Paddle's launcher or main_multi_gpu.py has made of several processes, if one has."""
+    import paddle
+    if 'PADDLE_TRAINER_ID' in os.environ:
+        end_with_parent(int(os.environ.get('MOBILEONE_PARENT', 0)) or None)
+    if int(os.environ.get('PADDLE_TRAINERS_NUM', 1)) == 1:
+        return
+    if not paddle.device.cuda.device_count():
+        os.environ['PADDLE_DISTRI_BACKEND'] = 'gloo'
+    with contextlib.redirect_stderr(io.StringIO()):  # a banner on flags that Paddle (3.3.1) has set itself
+        paddle.distributed.init_parallel_env()
+
+
+def end_with_parent(parent=None):
+    """Let the system kill this process when the one that started it has ended, however it ended (Linux only).
+
+    parent: its process number, if it may have ended already.
+    """
+    if sys.platform == 'linux':
+        set_parent_death_signal = 1
+        ctypes.CDLL(None).prctl(set_parent_death_signal, signal.SIGKILL)
+        if parent not in (None, os.getppid()):
+            os._exit(1)
+
+
+class StopRequest:
+    """While it is open, the first of STOP_SIGNALS is remembered as `name`, to be answered when it suits.
+
+    A second Ctrl-C interrupts at once. Opened in another thread than the main one, which alone gets signals, it does
+    nothing.
+    """
+
+    def __init__(self):
+        self.name = ''
+        self._before = {}
+
+    def __enter__(self):
+        if threading.current_thread() is threading.main_thread():
+            self._before = {number: signal.signal(number, self._remember) for number in STOP_SIGNALS}
+        return self
+
+    def _remember(self, number, frame):
+        if self.name and number == signal.SIGINT:
+            raise KeyboardInterrupt
+        is_first, self.name = not self.name, self.name or signal.Signals(number).name
+        if is_first and os.environ.get('PADDLE_TRAINER_ID', '0') == '0':
+            # not by print, which the signal may have interrupted; and what shows it may have got the signal too
+            with contextlib.suppress(OSError):
+                os.write(2, b'asked to stop: a checkpoint comes first; Ctrl-C again stops at once\n')
+
+    def __exit__(self, kind, error, trace):
+        for number, handler in self._before.items():
+            signal.signal(number, handler)
+
+
+def run_program(main):
+    """Call a program's main(); a user's mistake ends in one line on stderr and exit status 2."""
+    try:
+        main()
+    except SystemExit as error:
+        if error.code == STOPPED:  # as it was asked to: who asks once more, as launchers do, gets that status too
+            for number in STOP_SIGNALS:
+                signal.signal(number, signal.SIG_IGN)
+        raise
+    except UserError as error:
+        sys.exit(_fail(str(error), 2))
+    except BrokenPipeError:
+        silence_stdout()
+        sys.exit(_fail('the program that read the output has ended', 1))
+    except OSError as error:
+        name = error.filename or 'a file'
+        sys.exit(_fail(f'{name}: {error.strerror or error}; check the path, its permissions and the free space', 2))
+    except KeyboardInterrupt:
+        sys.exit(_fail('interrupted', 130))
+    except Exception as error:
+        _tell_launcher(describe_error(error))
+        raise
+
+
+def _fail(message, status):
+    rank = os.environ.get('PADDLE_TRAINER_ID', '0')
+    with contextlib.suppress(OSError):  # nobody may read it
+        print(f'{program_name()}: error: {message if rank == "0" else f"rank {rank}: {message}"}', file=sys.stderr)
+    _tell_launcher(message)
+    return status
+
+
+def _tell_launcher(message):
+    """Write an error of another rank than 0 to the stderr of Paddle's launcher, which shows rank 0's alone (Linux)."""
+    rank = os.environ.get('PADDLE_TRAINER_ID', '0')
+    if rank != '0' and 'MOBILEONE_PARENT' not in os.environ:
+        with contextlib.suppress(OSError), open(
+                f'/proc/{os.getppid()}/fd/2', 'a', encoding='utf-8', errors='backslashreplace') as console:
+            console.write(f'{program_name()}: error: rank {rank}: {message}\n')

@@ -1,0 +1,196 @@
+"""Reading what Paddle pickles without executing it.
+
+A .pdparams file is a pickle: a program for a machine with a stack. Python's machine imports and calls what the program
+names; this one knows only the instructions of Paddle's files, imports nothing and calls nothing.
+"""
+import itertools
+import math
+import pickletools
+from dataclasses import dataclass
+from typing import Optional
+
+import numpy as np
+
+
+@dataclass
+class _Global:
+    """A name in a pickle."""
+    name: str
+
+
+@dataclass
+class _Dtype:
+    code: str
+
+
+@dataclass
+class _Array:
+    """An array whose content comes later in the pickle than its name."""
+    value: Optional[np.ndarray] = None
+
+
+# what paddle.save (2.6, 3.x) names: arrays and numbers as NumPy 1 and 2 pickle them, tensors as the tuples (name,
+# array), and for protocol 2 bytes as text
+_GLOBALS = {f'{module}.{name}' for module, name in [
+    ('numpy.core.multiarray', '_reconstruct'), ('numpy._core.multiarray', '_reconstruct'), ('numpy', 'ndarray'),
+    ('numpy.core.multiarray', 'scalar'), ('numpy._core.multiarray', 'scalar'), ('numpy', 'dtype'),
+    ('builtins', 'tuple'), ('__builtin__', 'tuple'), ('collections', 'OrderedDict'), ('_codecs', 'encode'),
+    ('__builtin__', 'bytes')]}
+_DTYPES = {'b1', 'i1', 'i2', 'i4', 'i8', 'u1', 'u2', 'u4', 'u8', 'f2', 'f4', 'f8'}
+_LITERALS = {'BININT', 'BININT1', 'BININT2', 'LONG1', 'BINFLOAT', 'SHORT_BINUNICODE', 'BINUNICODE', 'BINUNICODE8',
+             'SHORT_BINBYTES', 'BINBYTES', 'BINBYTES8'}
+_CONSTANTS = {'NONE': None, 'NEWTRUE': True, 'NEWFALSE': False, 'EMPTY_TUPLE': ()}
+_TUPLES = {'TUPLE1': 1, 'TUPLE2': 2, 'TUPLE3': 3}
+# instructions of a pickle, and values in what they make: a checkpoint of MobileOne-S0 has up to 0.2 million
+_MOST = 1_000_000
+
+
+def read_pickle(data):
+    """The nested dictionaries and lists of arrays and plain values that `paddle.save` (2.6, 3.x) pickled to bytes.
+
+    NumPy's numbers become Python's. Takes time and memory in proportion to the bytes, whatever they say.
+    Raises: ValueError for anything else in the pickle, naming it; for bytes that are no pickle nearly every type.
+    """
+    stack, marks, memo = [], [], {}
+    made = 0  # bytes of arrays, and of text that is made bytes
+
+    def pop(count):
+        if not 0 <= count <= len(stack):
+            raise ValueError('it is no pickle: it takes more from its stack than that holds')
+        items = stack[len(stack) - count:]
+        del stack[len(stack) - count:]
+        return items
+
+    for index, (opcode, argument, offset) in enumerate(pickletools.genops(data)):
+        name = opcode.name
+        if index == _MOST or made > 2 * len(data):
+            raise ValueError('it describes more than weights of its size can be')
+        if name in ('PROTO', 'FRAME'):
+            pass
+        elif name in _LITERALS:
+            stack.append(argument)
+        elif name in _CONSTANTS:
+            stack.append(_CONSTANTS[name])
+        elif name == 'EMPTY_DICT':
+            stack.append({})
+        elif name == 'EMPTY_LIST':
+            stack.append([])
+        elif name == 'MARK':
+            marks.append(len(stack))
+        elif name == 'TUPLE':
+            stack.append(tuple(pop(len(stack) - marks.pop())))
+        elif name in _TUPLES:
+            stack.append(tuple(pop(_TUPLES[name])))
+        elif name in ('SETITEM', 'SETITEMS'):
+            items = pop(2 if name == 'SETITEM' else len(stack) - marks.pop())
+            if len(items) % 2:
+                raise ValueError('it is no pickle: it has a key without a value')
+            # keys are checked before they are hashed, which deep tuples and chosen numbers make costly
+            _expect(stack[-1], dict).update(zip(map(check_key, items[::2]), items[1::2]))
+        elif name in ('APPEND', 'APPENDS'):
+            items = pop(1 if name == 'APPEND' else len(stack) - marks.pop())
+            _expect(stack[-1], list).extend(items)
+        elif name in ('MEMOIZE', 'BINPUT', 'LONG_BINPUT'):
+            memo[len(memo) if argument is None else argument] = stack[-1]
+        elif name in ('BINGET', 'LONG_BINGET'):
+            stack.append(_expect(memo[argument], (str, bytes, int, float, dict, list, _Global, _Dtype, _Array)))
+        elif name == 'GLOBAL':
+            stack.append(_find(argument.replace(' ', '.', 1)))
+        elif name == 'STACK_GLOBAL':
+            stack.append(_find('.'.join(pop(2))))
+        elif name == 'REDUCE':
+            stack.append(_reduce(*pop(2)))
+            made += len(stack[-1]) if isinstance(stack[-1], bytes) else 0
+        elif name == 'BUILD':
+            stack.append(_build(*pop(2)))
+            made += stack[-1].value.nbytes if isinstance(stack[-1], _Array) else 0
+        elif name == 'STOP':
+            if offset + 1 != len(data):
+                raise ValueError(f'{len(data) - offset - 1} bytes follow its end')
+            value, = stack
+            return _plain(value, itertools.count())
+        else:
+            raise ValueError(f'it holds the pickle instruction {name}, which no weights need')
+
+
+def _expect(value, kinds):
+    if not isinstance(value, kinds):
+        raise ValueError(f'it holds {type(value).__name__} where no weights have it')
+    return value
+
+
+def check_key(key):
+    """A key of a dictionary in a weight file. Raises: ValueError for one that no message could show."""
+    if not (isinstance(key, str) and key.isprintable() and len(key) <= 200):
+        raise ValueError(f'a key in it is {type(key).__name__}, not a short text')
+    return key
+
+
+def _find(name):
+    if name not in _GLOBALS:
+        raise ValueError(f'it holds {name[:100]!r}, which is no part of weights')
+    return _Global(name)
+
+
+def _reduce(function, arguments):
+    """What a call of one of `_GLOBALS` in a pickle makes, for the arguments that Paddle's files have."""
+    name = _expect(function, _Global).name
+    if name.endswith('._reconstruct') and arguments == (_Global('numpy.ndarray'), (0,), b'b'):
+        return _Array()
+    if name == 'numpy.dtype' and _expect(arguments[0], str) in _DTYPES and arguments[1:] in ((False, True), (0, 1)):
+        return _Dtype(arguments[0])
+    if name.endswith('.scalar'):
+        dtype, content = arguments
+        number, = _array(dtype, content)
+        return number.item()
+    if name.endswith('.tuple'):
+        (label, array), = arguments
+        _expect(label, str)
+        return _expect(array, _Array)
+    if name == 'collections.OrderedDict' and arguments == ():
+        return {}
+    if name == '_codecs.encode' and arguments[1:] == ('latin1',):
+        return _expect(arguments[0], str).encode('latin1')
+    if name == '__builtin__.bytes' and arguments == ():
+        return b''
+    raise ValueError(f'it calls {name} with arguments that no weights have')
+
+
+def _build(target, state):
+    """A data type or an array of a pickle with its state: of the array the shape, which must fit its bytes."""
+    if isinstance(target, _Dtype):
+        if _expect(state, tuple) not in [(3, order, None, None, None, -1, -1, 0) for order in ('<', '|')]:
+            raise ValueError('it holds a data type that no weights have')
+        return target
+    _, shape, dtype, is_fortran, content = _expect(state, tuple)
+    array = _array(dtype, content)
+    if len(_expect(shape, tuple)) > 32:
+        raise ValueError(f'it holds an array of {len(shape)} sides')
+    if any(_expect(side, int) < 0 for side in shape) or math.prod(shape) != array.size:
+        sides = ', '.join(str(side) if 0 <= side < 2 ** 53 else 'out of range' for side in shape)
+        raise ValueError(f'it holds an array of shape [{sides}] in {array.nbytes} bytes')
+    _expect(target, _Array).value = array.reshape(shape, order='F' if is_fortran else 'C').copy()
+    return target
+
+
+def _array(dtype, content):
+    """The bytes of a pickle as the numbers of a _Dtype, not copied."""
+    return np.frombuffer(_expect(content, bytes), '<' + _expect(dtype, _Dtype).code)
+
+
+def _plain(value, counter, depth=0):
+    """A finished value of a pickle with its arrays in their places.
+
+    counter: counts the values. A dictionary may have several places, and so a small file could describe an endless one.
+    """
+    if depth > 10:
+        raise ValueError('its dictionaries are nested too deeply')
+    if next(counter) == _MOST:
+        raise ValueError('it describes more than weights of its size can be')
+    if isinstance(value, dict):
+        return {key: _plain(item, counter, depth + 1) for key, item in value.items()}
+    if isinstance(value, list):
+        return [_plain(item, counter, depth + 1) for item in value]
+    if isinstance(value, _Array):
+        return _expect(value.value, np.ndarray)
+    return _expect(value, (str, int, float, type(None)))

@@ -11,6 +11,7 @@ import pytest
 
 import checkpoint
 import engine
+import run_folder
 from datasets import get_dataloader, get_dataset
 from losses import LabelSmoothingCrossEntropyLoss
 from mobileone import build_mobileone
@@ -137,7 +138,7 @@ def test_time_left():
 
 
 def test_runs_that_start_together_have_folders_of_their_own(tmp_path):
-    folders = [engine._new_folder(str(tmp_path / 'run')) for _ in range(3)]
+    folders = [run_folder._new_folder(str(tmp_path / 'run')) for _ in range(3)]
     assert folders == [str(tmp_path / name) for name in ('run', 'run-2', 'run-3')]
 
 

@@ -9,10 +9,16 @@ import contextlib
 import json
 import logging
 import os
+import signal
 import sys
 
-import numpy as np
 from tqdm import tqdm
+
+# NumPy starts threads. They must leave SIGTERM to the main thread, which blocks it while it imports Paddle (program.py)
+_blocked = signal.pthread_sigmask(signal.SIG_BLOCK, [signal.SIGTERM])
+import numpy as np  # noqa: E402
+
+signal.pthread_sigmask(signal.SIG_SETMASK, _blocked)
 
 
 class UserError(ValueError):

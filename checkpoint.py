@@ -172,11 +172,12 @@ def _facts(state):
                       and bool(((sums >= 0) & (sums < _MANY)).all())})
     if scaler:
         scale = scaler['scale']
-        facts['amp_grad_scaler.scale'] = (scale.shape == (1,) and scale.dtype == 'float32' and 0 < scale[0] < math.inf)
-        facts.update({f'amp_grad_scaler.{name}': scaler[name] > 1 and math.isfinite(scaler[name])
-                      if name == 'incr_ratio' else 0 < scaler[name] < 1 for name in ('incr_ratio', 'decr_ratio')})
-        facts.update({f'amp_grad_scaler.{name}': 0 <= scaler[name] < 2 ** 31
-                      for name, kind in SCALER_PARTS.items() if kind is int})
+        facts.update({'amp_grad_scaler.scale': scale.shape == (1,) and scale.dtype == 'float32'
+                      and 0 < scale[0] < math.inf,
+                      'amp_grad_scaler.incr_ratio': 1 < scaler['incr_ratio'] < math.inf,
+                      'amp_grad_scaler.decr_ratio': 0 < scaler['decr_ratio'] < 1,
+                      **{f'amp_grad_scaler.{name}': 0 <= scaler[name] < 2 ** 31
+                         for name, kind in SCALER_PARTS.items() if kind is int}})
     return facts
 
 
@@ -187,10 +188,11 @@ def _missing(parts, state, prefix=''):
 def _check_floats(arrays, path):
     """Raises: UserError unless the values of a dictionary are arrays of floats."""
     for key, value in arrays.items():
-        if not (isinstance(value, np.ndarray) and value.dtype.kind == 'f'):
-            kind = f'an array of {value.dtype}' if isinstance(value, np.ndarray) else type(value).__name__
-            raise UserError(f'{path}: {key} is {kind}, not an array of floats'
-                            f'{"; save bfloat16 as float32" if kind.endswith("uint16") else ""}')
+        is_array = isinstance(value, np.ndarray)
+        if not (is_array and value.dtype.kind == 'f'):
+            kind = f'an array of {value.dtype}' if is_array else type(value).__name__
+            remedy = '; save bfloat16 as float32' if is_array and value.dtype == 'uint16' else ''
+            raise UserError(f'{path}: {key} is {kind}, not an array of floats{remedy}')
 
 
 def _check_finite(arrays, path):

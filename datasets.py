@@ -231,7 +231,7 @@ def _start_worker(parent, worker):
     end_with_parent(parent)
 
 
-_WORKERS = weakref.WeakSet()
+_WORKERS = weakref.WeakSet()  # of the loaders of this process
 
 
 @atexit.register

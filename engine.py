@@ -122,9 +122,10 @@ class Meetings:
     steps: int = 1
     step_seconds: float = math.inf
 
-    def plan(self, step_seconds):
-        """step_seconds: the mean of the ranks'. Theirs of the present meeting are not known before they meet again."""
-        self.steps = max(1, int(MEETING_SECONDS / max(step_seconds, 1e-6)))
+    def plan(self, mean, own):
+        """mean: of the ranks' step_seconds before this meeting; own: this rank's since, which the next one reduces."""
+        self.steps = max(1, int(MEETING_SECONDS / max(mean, 1e-6)))
+        self.step_seconds = own
 
 
 @dataclass
@@ -311,16 +312,15 @@ def train_one_epoch(training, loader, epoch, config):
         first_bad = paddle.minimum(first_bad, paddle.where(losses[:1].isfinite(), never, paddle.full_like(never, step)))
         n += sum(len(labels) for _, labels in batches)
         is_line = progress.step() or progress.done == steps
-        is_meeting = progress.done - met >= meetings.steps if world_size() > 1 else bool(training.stop.name)
-        if is_line or is_meeting:
+        is_meeting = is_line or (progress.done - met >= meetings.steps if world_size() > 1 else training.stop.name)
+        if is_meeting:
             metrics = Metrics.reduced(sums, n, start, training.stop, meetings.step_seconds)
             if not math.isfinite(metrics.loss):  # on all ranks alike
                 bad = int(reduce_over_ranks(first_bad, 'MIN')[0]) + 1
                 check_finite(metrics.loss, f'the loss of training, epoch {epoch}, step {bad},',
                              training.last_checkpoint)
             now = time.perf_counter()
-            meetings.plan(metrics.step_seconds)
-            meetings.step_seconds = (now - met_time) / (progress.done - met)
+            meetings.plan(metrics.step_seconds, (now - met_time) / (progress.done - met))
             met, met_time = progress.done, now
         if is_line:
             left = time_left(metrics.seconds, progress.done, training.schedule.total_steps - step - 1,
@@ -329,7 +329,7 @@ def train_one_epoch(training, loader, epoch, config):
                           f'{metrics.n / metrics.seconds:.1f} images/s '
                           f'data {(loader.waited - waited) / (time.perf_counter() - began):.0%} ETA {left}')
         training.part = EpochPart(epoch, progress.done, sums, n, time.perf_counter() - start)
-        if (is_line or is_meeting) and metrics.stopping:
+        if is_meeting and metrics.stopping:
             end_run(config, training)
         if config.SAVE_FREQ_STEPS and (step + 1) % config.SAVE_FREQ_STEPS == 0:
             save_within_epoch(config, training)

@@ -174,6 +174,7 @@ def _write(path, text):
 
 
 def message_of_another_rank(folder):
+    """The newest error in a folder's log.txt of another rank than 0, or where else to look for it."""
     with open(os.path.join(folder, 'log.txt'), encoding='utf-8', errors='replace') as file:
         messages = re.findall(r' (rank [1-9]\d*: error: .*)', file.read())
     return messages[-1] if messages else 'its message is in its workerlog, on its machine'

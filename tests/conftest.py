@@ -2,6 +2,7 @@
 import json
 import os
 import pathlib
+import signal
 import subprocess
 import sys
 
@@ -9,8 +10,11 @@ import pytest
 
 from program import prepare_runtime
 
+os.environ.setdefault('OMP_NUM_THREADS', '1')  # a worker of pytest-xdist for every core
+signal.signal(signal.SIGINT, signal.default_int_handler)  # which a shell ignores for what runs in its background
 prepare_runtime()
 
+import forked  # noqa: E402
 import numpy as np  # noqa: E402
 import paddle  # noqa: E402
 from PIL import Image  # noqa: E402
@@ -61,10 +65,20 @@ def _seed():
     paddle.seed(0)
 
 
-def run(*args, status=0, cwd=ROOT, env=()):
-    """Run `python *args` from the top level; returns the finished process, its status as expected."""
-    process = subprocess.run([sys.executable, *map(str, args)], cwd=cwd, capture_output=True, text=True, timeout=500,
-                             env={**os.environ, **dict(env)})
+@pytest.fixture(autouse=True)
+def _no_program_is_left():
+    yield
+    forked.Program.kill_all()  # those of a test that has failed
+
+
+def run(*args, status=0, cwd=ROOT, env=(), fork=True):
+    """Run `python *args` from the top level; returns the finished process, its status as expected.
+
+    fork: as forked.py does; tests of how a program starts say no.
+    """
+    start = forked.run if fork else subprocess.run
+    process = start([sys.executable, *map(str, args)], cwd=cwd, capture_output=True, text=True, timeout=500,
+                    env={**os.environ, **dict(env)})
     assert process.returncode == status, process.stdout + process.stderr
     return process
 

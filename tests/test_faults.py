@@ -10,6 +10,7 @@ import time
 
 import pytest
 from conftest import ROOT, STAGES, assert_same, fails, options, records, run, without_times
+from forked import Program
 from test_distributed import GROUP
 
 import checkpoint
@@ -66,20 +67,19 @@ def test_killed_at_a_chosen_point(whole, tmp_path, faults):
 def test_killed_at_random(whole, tmp_path, long):
     """Again and again, until the run is done; in seconds, for what lies between the chosen points."""
     folder, opts = whole
-    command = [sys.executable, MAIN, '-resume', 'auto', *map(str, opts), '-output']
+    command = [MAIN, '-resume', 'auto', *opts, '-output']
     for chain in range(5 if long else 1):
         chance = random.Random(chain)
         output = tmp_path / str(chain)
         for _ in range(4 if long else 3):
-            process = subprocess.Popen([*command, str(output)], cwd=ROOT, stdout=subprocess.DEVNULL,
-                                       stderr=subprocess.DEVNULL)
+            process = Program([*command, output])
             # from the first file of the run on: before, there is nothing to lose
             while not (output / 'log.txt').exists():
                 time.sleep(0.01)
             time.sleep(chance.uniform(0, 3))
             process.kill()
             process.wait()
-        run(*command[1:], output)
+        run(*command, output)
         assert_same_runs(folder, output)
 
 
@@ -114,10 +114,10 @@ def test_other_batches_begin_the_epoch_again(whole, tmp_path):
     assert {row['n'] for row in rows} == {60}
 
 
-def members(text):
-    """Process numbers whose command line holds a text."""
-    out = subprocess.run(['ps', '-ww', '-eo', 'pid=,args='], capture_output=True, text=True).stdout
-    return [int(line.split()[0]) for line in out.splitlines() if text in line]
+def members(process):
+    """Numbers of the running processes of the session that a process has begun."""
+    out = subprocess.run(['ps', '-o', 'pid=,stat=', '--sid', str(process.pid)], capture_output=True, text=True).stdout
+    return [int(number) for number, state in map(str.split, out.splitlines()) if not state.startswith('Z')]
 
 
 def wait_until(condition, seconds=30):
@@ -128,12 +128,15 @@ def wait_until(condition, seconds=30):
 
 
 def start(args, folder, **kwargs):
-    """Start a program that goes on for long; returns when it has made a first checkpoint."""
-    process = subprocess.Popen([*map(str, args)], cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True,
-                               **kwargs)
+    """Start a program that goes on for long, in a session; returns when it has made a first checkpoint."""
+    process = Program(args, start_new_session=True, **kwargs)
+    wait_for_checkpoint(process, folder)
+    return process
+
+
+def wait_for_checkpoint(process, folder):
     wait_until(lambda: process.poll() is not None or (folder / 'latest.pdparams').exists(), 60)
     assert process.poll() is None
-    return process
 
 
 LONG = ['TRAIN.NUM_EPOCHS', '3000', 'DATA.NUM_WORKERS', '2']
@@ -141,50 +144,47 @@ LONG = ['TRAIN.NUM_EPOCHS', '3000', 'DATA.NUM_WORKERS', '2']
 
 def test_a_signal_to_all_of_a_group(fashion, tmp_path):
     """As a launcher and a terminal send it: data workers do not answer, and the run can save."""
-    args = [sys.executable, MAIN, '-output', tmp_path / 'run', *options(fashion, *LONG)]
-    process = start(args, tmp_path / 'run', start_new_session=True)
-    wait_until(lambda: len(members(str(tmp_path))) == 3)
+    process = start([MAIN, '-output', tmp_path / 'run', *options(fashion, *LONG)], tmp_path / 'run')
+    wait_until(lambda: len(members(process)) == 3)
     began = time.monotonic()
     os.killpg(process.pid, signal.SIGTERM)
     out, _ = process.communicate(timeout=20)
     assert process.returncode == STOPPED and time.monotonic() - began < 20
-    assert 'stopped by SIGTERM' in out and members(str(tmp_path)) == []
+    assert 'stopped by SIGTERM' in out and members(process) == []
     assert checkpoint.load(str(tmp_path / 'run/latest.pdparams'))['progress']
 
 
 def test_workers_do_not_outlive_their_parent(fashion, tmp_path):
-    args = [sys.executable, MAIN, '-output', tmp_path / 'run', *options(fashion, *LONG)]
-    process = start(args, tmp_path / 'run')
-    wait_until(lambda: len(members(str(tmp_path))) == 3)
+    process = start([MAIN, '-output', tmp_path / 'run', *options(fashion, *LONG)], tmp_path / 'run')
+    wait_until(lambda: len(members(process)) == 3)
     process.kill()
-    process.communicate()
-    wait_until(lambda: members(str(tmp_path)) == [], 10)
+    process.wait()
+    wait_until(lambda: members(process) == [], 10)
 
 
 def test_a_second_interrupt_stops_at_once(fashion, tmp_path):
     """REPORT_FREQ and two processes: the stop would come at the next log line, which is far."""
-    args = [sys.executable, 'main_multi_gpu.py', '-nproc', '2', '-output', tmp_path / 'run', *options(
+    process = start([*TWO, '-output', tmp_path / 'run', *options(
         fashion, *LONG, 'SAVE_FREQ_STEPS', '1', 'REPORT_FREQ', '1000000', 'TRAIN.NUM_EPOCHS', '1', 'DATA.BATCH_SIZE',
-        '1')]
-    process = start(args, tmp_path / 'run', start_new_session=True)
+        '1')], tmp_path / 'run')
     os.killpg(process.pid, signal.SIGINT)
     time.sleep(0.3)
     if process.poll() is None:
         os.killpg(process.pid, signal.SIGINT)
     process.communicate(timeout=30)
-    assert process.returncode in (130, STOPPED) and members(str(tmp_path)) == []
+    assert process.returncode in (130, STOPPED) and members(process) == []
 
 
 @pytest.mark.parametrize('count', [1, 2])
 def test_a_stop_with_nobody_to_tell(fashion, tmp_path, count):
     """`python ... 2>&1 | tee log`: Ctrl-C ends tee too."""
-    process = subprocess.Popen([*map(str, [
-        sys.executable, 'main_multi_gpu.py', '-nproc', count, '-output', tmp_path / 'run', *options(
-            fashion, *LONG, 'REPORT_FREQ', '1')])], cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.STDOUT)
-    wait_until(lambda: (tmp_path / 'run/latest.pdparams').exists(), 60)
-    process.stdout.close()
+    reader, writer = os.pipe()
+    process = start(['main_multi_gpu.py', '-nproc', count, '-output', tmp_path / 'run', *options(
+        fashion, *LONG, 'REPORT_FREQ', '1')], tmp_path / 'run', stdout=writer, stderr=writer)
+    os.close(writer)
+    os.close(reader)
     process.send_signal(signal.SIGINT)
-    assert process.wait(20) == STOPPED and members(str(tmp_path)) == []
+    assert process.wait(20) == STOPPED and members(process) == []
     assert 'stopped by SIG' in (tmp_path / 'run/log.txt').read_text().splitlines()[-1]
     assert checkpoint.load(str(tmp_path / 'run/latest.pdparams'))['progress']
 
@@ -211,8 +211,7 @@ def test_a_full_disk(whole, tmp_path, name, epoch):
 def test_a_folder_that_goes_away(whole, tmp_path):
     """The error names it."""
     _, opts = whole
-    process = start([sys.executable, MAIN, '-output', tmp_path / 'run', *opts, 'TRAIN.NUM_EPOCHS', '3000'],
-                    tmp_path / 'run')
+    process = start([MAIN, '-output', tmp_path / 'run', *opts, 'TRAIN.NUM_EPOCHS', '3000'], tmp_path / 'run')
     shutil.move(tmp_path / 'run', tmp_path / 'elsewhere')
     (tmp_path / 'run').write_text('')
     _, error = process.communicate(timeout=60)
@@ -267,51 +266,54 @@ def test_one_of_two_processes_is_asked_to_stop(whole_of_two, tmp_path):
 
 
 def test_a_parent_and_its_processes_are_asked_to_stop(fashion, tmp_path):
-    args = [sys.executable, *TWO, '-output', tmp_path / 'run', *options(fashion, *LONG)]
-    process = start(args, tmp_path / 'run')
+    process = start([*TWO, '-output', tmp_path / 'run', *options(fashion, *LONG)], tmp_path / 'run')
     began = time.monotonic()
     process.terminate()
     out, error = process.communicate(timeout=30)
     assert process.returncode == STOPPED and time.monotonic() - began < 20
     assert out.splitlines()[-1].endswith(')') and 'stopped by SIGTERM; -resume auto goes on from ' in out
     assert error.splitlines() == ['asked to stop: a checkpoint comes first; Ctrl-C again stops at once']
-    assert members(str(tmp_path)) == []
+    assert members(process) == []
 
 
 def test_slow_steps_do_not_delay_a_stop(fashion, tmp_path):
     """Of several processes: log lines are a minute apart, and their parent kills them after half of one."""
-    args = [sys.executable, *FAULTY_TWO, 'slow', '1', TWO[0], '-output', tmp_path / 'run', *options(
-        fashion, *LONG, 'SAVE_FREQ_STEPS', '1', 'REPORT_FREQ', '1000', 'DATA.BATCH_SIZE', '1')]
-    process = start(args, tmp_path / 'run', env={**os.environ, **PATHS})
+    process = start([*FAULTY_TWO, 'slow', '1', TWO[0], '-output', tmp_path / 'run', *options(
+        fashion, *LONG, 'SAVE_FREQ_STEPS', '1', 'REPORT_FREQ', '1000', 'DATA.BATCH_SIZE', '1')], tmp_path / 'run',
+        env={**os.environ, **PATHS})
     time.sleep(8)  # until they know how long a step takes
     began = time.monotonic()
     process.terminate()
     out, _ = process.communicate(timeout=40)
     assert process.returncode == STOPPED and time.monotonic() - began < 20
-    assert 'stopped by SIGTERM; -resume auto goes on from ' in out and members(str(tmp_path)) == []
+    assert 'stopped by SIGTERM; -resume auto goes on from ' in out and members(process) == []
 
 
 def test_the_launcher_is_asked_to_stop(fashion, tmp_path):
     """Its own status is 15 whatever the processes return."""
-    process = start(['sh', 'run_train_multi.sh', *options(fashion, *LONG)[4:]], tmp_path / 'run', env={
+    process = subprocess.Popen(['sh', 'run_train_multi.sh', *map(str, options(fashion, *LONG)[4:])], cwd=ROOT, env={
         **os.environ, 'PYTHON': sys.executable, 'PADDLE_NPROC_PER_NODE': '2', 'DATA_PATH': str(fashion), 'OUTPUT': str(
-            tmp_path / 'run'), 'BATCH_SIZE': '8'})
+            tmp_path / 'run'), 'BATCH_SIZE': '8'}, start_new_session=True, stdout=subprocess.DEVNULL)
+    wait_for_checkpoint(process, tmp_path / 'run')
     process.terminate()
-    process.communicate(timeout=40)
-    assert process.returncode == signal.SIGTERM and members(str(tmp_path)) == []
+    assert process.wait(timeout=40) == signal.SIGTERM and members(process) == []
     assert 'stopped by SIGTERM; -resume auto goes on' in (tmp_path / 'run/log.txt').read_text()
     assert checkpoint.load(str(tmp_path / 'run/latest.pdparams'))['progress']
 
 
-@pytest.mark.parametrize('launcher', [FAULTY_TWO[:-1], ['-m', 'paddle.distributed.launch', '--nproc_per_node', '2']])
+@pytest.mark.parametrize('launcher', [False, True])
 def test_an_error_of_one_process_reaches_the_console(fashion, tmp_path, launcher):
-    began = time.monotonic()
-    if 'paddle.distributed.launch' in launcher:
-        launcher = [*launcher, '--log_dir', tmp_path / 'log']
-    command = [sys.executable, *launcher, FAULTS, 'raise', '5', TWO[0], '-output', tmp_path / 'run', *options(
-        fashion, 'TRAIN.NUM_EPOCHS', '3000')]
-    process = subprocess.run([*map(str, command)], cwd=ROOT, capture_output=True, text=True, timeout=100,
-                             env={**os.environ, **PATHS})
-    assert process.returncode != 0 and time.monotonic() - began < 60 and members(str(tmp_path)) == []
-    assert 'RuntimeError: boom' in process.stderr
+    """Of main_multi_gpu.py's processes, and of those of Paddle's launcher."""
+    args = [FAULTS, 'raise', '5', TWO[0], '-output', tmp_path / 'run', *options(fashion, 'TRAIN.NUM_EPOCHS', '3000')]
+    env = {**os.environ, **PATHS}
+    if launcher:
+        command = [sys.executable, '-m', 'paddle.distributed.launch', '--nproc_per_node', '2', '--log_dir',
+                   tmp_path / 'log', *args]
+        process = subprocess.Popen([*map(str, command)], cwd=ROOT, env=env, start_new_session=True, text=True,
+                                   stdout=subprocess.DEVNULL, stderr=subprocess.PIPE)
+    else:
+        process = Program(['-c', GROUP, '2', *args], env=env, start_new_session=True)
+    _, error = process.communicate(timeout=60)
+    assert process.returncode != 0 and members(process) == []
+    assert 'RuntimeError: boom' in error
     assert 'rank 1: error: RuntimeError: boom' in (tmp_path / 'run/log.txt').read_text()

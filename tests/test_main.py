@@ -4,13 +4,12 @@ import os
 import re
 import shutil
 import struct
-import subprocess
-import sys
 import termios
 
 import numpy as np
 import pytest
 from conftest import ROOT, assert_same, fails, options, records, run, with_lists, without_times
+from forked import Program
 
 import checkpoint
 from config import get_config
@@ -215,8 +214,7 @@ def test_a_log_that_cannot_be_written_ends_the_run(fashion, tmp_path):
 def test_bars_on_a_terminal(fashion, tmp_path):
     outer, inner = os.openpty()
     fcntl.ioctl(inner, termios.TIOCSWINSZ, struct.pack('HHHH', 40, 200, 0, 0))
-    process = subprocess.Popen([sys.executable, MAIN, '-output', str(tmp_path / 'run'),
-                                *map(str, options(fashion, 'TRAIN.NUM_EPOCHS', '1'))], cwd=ROOT, stdout=inner)
+    process = Program([MAIN, '-output', tmp_path / 'run', *options(fashion, 'TRAIN.NUM_EPOCHS', '1')], stdout=inner)
     os.close(inner)
     shown = b''
     while True:
@@ -236,16 +234,15 @@ def test_output_that_nobody_reads(fashion, tmp_path):
     def without_reader(*args):
         reader, writer = os.pipe()
         os.close(reader)
-        with os.fdopen(writer) as stdout:
-            return subprocess.run([sys.executable, *map(str, args)], cwd=ROOT, stdout=stdout, stderr=subprocess.PIPE,
-                                  text=True)
-    process = without_reader(MAIN, '-output', tmp_path / 'run', *options(fashion, 'TRAIN.NUM_EPOCHS', '1'))
+        process = Program(args, stdout=writer)
+        os.close(writer)
+        return process.communicate(60)[1], process.returncode
+    error, status = without_reader(MAIN, '-output', tmp_path / 'run', *options(fashion, 'TRAIN.NUM_EPOCHS', '1'))
     log = tmp_path / 'run/log.txt'
-    assert process.stderr == f'nobody reads the output any more; it goes on in {log}\n' and process.returncode == 0
+    assert error == f'nobody reads the output any more; it goes on in {log}\n' and status == 0
     assert ' best top-1 ' in log.read_text().splitlines()[-1]
-    process = without_reader('-m', 'tools.show_recipe', '-cfg', 'configs/mobileone_s0.yaml')
-    assert process.stderr == 'tools.show_recipe: error: the program that read the output has ended\n'
-    assert process.returncode == 1
+    error, status = without_reader('-m', 'tools.show_recipe', '-cfg', 'configs/mobileone_s0.yaml')
+    assert error == 'tools.show_recipe: error: the program that read the output has ended\n' and status == 1
 
 
 @pytest.mark.parametrize('workers', [0, 2])

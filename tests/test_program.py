@@ -38,15 +38,15 @@ def test_versions_that_crash_are_refused(monkeypatch, installed, message):
 
 def test_threads_are_set_only_where_unset():
     code = 'import os, program; program.prepare_runtime(); print(os.environ.get("OMP_NUM_THREADS"))'
-    assert run('-c', code, env={'OMP_NUM_THREADS': '1'}).stdout == '1\n'
+    assert run('-c', code, env={'OMP_NUM_THREADS': '1'}, fork=False).stdout == '1\n'
     if not glob.glob('/dev/nvidia[0-9]*'):
         unset = 'import os; os.environ.pop("OMP_NUM_THREADS", None); ' + code
-        process = run('-c', unset)
+        process = run('-c', unset, fork=False)
         assert process.stdout == f'{len(os.sched_getaffinity(0))}\n' and process.stderr == ''
 
 
 def test_some_modules_import_no_paddle():
-    run('-c', 'import sys, config, utils, program, tools.make_list; assert "paddle" not in sys.modules')
+    run('-c', 'import sys, config, utils, program, tools.make_list; assert "paddle" not in sys.modules', fork=False)
 
 
 def test_a_request_to_stop_is_remembered_while_it_is_open():
@@ -102,7 +102,7 @@ Finder.find_spec('later')
 print('not ended')"""
     # NumPy's threads may get it too
     env = {'OMP_NUM_THREADS': '2', **({'PADDLE_TRAINER_ID': '0'} if group else {})}
-    process = run('-c', code, when, status=128 + signal.SIGTERM, env=env)
+    process = run('-c', code, when, status=128 + signal.SIGTERM, env=env, fork=False)
     assert process.stdout == process.stderr == ''
 
 

@@ -2,12 +2,11 @@
 import os
 import shutil
 import signal
-import subprocess
-import sys
 import time
 
 import pytest
-from conftest import ROOT, STAGES, assert_same, fails, options, records, run, without_times
+from conftest import STAGES, assert_same, fails, options, records, run, without_times
+from forked import Program
 
 import checkpoint
 
@@ -40,8 +39,7 @@ def assert_same_runs(first, second):
 def test_a_run_that_is_killed_goes_on_bitwise(whole, tmp_path):
     folder, opts = whole
     again = tmp_path / 'again'
-    process = subprocess.Popen([sys.executable, MAIN, '-output', str(again), '-resume', 'auto', *map(str, opts)],
-                               cwd=ROOT, stdout=subprocess.PIPE, text=True)
+    process = Program([MAIN, '-output', again, '-resume', 'auto', *opts])
     while not (again / 'epoch_2.pdparams').exists():
         assert process.poll() is None
         time.sleep(0.01)

@@ -8,11 +8,11 @@ import re
 import shutil
 import signal
 import struct
-import subprocess
 import sys
 import termios
 import time
 
+import forked
 import numpy as np
 import pytest
 from conftest import NARROW, ROOT, fails, options, records, run, with_lists, write_images
@@ -27,7 +27,7 @@ PROGRAMS = [['main_single_gpu.py'], ['main_multi_gpu.py'], ['load_pytorch_weight
 
 @pytest.mark.parametrize('program', PROGRAMS, ids=lambda program: program[-1])
 def test_help_is_complete(program):
-    out = run(*program, '-h').stdout
+    out = run(*program, '-h', fork=False).stdout
     name = program[-1]
     assert out.startswith(f'usage: {name}') and f'python {" ".join(program)}' in out
     flags = set(re.findall(r'(?<=[\[ ])-[a-z_]+', out.split('\n\n')[0])) - {'-h'}
@@ -179,15 +179,32 @@ def test_picture(tmp_path):
     assert '/dev/null/x.png' in fails('-m', 'tools.draw_block', '-save', '/dev/null/x.png')
 
 
-def test_benchmark_of_processes(fashion):
-    args = ['-m', 'tools.benchmark_ddp', '-data_path', fashion, '-batch_size', '4', '-steps', '2', '-repeats', '1',
-            '-opts', *NARROW, 'MODEL.NUM_CLASSES', '10']
-    process = run(*args)
-    rows = [line.split() for line in process.stdout.splitlines()[2:]]
-    assert [row[0] for row in rows] == ['1', '2'] and all(float(row[1]) > 0 for row in rows) and process.stderr == ''
+@pytest.fixture
+def call_main(monkeypatch, capsys):
+    """Calls main() of a tool, and forks what it runs with Python; returns the lines on stdout. stderr is empty."""
+    def call(tool, *args):
+        monkeypatch.setattr(tool, 'subprocess', forked)
+        monkeypatch.setattr(sys, 'argv', [tool.__name__, *map(str, args)])
+        capsys.readouterr()  # what this process has logged
+        tool.main()
+        out, error = capsys.readouterr()
+        assert error == ''
+        return out.splitlines()
+    return call
+
+
+def test_benchmark_of_processes(fashion, call_main):
+    from tools import benchmark_ddp
+
+    args = ['-data_path', fashion, '-batch_size', '4', '-steps', '2', '-repeats', '1', '-opts', *NARROW,
+            'MODEL.NUM_CLASSES', '10']
+    rows = [line.split() for line in call_main(benchmark_ddp, *args)[2:]]
+    assert [row[0] for row in rows] == ['1', '2'] and all(float(row[1]) > 0 for row in rows)
     assert rows[0][5] == '100.0%'
-    assert '-steps and -repeats must be at least 1' in fails(*args, '-repeats', '0')
-    assert '-nproc 1: main_multi_gpu.py: error: ' in fails(*args, 'TRAIN.ACCUM_ITER', '1000')
+    assert '-steps and -repeats must be at least 1' in fails('-m', 'tools.benchmark_ddp', *args, '-repeats', '0')
+    # in processes of their own
+    assert '-nproc 1: main_multi_gpu.py: error: ' in fails('-m', 'tools.benchmark_ddp', *args, 'TRAIN.ACCUM_ITER',
+                                                           '1000')
 
 
 def test_plot_log(fashion, tmp_path):
@@ -244,7 +261,7 @@ def test_plot_log(fashion, tmp_path):
     assert '/dev/null/x.png' in fails('-m', 'tools.plot_log', folders[0], '-save', '/dev/null/x.png')
 
 
-def test_ablations(fashion, tmp_path):
+def test_ablations(fashion, tmp_path, call_main):
     from tools import ablations
 
     base, arms = ablations.BASE, ablations.ARMS
@@ -255,7 +272,7 @@ def test_ablations(fashion, tmp_path):
     assert max(base.MODEL.NUM_BRANCHES) == 4 and max(base.MODEL.NUM_BLOCKS) > 1
     args = ['-m', 'tools.ablations', '-data_path', fashion, '-output', tmp_path / 'out', '-seeds', '2', '-epochs', '2',
             '-train_images', '25', '-weight_decay', '0.02']
-    lines = run(*args).stdout.splitlines()
+    lines = call_main(ablations, *args[2:])
     out = tmp_path / 'out/2_epochs_of_25_decay_0.02'
     assert [len(read(out / f'data/{split}_list.txt')) for split in ('train', 'val')] == [25, 35]
     assert sum(line.endswith(': done') for line in lines) == 10
@@ -277,7 +294,7 @@ def test_ablations(fashion, tmp_path):
     logs = {arm: records(out / f'{arm}-0') for arm in ('paper', 'constant_decay')}
     assert {row['weight_decay'] for row in logs['constant_decay']} == {0.02}
     assert [row['weight_decay'] for row in logs['paper'] if row['split'] == 'train'] == pytest.approx([0.02, 0.011])
-    assert run(*args).stdout.splitlines()[10:] == lines[10:]  # nothing is left to train
+    assert call_main(ablations, *args[2:])[10:] == lines[10:]  # nothing is left to train
     configs = [get_config(str(out / f'paper-{seed}/config.yaml')) for seed in (0, 1)]
     assert [config.SEED for config in configs] == [0, 1]
     for more in (['-seeds', '0'], ['-epochs', '1']):
@@ -290,7 +307,7 @@ def test_ablations(fashion, tmp_path):
         '-m', 'tools.ablations', '-data_path', tmp_path, '-output', tmp_path / 'y')
     for name in ('latest', 'best'):
         (out / f'paper-0/{name}.pdparams').write_bytes(b'')
-    process = run(*args, '-jobs', '1', status=2)
+    process = run(*args, '-jobs', '1', status=2)  # in a process of its own
     assert re.search(r'/paper-0: ended with status 2: .*error: .*paper-0', process.stderr)
     assert len(process.stdout.splitlines()) <= 1  # at most the run that began meanwhile: the others are not started
 
@@ -381,8 +398,7 @@ def workers_of(process, pipe):
 def test_check_dataset_ends_with_its_workers(tmp_path, victim, number, status, message):
     os.mkfifo(tmp_path / 'x')  # an image that takes for ever
     (tmp_path / 'val_list.txt').write_text('x 0\n')  # with several cores, one worker reads and the others idle
-    process = subprocess.Popen([sys.executable, '-m', 'tools.check_dataset', '-data_path', tmp_path], cwd=ROOT,
-                               stderr=subprocess.PIPE, text=True, start_new_session=True)
+    process = forked.Program(['-m', 'tools.check_dataset', '-data_path', tmp_path], start_new_session=True)
     workers, end = workers_of(process, tmp_path / 'x')
     assert workers
     # a negative number is that of a group
@@ -401,8 +417,7 @@ def test_check_dataset_shows_a_bar_on_a_terminal(tmp_path):
     (tmp_path / 'val_list.txt').write_text('x/photo 0.jpg 0\n' * 50)
     controller, terminal = os.openpty()
     fcntl.ioctl(terminal, termios.TIOCSWINSZ, struct.pack('HHHH', 40, 200, 0, 0))
-    process = subprocess.Popen([sys.executable, '-m', 'tools.check_dataset', '-data_path', tmp_path], cwd=ROOT,
-                               stdout=terminal, stderr=terminal)
+    process = forked.Program(['-m', 'tools.check_dataset', '-data_path', tmp_path], stdout=terminal, stderr=terminal)
     os.close(terminal)
     assert process.wait(60) == 0
     shown = os.read(controller, 65536).decode()

@@ -204,6 +204,7 @@ def save(folder, output):
 
 def fail(folder, how):
     """Rank 1 fails in one way, and the others wait for it; or all fail together; or all sleep, or end when asked to."""
+    reduce_over_ranks([0])  # a rank that ends while others still connect to it lets them wait for half a minute
     if how == 'end':
         signal.signal(signal.SIGTERM, lambda number, frame: os._exit(0))
     Path(folder, f'{os.getpid()}.pid').touch()

@@ -1,0 +1,240 @@
+"""Start programs in a hundredth of a second: forks of a server that has imported Paddle and computed nothing.
+
+A forked program is `python ARGUMENT ...` in all but its start and its last moment. Paddle, NumPy and the project's
+modules are imported, so what they read then (OMP_NUM_THREADS, MKL_*, GLOG_*) and Python's hash seed are the server's.
+`ps` shows the server's command line. The ranks that main_multi_gpu.py starts are forked from it in turn. Tests of how a
+program starts need a real process.
+"""
+import atexit
+import ctypes
+import functools
+import gc
+import json
+import os
+import pathlib
+import runpy
+import select
+import signal
+import socket
+import struct
+import subprocess
+import sys
+import tempfile
+import time
+
+ROOT = pathlib.Path(__file__).resolve().parent.parent
+
+
+class Program:
+    """A forked program, with what tests use of subprocess.Popen.
+
+    stdout, stderr: file descriptors; without one, the output is what `communicate` returns.
+    """
+    _started = []
+
+    def __init__(self, args, cwd=ROOT, env=None, stdout=None, stderr=None, start_new_session=False):
+        self.args = [str(arg) for arg in args]
+        self.returncode = None
+        self._outputs = [tempfile.TemporaryFile('w+') for _ in range(2)]  # noqa: SIM115  open until the end
+        fds = [output.fileno() if fd is None else fd for fd, output in zip((stdout, stderr), self._outputs)]
+        self._report, report = os.pipe()
+        request = [self.args, str(cwd), dict(os.environ if env is None else env), start_new_session]
+        try:
+            socket.send_fds(_server(), [json.dumps(request).encode()], [*fds, report])
+        finally:
+            os.close(report)
+        self.pid = self._receive()
+        self._started.append((self, start_new_session))
+
+    def _receive(self):
+        """The next number from `_serve`: the process's, then its wait status."""
+        return struct.unpack('i', os.read(self._report, 4))[0]
+
+    def wait(self, timeout=None):
+        if self.returncode is None:
+            if not select.select([self._report], [], [], timeout)[0]:
+                raise subprocess.TimeoutExpired(self.args, timeout)
+            self.returncode = os.waitstatus_to_exitcode(self._receive())
+            os.close(self._report)
+        return self.returncode
+
+    def poll(self):
+        try:
+            return self.wait(0)
+        except subprocess.TimeoutExpired:
+            return None
+
+    def communicate(self, timeout=None):
+        self.wait(timeout)
+        for output in self._outputs:
+            output.seek(0)
+        return tuple(output.read() for output in self._outputs)
+
+    def send_signal(self, number):
+        if self.poll() is None:
+            os.kill(self.pid, number)
+
+    def terminate(self):
+        self.send_signal(signal.SIGTERM)
+
+    def kill(self):
+        self.send_signal(signal.SIGKILL)
+
+    @classmethod
+    def kill_all(cls):
+        """Kill the programs that still run, and all of the sessions that they have started."""
+        for program, has_session in cls._started:
+            if program.poll() is None:
+                if has_session:
+                    os.killpg(program.pid, signal.SIGKILL)
+                program.kill()
+        cls._started.clear()
+
+
+def run(command, cwd=ROOT, env=None, timeout=None, capture_output=True, text=True):
+    """subprocess.run of a command that begins with sys.executable, forked."""
+    process = Program(command[1:], cwd, env)
+    try:
+        outputs = process.communicate(timeout)
+    finally:
+        process.kill()
+    return subprocess.CompletedProcess(command, process.returncode, *outputs)
+
+
+@functools.lru_cache(None)
+def _server():
+    """A socket to a server of this process, which ends with it."""
+    ours, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
+    with theirs:
+        subprocess.Popen([sys.executable, __file__, str(theirs.fileno())], pass_fds=[theirs.fileno()], cwd=ROOT,
+                         stdin=subprocess.DEVNULL, start_new_session=True, env={
+                             **os.environ, 'OMP_NUM_THREADS': '1', 'PYTHONPATH': str(ROOT)})
+    return ours
+
+
+# what follows runs in the server and in the programs
+
+
+class _Forked(BaseException):
+    """Raised in a process just forked: unwinds the stack that it has inherited, down to where `args` can run."""
+
+    def __init__(self, args):
+        super().__init__()
+        self.argv = args
+
+    def run(self):
+        sys.stdout.reconfigure(line_buffering=os.isatty(1))
+        # after Python's own end, no C++ destructors: one of Paddle's (2.6.2) waits for ever for a lock that a thread of
+        # the server may have held when this process was forked
+        libc = ctypes.CDLL(None)
+        libc.on_exit(libc._exit, None)
+        np.random.seed()  # Python's own generator and Paddle's do this by themselves
+        if 'PADDLE_TRAINER_ID' in os.environ:
+            _take_time_as_rank()
+        first, *rest = self.argv
+        path = [*filter(None, os.environ.get('PYTHONPATH', '').split(':')), *_PATH]
+        if first == '-c':
+            sys.path[:] = ['', *path]
+            sys.argv = ['-c', *rest[1:]]
+            exec(compile(rest[0], '<string>', 'exec'), {'__name__': '__main__'})
+        elif first == '-m':
+            sys.path[:] = [os.getcwd(), *path]
+            sys.argv = rest
+            runpy.run_module(rest[0], run_name='__main__', alter_sys=True)
+        else:
+            sys.path[:] = [os.path.dirname(os.path.abspath(first)), *path]
+            sys.argv = self.argv
+            runpy.run_path(first, run_name='__main__')
+
+
+def _take_time_as_rank():
+    """Start and end no faster than a real process, for the other ranks' sake."""
+    # Python takes this long to end. A rank that goes at once aborts a reduction that the others are just ending; and
+    # one that goes because another has must be seen later than that one
+    atexit.register(time.sleep, 0.2)
+    if os.environ['PADDLE_TRAINER_ID'] != '0':
+        # until rank 0 listens: one that it refuses tries again after three seconds
+        port = int(os.environ['PADDLE_TRAINER_ENDPOINTS'].split(',')[0].rpartition(':')[2])
+        deadline = time.monotonic() + 2
+        while time.monotonic() < deadline and (
+                f':{port:04X} 00000000:0000 0A' not in pathlib.Path('/proc/net/tcp').read_text()):
+            time.sleep(0.01)
+
+
+def _become(args, cwd, env, fds):
+    """Let this process, just forked, run a program. fds: its stdin, stdout and stderr; -1 keeps the parent's."""
+    for number, fd in enumerate(fds):
+        if fd >= 0:
+            os.dup2(fd, number)
+    if cwd:
+        os.chdir(cwd)
+    if env is not None:
+        os.environ.clear()
+        os.environ.update(env)
+    raise _Forked(args)
+
+
+class _Popen(subprocess.Popen):
+    """Forks the ranks of main_multi_gpu.py, which are to run when its stack is unwound."""
+
+    def _execute_child(self, args, executable, preexec_fn, close_fds, pass_fds, cwd, env, startupinfo, creationflags,
+                       shell, p2cread, p2cwrite, c2pread, c2pwrite, errread, errwrite, *more):
+        if 'MOBILEONE_PARENT' not in (env or ()):
+            return super()._execute_child(args, executable, preexec_fn, close_fds, pass_fds, cwd, env, startupinfo,
+                                          creationflags, shell, p2cread, p2cwrite, c2pread, c2pwrite, errread, errwrite,
+                                          *more)
+        sys.stdout.flush()
+        self.pid = os.fork()
+        if not self.pid:
+            _become(args[1:], cwd, env, [p2cread, c2pwrite, errwrite])
+        self._child_created = True
+        self._close_pipe_fds(p2cread, p2cwrite, c2pread, c2pwrite, errread, errwrite)
+
+
+def _serve(requests):
+    """Fork a program for every request, until the process that asks has ended."""
+    while True:
+        request, fds, *_ = socket.recv_fds(requests, 2 ** 20, 3)
+        if not request:
+            os.killpg(0, signal.SIGKILL)  # the programs that are left too
+        if not os.fork():
+            break
+        for fd in fds:
+            os.close(fd)
+    requests.close()
+    args, cwd, env, start_new_session = json.loads(request)
+    stdout, stderr, report = fds
+    # in between, a process that waits for the program, as its parent
+    signal.signal(signal.SIGCHLD, signal.SIG_DFL)
+    pid = os.fork()
+    if pid:
+        os.close(stdout)
+        os.close(stderr)
+        os.write(report, struct.pack('i', pid))
+        os.write(report, struct.pack('i', os.waitpid(pid, 0)[1]))
+        os._exit(0)
+    os.close(report)
+    if start_new_session:
+        os.setsid()
+    _become(args, cwd, env, [-1, stdout, stderr])
+
+
+if __name__ == '__main__':
+    _PATH = [place for place in sys.path[1:] if place != str(ROOT)]
+    from program import prepare_runtime
+    prepare_runtime()
+    import conftest  # noqa: F401  which workers.py imports
+    import numpy as np
+
+    import engine  # noqa: F401  all that programs import
+
+    subprocess.Popen = _Popen
+    gc.freeze()  # so that the end of a program does not go through all that is imported: 0.1 s instead of 0.3
+    signal.signal(signal.SIGCHLD, signal.SIG_IGN)
+    run = functools.partial(_serve, socket.socket(fileno=int(sys.argv[1])))
+    while run:
+        try:
+            run()
+            run = None
+        except _Forked as forked:
+            run = forked.with_traceback(None).run

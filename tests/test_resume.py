@@ -1,11 +1,12 @@
 """A run that is ended and resumed is the run that was never ended."""
+import json
 import os
 import shutil
 import signal
 import time
 
 import pytest
-from conftest import STAGES, assert_same, fails, options, records, run, without_times
+from conftest import ROOT, STAGES, assert_same, fails, options, records, run, without_times
 from forked import Program
 
 import checkpoint
@@ -190,3 +191,25 @@ def test_other_batches_and_no_ema_go_on_and_say_so(whole, tmp_path):
     assert 'the checkpoint holds no EMA: the average starts from its weights' in out
     assert 'so the run does not go on bitwise as it would have: TRAIN.MODEL_EMA was False and is True' in out
     assert records(tmp_path / 'a')[-1]['epoch'] == 5
+
+
+@pytest.mark.parametrize('name, where', [
+    ('sgd', 'after epoch 2, step 10'), ('adamw', 'after epoch 1 and 3 of 5 steps of the next, step 8')])
+def test_checkpoints_of_the_past(name, where, fashion, tmp_path):
+    """See checkpoints/README.md: another version of Paddle, or another CPU, computes the same but for roundings."""
+    past, again = ROOT / 'tests/checkpoints' / name, tmp_path / 'again'
+    shutil.copytree(past, again)
+    args = ['-cfg', past / 'config.yaml', '-data_path', fashion]
+    out = run(MAIN, *args, '-output', again, '-resume', 'auto').stdout
+    assert f'resumed {again}/latest.pdparams {where}' in out and 'bitwise' not in out
+    run(MAIN, *args, '-output', tmp_path / 'evaluated', '-eval', '-pretrained', past / 'latest.pdparams')
+    for file, folder in (('log', again), ('evaluation', tmp_path / 'evaluated')):
+        expected, rows = ([json.loads(line) for line in path.read_text().splitlines()]
+                          for path in (past / f'{file}.jsonl', folder / 'log.jsonl'))
+        assert len(rows) == len(expected)
+        for row, other in zip(rows, expected):
+            numbers = [{key: row.pop(key) for key in ('loss', 'acc1', 'acc5')} for row in (row, other)]
+            assert numbers[0]['loss'] == pytest.approx(numbers[1]['loss'], rel=1e-3)
+            for key in ('acc1', 'acc5'):  # an image may be on the edge
+                assert numbers[0][key] == pytest.approx(numbers[1][key], abs=100 / row['n'] + 1e-9)
+            assert without_times([row]) == without_times([other])

@@ -6,6 +6,7 @@ modules are imported, so what they read then (OMP_NUM_THREADS, MKL_*, GLOG_*) an
 program starts need a real process.
 """
 import atexit
+import contextlib
 import ctypes
 import functools
 import gc
@@ -82,12 +83,12 @@ class Program:
 
     @classmethod
     def kill_all(cls):
-        """Kill the programs that still run, and all of the sessions that they have started."""
+        """Kill the programs that still run, and what is left of the sessions that they have started."""
         for program, has_session in cls._started:
-            if program.poll() is None:
-                if has_session:
+            program.kill()
+            if has_session:
+                with contextlib.suppress(ProcessLookupError):
                     os.killpg(program.pid, signal.SIGKILL)
-                program.kill()
         cls._started.clear()
 
 

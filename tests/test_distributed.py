@@ -325,6 +325,12 @@ def test_several_machines_need_an_address_and_a_number(tmp_path):
                               '(from 0) too\n')
 
 
+def command_lines(folder):
+    """Those of the processes that name a folder: of Paddle's launcher and its ranks, which are in other sessions."""
+    out = subprocess.run(['ps', '-ww', '-eo', 'args='], capture_output=True, text=True).stdout
+    return [line for line in out.splitlines() if str(folder) in line]
+
+
 def test_a_script_that_is_ended_ends_python(fashion, tmp_path):
     narrow = map(str, options(fashion, 'TRAIN.NUM_EPOCHS', '3000')[4:])
     process = subprocess.Popen(['sh', 'run_train_multi.sh', *narrow], cwd=ROOT, stdout=subprocess.DEVNULL,
@@ -334,15 +340,10 @@ def test_a_script_that_is_ended_ends_python(fashion, tmp_path):
     while not (tmp_path / 'run/latest.pdparams').exists():
         assert process.poll() is None
         time.sleep(0.1)
-
-    def members():
-        """Command lines of the run's processes."""
-        out = subprocess.run(['ps', '-ww', '-eo', 'args='], capture_output=True, text=True).stdout
-        return [line for line in out.splitlines() if str(tmp_path) in line]
-    assert len(members()) >= 3  # the launcher in the shell's place, and two ranks
+    assert len(command_lines(tmp_path)) >= 3  # the launcher in the shell's place, and two ranks
     process.terminate()
     assert process.wait(60) != 0
     deadline = time.monotonic() + 30
-    while members() and time.monotonic() < deadline:
+    while command_lines(tmp_path) and time.monotonic() < deadline:
         time.sleep(0.2)
-    assert members() == []
+    assert command_lines(tmp_path) == []

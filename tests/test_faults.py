@@ -11,7 +11,7 @@ import time
 import pytest
 from conftest import ROOT, STAGES, assert_same, fails, options, records, run, without_times
 from forked import Program
-from test_distributed import GROUP
+from test_distributed import GROUP, command_lines
 
 import checkpoint
 from program import STOPPED
@@ -115,7 +115,7 @@ def test_other_batches_begin_the_epoch_again(whole, tmp_path):
 
 
 def members(process):
-    """Numbers of the running processes of the session that a process has begun."""
+    """Numbers of the running processes of the session that a forked program has begun."""
     out = subprocess.run(['ps', '-o', 'pid=,stat=', '--sid', str(process.pid)], capture_output=True, text=True).stdout
     return [int(number) for number, state in map(str.split, out.splitlines()) if not state.startswith('Z')]
 
@@ -293,10 +293,10 @@ def test_the_launcher_is_asked_to_stop(fashion, tmp_path):
     """Its own status is 15 whatever the processes return."""
     process = subprocess.Popen(['sh', 'run_train_multi.sh', *map(str, options(fashion, *LONG)[4:])], cwd=ROOT, env={
         **os.environ, 'PYTHON': sys.executable, 'PADDLE_NPROC_PER_NODE': '2', 'DATA_PATH': str(fashion), 'OUTPUT': str(
-            tmp_path / 'run'), 'BATCH_SIZE': '8'}, start_new_session=True, stdout=subprocess.DEVNULL)
+            tmp_path / 'run'), 'BATCH_SIZE': '8'}, stdout=subprocess.DEVNULL)
     wait_for_checkpoint(process, tmp_path / 'run')
     process.terminate()
-    assert process.wait(timeout=40) == signal.SIGTERM and members(process) == []
+    assert process.wait(timeout=40) == signal.SIGTERM and command_lines(tmp_path) == []
     assert 'stopped by SIGTERM; -resume auto goes on' in (tmp_path / 'run/log.txt').read_text()
     assert checkpoint.load(str(tmp_path / 'run/latest.pdparams'))['progress']
 
@@ -309,11 +309,11 @@ def test_an_error_of_one_process_reaches_the_console(fashion, tmp_path, launcher
     if launcher:
         command = [sys.executable, '-m', 'paddle.distributed.launch', '--nproc_per_node', '2', '--log_dir',
                    tmp_path / 'log', *args]
-        process = subprocess.Popen([*map(str, command)], cwd=ROOT, env=env, start_new_session=True, text=True,
-                                   stdout=subprocess.DEVNULL, stderr=subprocess.PIPE)
+        process = subprocess.Popen([*map(str, command)], cwd=ROOT, env=env, text=True, stdout=subprocess.DEVNULL,
+                                   stderr=subprocess.PIPE)
     else:
         process = Program(['-c', GROUP, '2', *args], env=env, start_new_session=True)
     _, error = process.communicate(timeout=60)
-    assert process.returncode != 0 and members(process) == []
+    assert process.returncode != 0 and (command_lines(tmp_path) if launcher else members(process)) == []
     assert 'RuntimeError: boom' in error
     assert 'rank 1: error: RuntimeError: boom' in (tmp_path / 'run/log.txt').read_text()

@@ -1,28 +1,19 @@
-"""ImageNet in list files, the samplers that decide which image comes when, and the loaders.
+"""ImageNet in list files, the samplers that decide which image comes when, and the curriculum.
 
 A sample's index is a pair (epoch, index). Whatever is random about it is a function of (SEED, epoch, index), so workers
 hold no state: any number of them gives the same batches.
 """
-import atexit
-import functools
 import logging
-import multiprocessing
 import os
-import pickle
-import signal
-import sys
-import time
-import traceback
 import warnings
-import weakref
 import zlib  # noqa: F401  before Paddle: see utils.py
 from dataclasses import dataclass
 
 import numpy as np
-from paddle.io import DataLoader, Dataset
+from paddle.io import Dataset
 from PIL import Image, ImageOps, UnidentifiedImageError
 
-from program import STOP_SIGNALS, end_with_parent
+from runtime.loader import Loader
 from transforms import AutoAugment, ColorJitter, EvalTransform, RandAugment, TrainTransform
 from utils import UserError, one_line
 
@@ -188,96 +179,6 @@ class EvalSampler:
 
     def __len__(self):
         return -(-len(self.indices) // self.batch_size)
-
-
-class _Caught(Dataset):
-    """The items of a dataset, an exception being returned in place of its item.
-
-    Paddle's loader (2.6.2, 3.3.1) hangs when an item raises in the main process, and loses the message when it raises
-    in a worker: so errors travel as batches, and `Loader` raises them.
-    """
-
-    def __init__(self, dataset):
-        super().__init__()
-        self.dataset = dataset
-
-    def __len__(self):
-        return len(self.dataset)
-
-    def __getitem__(self, item):
-        try:
-            return self.dataset[item]
-        except UserError as error:
-            return error
-        except Exception:
-            return RuntimeError(f'while reading item {item}:\n{traceback.format_exc()}')
-
-
-def _collate(items):
-    """Batch of the items: uint8 [N, H, W, 3] and int64 [N], or of an exception: its pickle, uint8 [bytes], and [-1]."""
-    for item in items:
-        if isinstance(item, Exception):
-            return np.frombuffer(pickle.dumps(item), dtype='uint8'), np.array([-1])
-    images, labels = zip(*items)
-    return np.stack(images), np.array(labels, dtype='int64')
-
-
-def _start_worker(parent, worker):
-    """Let a worker live as long as its parent: the parent alone answers STOP_SIGNALS, which all processes may get."""
-    for number in STOP_SIGNALS:
-        signal.signal(number, signal.SIG_IGN)
-    signal.pthread_sigmask(signal.SIG_UNBLOCK, STOP_SIGNALS)
-    signal.signal(signal.SIGUSR1, lambda number, frame: sys.exit())
-    end_with_parent(parent)
-
-
-_WORKERS = weakref.WeakSet()  # of the loaders of this process
-
-
-@atexit.register
-def _end_workers():
-    """End the workers of loaders that were left, before multiprocessing waits for them: its SIGTERM they ignore."""
-    for process in multiprocessing.active_children():
-        if process in _WORKERS:
-            os.kill(process.pid, signal.SIGUSR1)
-
-
-class Loader:
-    """Iterates over batches of tensors (uint8 [N, H, W, 3], int64 [N]); `waited` adds up the seconds this took.
-
-    Raises: UserError for an image that cannot be read, when it is read.
-    """
-
-    def __init__(self, dataset, batch_sampler, num_workers):
-        self.dataset = dataset
-        self.batch_sampler = batch_sampler
-        # a worker whose parent is killed may wait for ever for what that was writing
-        self.loader = DataLoader(_Caught(dataset), batch_sampler=batch_sampler, num_workers=num_workers,
-                                 collate_fn=_collate, worker_init_fn=functools.partial(_start_worker, os.getpid()))
-        self.waited = 0.0
-
-    def __len__(self):
-        return len(self.batch_sampler)
-
-    def __iter__(self):
-        # a new worker inherits the block, until it ignores them
-        blocked = signal.pthread_sigmask(signal.SIG_BLOCK, STOP_SIGNALS)
-        others = set(multiprocessing.active_children())
-        try:
-            batches = iter(self.loader)
-            _WORKERS.update(set(multiprocessing.active_children()) - others)
-        finally:
-            signal.pthread_sigmask(signal.SIG_SETMASK, blocked)
-        while True:
-            start = time.perf_counter()
-            batch = next(batches, None)
-            self.waited += time.perf_counter() - start
-            if batch is None:
-                return
-            images, labels = batch
-            if images.ndim == 1:
-                raise pickle.loads(images.numpy().tobytes())
-            yield images, labels
 
 
 @dataclass(frozen=True)

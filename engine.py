@@ -19,15 +19,14 @@ import numpy as np
 import paddle
 import paddle.nn.functional as F
 
-import checkpoint
 import optim
 from config import get_config, leaves, resolve_config, with_values
 from datasets import get_dataloader, get_dataset, get_stage
 from losses import DistillationLoss, LabelSmoothingCrossEntropyLoss, SoftTargetCrossEntropyLoss
 from mixup import Mixup
-from mobileone import build_mobileone, model_convert
-from program import STOPPED, StopRequest
-from run_folder import (
+from mobileone import build_mobileone
+from runtime import checkpoint
+from runtime.folder import (
     RunLog,
     check_finite,
     find_checkpoint,
@@ -37,6 +36,7 @@ from run_folder import (
     take_over,
     write_checkpoints,
 )
+from runtime.program import STOPPED, StopRequest
 from transforms import Normalize, RandomErase
 from utils import (
     LOG,
@@ -52,6 +52,7 @@ from utils import (
     setup_logger,
     world_size,
 )
+from weights import is_fused, load_into, load_model
 
 
 class Precision:
@@ -360,32 +361,6 @@ def average_statistics(training):
         training.ema.load(dict(zip(tensors, means[len(tensors):])))
 
 
-def load_model(config):
-    """The network of a config with its MODEL.PRETRAINED weights, if any, strictly loaded.
-
-    Fused weights build the fused network. With MODEL.DEPLOY, unfused ones are fused after loading. In training, a
-    classifier of another size is left out.
-    Returns: (model, whether the weights are an EMA).
-    """
-    path, weights, is_ema, is_fused = config.MODEL.PRETRAINED, None, False, False
-    if path:
-        weights, is_ema = checkpoint.load_weights(path)
-        is_fused = checkpoint.is_fused(weights)
-        if is_fused and not config.EVAL:
-            raise UserError(f'{path}: holds fused weights, which cannot be trained; give the unfused ones')
-    model = build_mobileone(with_values(config, {'MODEL.DEPLOY': is_fused}))
-    if path:
-        left_out = checkpoint.load_into(model, weights, path, allow_other_classifier=not config.EVAL)
-        LOG.info(f'loaded {"EMA " if is_ema else ""}weights ({"fused" if is_fused else "unfused"}) from {path}')
-        if left_out:
-            LOG.info(f'left out {", ".join(left_out)}, made for {weights[left_out[-1]].shape[-1]} classes, not '
-                     f'{config.MODEL.NUM_CLASSES}: the classifier starts from random weights')
-    if config.MODEL.DEPLOY and not is_fused:
-        model = model_convert(model)
-        LOG.info('fused the branches')
-    return model, is_ema
-
-
 def build_loader(config, is_train, epoch=1):
     """The loader of this rank's share of the training images, as they are in an epoch, or of the validation images."""
     return get_dataloader(config, get_dataset(config, is_train, epoch), is_train, rank(), world_size())
@@ -464,7 +439,7 @@ def build_criterion(config, has_mixup):
         return DistillationLoss(criterion)
     options = config.TRAIN.DISTILLATION
     LOG.info(f'the teacher is {teacher_config.MODEL.NAME}:')
-    teacher, _ = load_model(teacher_config)
+    teacher, _ = load_model(teacher_config, teacher_config.MODEL.PRETRAINED)
     return DistillationLoss(criterion, teacher, options.TYPE.lower(), options.ALPHA, options.TAU)
 
 
@@ -530,7 +505,7 @@ def save_checkpoints(config, training, epoch, step, progress=None):
 
 
 def run_evaluation(config, loader):
-    model, is_ema = load_model(config)
+    model, is_ema = load_model(config, config.MODEL.PRETRAINED)
     metrics = evaluate(model, loader, Normalize(config.DATA.IMAGENET_MEAN, config.DATA.IMAGENET_STD),
                        config.REPORT_FREQ, Precision(config).auto_cast)
     RunLog(config).write(0, 0, 'val', 'ema' if is_ema else 'raw', metrics)
@@ -559,7 +534,13 @@ def validate(config, training, loader, log, epoch, step):
 
 def start_training(config, loader):
     """A new Training, its weights random or MODEL.PRETRAINED's."""
-    model, _ = load_model(config)
+    path = config.MODEL.PRETRAINED
+    if path:
+        model, _ = load_model(config, path, allow_other_classifier=True)
+        if is_fused(model.state_dict()):
+            raise UserError(f'{path}: holds fused weights, which cannot be trained; give the unfused ones')
+    else:
+        model = build_mobileone(config)
     return build_training(config, model, loader)
 
 
@@ -574,9 +555,9 @@ def resume_training(config, loader, path, state):
                         'out')
     model = build_mobileone(config)
     # the EMA starts from the weights that the model has when it is built
-    checkpoint.load_into(model, state['model_ema'] or state['model'], path)
+    load_into(model, state['model_ema'] or state['model'], path)
     training = build_training(config, model, loader)
-    checkpoint.load_into(training.model, state['model'], path)
+    load_into(training.model, state['model'], path)
     optim.load_optimizer_state(training.optimizer, training.model, state['optimizer'], path)
     if state['amp_grad_scaler']:
         training.precision.scaler.load_state_dict(state['amp_grad_scaler'])

@@ -8,7 +8,7 @@ The run's folder (-output) gets config.yaml, log.txt, log.jsonl, latest.pdparams
 import os
 
 from config import get_config, get_parser, update_config
-from program import prepare_runtime, run_program, use_device
+from runtime.program import prepare_runtime, run_program, use_device
 from utils import UserError
 
 

@@ -8,7 +8,7 @@ import sys
 
 import pytest
 
-from program import prepare_runtime
+from runtime.program import prepare_runtime
 
 os.environ.setdefault('OMP_NUM_THREADS', '1')  # a worker of pytest-xdist for every core
 signal.signal(signal.SIGINT, signal.default_int_handler)  # which a shell ignores for what runs in its background

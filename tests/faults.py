@@ -5,7 +5,7 @@ import signal
 import sys
 import time
 
-from program import prepare_runtime
+from runtime.program import prepare_runtime
 
 prepare_runtime()
 

@@ -222,7 +222,7 @@ def _serve(requests):
 
 if __name__ == '__main__':
     _PATH = [place for place in sys.path[1:] if place != str(ROOT)]
-    from program import prepare_runtime
+    from runtime.program import prepare_runtime
     prepare_runtime()
     import conftest  # noqa: F401  which workers.py imports
     import numpy as np

@@ -22,7 +22,7 @@ def write(path, text):
 
 def test_every_key_has_a_comment_and_a_reader():
     text = (ROOT / 'config.py').read_text()
-    code = '\n'.join(path.read_text() for path in [*ROOT.glob('*.py'), *ROOT.glob('tools/*.py')]
+    code = '\n'.join(path.read_text() for path in [*ROOT.glob('*.py'), *ROOT.glob('*/*.py')]
                      if path.name != 'config.py')
     for key in config_module._DEFAULTS:
         if key != 'BASE':

@@ -6,9 +6,9 @@ import numpy as np
 import pytest
 from conftest import run
 
-import datasets
+import runtime.loader
 from datasets import EvalSampler, TrainSampler, get_dataloader, get_dataset, read_list
-from program import STOP_SIGNALS
+from runtime.program import STOP_SIGNALS
 from utils import UserError
 
 
@@ -149,14 +149,14 @@ def test_loaded_batch(config, fashion):
 
 def test_a_worker_never_answers_a_signal_that_stops_a_run(config, fashion, monkeypatch):
     """Nor before it ignores them: they are blocked while it is made."""
-    start = datasets._start_worker
+    start = runtime.loader._start_worker
 
     def checked(parent, worker):
         assert signal.pthread_sigmask(signal.SIG_BLOCK, []) >= set(STOP_SIGNALS)
         start(parent, worker)
         assert all(signal.getsignal(number) == signal.SIG_IGN for number in STOP_SIGNALS)
         assert not signal.pthread_sigmask(signal.SIG_BLOCK, []) & set(STOP_SIGNALS)
-    monkeypatch.setattr(datasets, '_start_worker', checked)
+    monkeypatch.setattr(runtime.loader, '_start_worker', checked)
     config.DATA.DATA_PATH = str(fashion)
     config.DATA.NUM_WORKERS = 1
     loader = get_dataloader(config, get_dataset(config))

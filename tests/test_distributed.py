@@ -12,11 +12,12 @@ import pytest
 from conftest import ROOT, STAGES, assert_same, fails, options, records, run, with_lists, without_times
 from forked import Program
 
-import checkpoint
+from runtime import checkpoint
 
 MAIN = 'main_multi_gpu.py'
 LAUNCH = ['-m', 'paddle.distributed.launch']
-GROUP = 'import sys, main_multi_gpu as m; sys.exit(m.run_processes([sys.executable, *sys.argv[2:]], int(sys.argv[1])))'
+GROUP = ('import sys, runtime.launcher as l; '
+         'sys.exit(l.run_processes([sys.executable, *sys.argv[2:]], int(sys.argv[1])))')
 
 
 def group(count, *args, status=0):

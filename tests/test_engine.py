@@ -9,15 +9,16 @@ import paddle
 import paddle.nn.functional as F
 import pytest
 
-import checkpoint
 import engine
-import run_folder
 from datasets import get_dataloader, get_dataset
 from losses import LabelSmoothingCrossEntropyLoss
 from mobileone import build_mobileone
 from optim import Schedule
+from runtime import checkpoint
+from runtime import folder as run_folder
 from transforms import Normalize
 from utils import UserError
+from weights import load_into
 
 
 def test_batch_sums():
@@ -264,7 +265,7 @@ def test_synchronised_batch_norms_keep_names_and_weights(config):
     kinds = {type(layer).__name__ for layer in converted.sublayers()}
     assert 'SyncBatchNorm' in kinds and 'BatchNorm2D' not in kinds
     weights = {name: tensor.numpy() for name, tensor in model.state_dict().items()}
-    assert checkpoint.load_into(converted, weights, 'x') == []
+    assert load_into(converted, weights, 'x') == []
     np.testing.assert_array_equal(converted.state_dict()['fc.weight'].numpy(), weights['fc.weight'])
 
 

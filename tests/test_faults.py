@@ -13,8 +13,8 @@ from conftest import ROOT, STAGES, assert_same, fails, options, records, run, wi
 from forked import Program
 from test_distributed import GROUP, command_lines
 
-import checkpoint
-from program import STOPPED
+from runtime import checkpoint
+from runtime.program import STOPPED
 
 MAIN = 'main_single_gpu.py'
 FAULTS = ROOT / 'tests/faults.py'

@@ -13,11 +13,11 @@ from conftest import NARROW, ROOT, with_lists
 from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
-import checkpoint
 import config as config_module
 import engine
 from config import get_config, get_parser, leaves, resolve_config, update_config, with_values
 from datasets import get_stage
+from runtime import checkpoint
 from utils import UserError
 
 PATHS = sorted((ROOT / 'configs').glob('*.yaml'))

@@ -188,7 +188,7 @@ def test_broken_exif_data(exif, tmp_path):
 # prints what became of each file, then by how much the peak of the memory rose, in MiB
 READ = '''
 import resource, sys
-from program import prepare_runtime
+from runtime.program import prepare_runtime
 from utils import UserError
 prepare_runtime()
 import numpy as np

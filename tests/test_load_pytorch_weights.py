@@ -6,16 +6,15 @@ import pathlib
 import pickle
 
 import numpy as np
+import official_weights
 import pytest
-import weights
 from conftest import ROOT, VARIANTS, fails, run, variant_config
 
-import checkpoint
-from load_pytorch_weights import convert_state_dict, official_name
 from mobileone import build_mobileone
 from utils import UserError
+from weights import convert_state_dict, is_fused, load_weights, official_name
 
-HERE = pathlib.Path(weights.__file__).parent
+HERE = pathlib.Path(official_weights.__file__).parent
 OFFICIAL = json.loads((HERE / 'official_keys.json').read_text())
 PADDLE = json.loads((HERE / 'paddle_keys.json').read_text())
 
@@ -34,11 +33,11 @@ def test_every_tensor_is_used_once(variant, kind):
     used = [value.flat[0] for value in converted.values()]
     expected = [value.flat[0] for name, value in official.items() if not name.endswith('num_batches_tracked')]
     assert sorted(used) == sorted(expected)
-    assert checkpoint.is_fused(converted) == (kind == 'fused')
+    assert is_fused(converted) == (kind == 'fused')
 
 
 def test_classifier_is_transposed_and_nothing_else_moves():
-    official = weights.state_dict('s1')
+    official = official_weights.state_dict('s1')
     converted = convert_state_dict(official, variant_config('s1'))
     np.testing.assert_array_equal(converted['fc.weight'], official['linear.weight'].T)
     for name in ('stages.1.0.dw_1x1.conv.weight', 'stages.3.4.pw_skip._variance',
@@ -95,14 +94,14 @@ def test_command_line(tmp_path):
     (tmp_path / 'fake/torch.py').write_text(FAKE_TORCH)
     env = {'PYTHONPATH': str(tmp_path / 'fake')}
     source, target, cfg = tmp_path / 's0.pth.tar', tmp_path / 's0.pdparams', ROOT / 'configs/mobileone_s0.yaml'
-    source.write_bytes(pickle.dumps(weights.state_dict('s0')))
+    source.write_bytes(pickle.dumps(official_weights.state_dict('s0')))
     out = run('load_pytorch_weights.py', '-cfg', cfg, source, target, env=env).stdout
     assert '(unfused)' in out and 's0.pdparams' in out
     assert f'{source}: SHA-256 {hashlib.sha256(source.read_bytes()).hexdigest()}' in out
     assert 'PyTorch is 2.5.1, in which a file can run code' in fails(
         'load_pytorch_weights.py', '-cfg', cfg, source, target, env={**env, 'FAKE_TORCH_VERSION': '2.5.1'})
-    loaded, _ = checkpoint.load_weights(str(target))
-    expected = convert_state_dict(weights.state_dict('s0'), variant_config('s0'))
+    loaded, _ = load_weights(str(target))
+    expected = convert_state_dict(official_weights.state_dict('s0'), variant_config('s0'))
     assert all(np.array_equal(loaded[name], value) for name, value in expected.items()) and len(loaded) == len(expected)
     line = fails('load_pytorch_weights.py', f'-cfg={ROOT}/configs/mobileone_s1.yaml', source, target, env=env)
     assert 'does not fit the network of the config' in line
@@ -113,7 +112,7 @@ def test_command_line(tmp_path):
     source.write_bytes(b'broken')
     assert 'is the input too' in fails('load_pytorch_weights.py', '-cfg', cfg, source, source, env=env)
     assert 'not a PyTorch state dict' in fails('load_pytorch_weights.py', '-cfg', cfg, source, target, env=env)
-    source.write_bytes(pickle.dumps(weights.state_dict('s0')))
+    source.write_bytes(pickle.dumps(official_weights.state_dict('s0')))
     (tmp_path / 'two.yaml').write_text('MODEL:\n  NUM_BLOCKS: [2, 1, 1, 1, 1]\n')
     assert 'NUM_BLOCKS' in fails('load_pytorch_weights.py', '-cfg', tmp_path / 'two.yaml', source, target, env=env)
 
@@ -132,12 +131,12 @@ def test_real_pytorch_file(tmp_path):
     run('-c', f"""
 import sys, torch, numpy as np
 sys.path.insert(0, {str(HERE)!r})
-import weights
-torch.save({{name: torch.from_numpy(np.array(value)) for name, value in weights.state_dict('s0').items()}},
+import official_weights
+torch.save({{name: torch.from_numpy(np.array(value)) for name, value in official_weights.state_dict('s0').items()}},
            {str(tmp_path / 's0.pth.tar')!r})
 """)
     run('load_pytorch_weights.py', '-cfg', ROOT / 'configs/mobileone_s0.yaml', tmp_path / 's0.pth.tar',
         tmp_path / 's0.pdparams')
-    loaded, _ = checkpoint.load_weights(str(tmp_path / 's0.pdparams'))
-    expected = convert_state_dict(weights.state_dict('s0'), variant_config('s0'))
+    loaded, _ = load_weights(str(tmp_path / 's0.pdparams'))
+    expected = convert_state_dict(official_weights.state_dict('s0'), variant_config('s0'))
     assert all(np.array_equal(loaded[name], value) for name, value in expected.items())

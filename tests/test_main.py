@@ -11,10 +11,10 @@ import pytest
 from conftest import ROOT, assert_same, fails, options, records, run, with_lists, without_times
 from forked import Program
 
-import checkpoint
 from config import get_config
 from datasets import get_dataset
 from mobileone import build_mobileone
+from runtime import checkpoint
 
 MAIN = 'main_single_gpu.py'
 KEYS = ['epoch', 'step', 'split', 'weights', 'loss', 'acc1', 'acc5', 'n', 'seconds', 'images_per_second', 'lr',

@@ -3,16 +3,16 @@ import json
 import pathlib
 
 import numpy as np
+import official_weights
 import paddle
 import pytest
-import weights
 from conftest import VARIANTS, variant_config
 
-from load_pytorch_weights import convert_state_dict
 from mobileone import MobileOne, MobileOneBlock, build_mobileone, model_convert
 from utils import UserError
+from weights import convert_state_dict
 
-KEYS = json.loads((pathlib.Path(weights.__file__).parent / 'paddle_keys.json').read_text())
+KEYS = json.loads((pathlib.Path(official_weights.__file__).parent / 'paddle_keys.json').read_text())
 # fused parameters, unfused trainable ones, multiply-adds at 224 fused and unfused, all parameters unfused
 SIZES = {
     's0': (2078504, 5293272, 278949888, 1088464384, 5381464),
@@ -64,7 +64,7 @@ def test_names_shapes_and_sizes(variant):
 def test_fused_equals_unfused_in_float64(variant):
     config = variant_config(variant)
     model = build_mobileone(config)
-    model.set_state_dict(convert_state_dict(weights.state_dict(variant), config))
+    model.set_state_dict(convert_state_dict(official_weights.state_dict(variant), config))
     model.to(dtype='float64')
     model.eval()
     x = images(64, 'float64', batch=1)

@@ -2,23 +2,23 @@
 import pathlib
 
 import numpy as np
+import official_weights
 import paddle
 import pytest
-import weights
 from conftest import VARIANTS, variant_config
 
-from load_pytorch_weights import convert_state_dict, official_name
 from losses import LabelSmoothingCrossEntropyLoss
 from mobileone import MobileOneBlock, build_mobileone, model_convert
 from optim import parameter_groups
+from weights import convert_state_dict, official_name
 
-GOLDEN = np.load(pathlib.Path(weights.__file__).parent / 'golden_seed0.npz')
+GOLDEN = np.load(pathlib.Path(official_weights.__file__).parent / 'golden_seed0.npz')
 
 
 def reference_model(variant):
     config = variant_config(variant)
     model = build_mobileone(config)
-    model.set_state_dict(convert_state_dict(weights.state_dict(variant), config))
+    model.set_state_dict(convert_state_dict(official_weights.state_dict(variant), config))
     return model
 
 
@@ -27,7 +27,7 @@ def test_logits(variant):
     model = reference_model(variant)
     model.eval()
     fused = model_convert(model)
-    inputs = {224: weights.images(0, 2, 224), 160: weights.images(1, 1, 160)}
+    inputs = {224: official_weights.images(0, 2, 224), 160: official_weights.images(1, 1, 160)}
     inputs = {size: paddle.to_tensor(images) for size, images in inputs.items()}
     with paddle.no_grad():
         unfused_logits = {size: model(x).numpy() for size, x in inputs.items()}
@@ -53,8 +53,8 @@ def test_gradients_and_losses(variant):
     criterion = LabelSmoothingCrossEntropyLoss(0.1)
     losses = []
     for step in range(3):
-        loss = criterion(model(paddle.to_tensor(weights.images(10 + step, 8, 96).astype('float64'))),
-                         paddle.to_tensor(weights.labels(10 + step, 8)))
+        loss = criterion(model(paddle.to_tensor(official_weights.images(10 + step, 8, 96).astype('float64'))),
+                         paddle.to_tensor(official_weights.labels(10 + step, 8)))
         loss.backward()
         if step == 0:
             gradients = {official_name(name): parameter.grad.numpy() for name, parameter in model.named_parameters()

@@ -11,7 +11,7 @@ import threading
 import pytest
 from conftest import ROOT, run
 
-import program
+from runtime import program
 from utils import UserError
 
 
@@ -37,7 +37,7 @@ def test_versions_that_crash_are_refused(monkeypatch, installed, message):
 
 
 def test_threads_are_set_only_where_unset():
-    code = 'import os, program; program.prepare_runtime(); print(os.environ.get("OMP_NUM_THREADS"))'
+    code = 'import os; from runtime import program; program.prepare_runtime(); print(os.environ.get("OMP_NUM_THREADS"))'
     assert run('-c', code, env={'OMP_NUM_THREADS': '1'}, fork=False).stdout == '1\n'
     if not glob.glob('/dev/nvidia[0-9]*'):
         unset = 'import os; os.environ.pop("OMP_NUM_THREADS", None); ' + code
@@ -46,7 +46,7 @@ def test_threads_are_set_only_where_unset():
 
 
 def test_some_modules_import_no_paddle():
-    run('-c', 'import sys, config, utils, program, tools.make_list; assert "paddle" not in sys.modules', fork=False)
+    run('-c', 'import sys, config, utils, runtime.program, tools.make_list; assert "paddle" not in sys.modules', fork=False)
 
 
 def test_a_request_to_stop_is_remembered_while_it_is_open():
@@ -77,7 +77,8 @@ def test_another_thread_cannot_be_asked_to_stop():
 def test_a_program_that_stops_is_not_ended_otherwise():
     """A launcher may ask again while Python ends."""
     code = """
-import atexit, os, signal, sys, program
+import atexit, os, signal, sys
+from runtime import program
 program.prepare_runtime()
 atexit.register(lambda: [os.kill(os.getpid(), number) for number in program.STOP_SIGNALS])
 program.run_program(lambda: sys.exit(int(sys.argv[1])))"""
@@ -90,7 +91,8 @@ program.run_program(lambda: sys.exit(int(sys.argv[1])))"""
 def test_a_signal_while_a_program_starts(when, group):
     """PaddlePaddle's own answer, a stack trace, is not seen: not while it is imported, nor in a process of a group."""
     code = """
-import os, signal, sys, program
+import os, signal, sys
+from runtime import program
 
 class Finder:
     def find_spec(name, path=None, target=None):
@@ -108,7 +110,7 @@ print('not ended')"""
 
 def test_what_a_launcher_is_told(tmp_path):
     """By another rank than 0, whatever its message holds."""
-    code = 'import program; program._tell_launcher("a \\udcff name")'
+    code = 'from runtime import program; program._tell_launcher("a \\udcff name")'
     environment = {**os.environ, 'PADDLE_TRAINER_ID': '1'}
     parent = f'import subprocess, sys; subprocess.run([sys.executable, "-c", {code!r}], stderr=subprocess.DEVNULL)'
     process = subprocess.run([sys.executable, '-c', parent], cwd=ROOT, env=environment, capture_output=True, text=True)

@@ -7,12 +7,13 @@ import paddle
 import pytest
 from conftest import ROOT, STAGES, fails, options, records, run
 
-import checkpoint
 import engine
 from config import get_config, resolve_config, with_values
 from datasets import Stage, get_stage
 from mobileone import build_mobileone
+from runtime import checkpoint
 from tools.show_recipe import get_recipe
+from weights import load_weights
 
 CONFIGS = sorted((ROOT / 'configs').glob('*.yaml'))
 IMAGES = 1281167
@@ -301,7 +302,7 @@ def test_tau_and_the_teacher_reach_the_loss(config, fashion, teacher):
     assert not any('blocks' in name for name in criterion.teacher_model.state_dict())
     images = paddle.randn([2, 3, 32, 32])
     own = build_mobileone(get_config(str(teacher[0])))
-    own.set_state_dict(checkpoint.load_weights(str(teacher[1]))[0])
+    own.set_state_dict(load_weights(str(teacher[1]))[0])
     own.eval()
     criterion.teacher_model.eval()
     np.testing.assert_allclose(criterion.teacher_model(images), own(images), rtol=1e-3, atol=1e-4)

@@ -8,7 +8,7 @@ import pytest
 from conftest import ROOT, STAGES, assert_same, fails, options, records, run, without_times
 from forked import Program
 
-import checkpoint
+from runtime import checkpoint
 
 MAIN = 'main_single_gpu.py'
 # all that has a state or chance of its own

@@ -18,8 +18,8 @@ import pytest
 from conftest import NARROW, ROOT, fails, options, records, run, with_lists, write_images
 from PIL import Image
 
-import checkpoint
 from config import get_config
+from runtime import checkpoint
 
 PROGRAMS = [['main_single_gpu.py'], ['main_multi_gpu.py'], ['load_pytorch_weights.py']] + [
     ['-m', f'tools.{path.stem}'] for path in sorted((ROOT / 'tools').glob('[a-z]*.py'))]

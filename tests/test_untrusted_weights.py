@@ -14,9 +14,10 @@ from conftest import ROOT, options, run
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-import checkpoint
 from mobileone import build_mobileone
+from runtime import checkpoint
 from utils import UserError
+from weights import load_weights
 
 
 @pytest.mark.parametrize('protocol', [2, 3, 4])
@@ -196,7 +197,7 @@ def test_attacks_are_refused(tmp_path, monkeypatch, name):
     tracemalloc.start()
     try:
         with pytest.raises(UserError, match=rf'w.pdparams: .*({message})') as error:
-            checkpoint.load_weights('w.pdparams')
+            load_weights('w.pdparams')
         assert tracemalloc.get_traced_memory()[1] < 100e6
     finally:
         tracemalloc.stop()
@@ -247,7 +248,7 @@ def test_safetensors(config, fashion, tmp_path):
     path = str(tmp_path / 'w.safetensors')
     model = build_mobileone(config)
     checkpoint.save(model.state_dict(), path)
-    weights, is_ema = checkpoint.load_weights(path)
+    weights, is_ema = load_weights(path)
     assert not is_ema and safetensors.numpy.load_file(path).keys() == weights.keys()
     for name, tensor in model.state_dict().items():
         np.testing.assert_array_equal(weights[name], tensor.numpy())
@@ -262,17 +263,17 @@ def test_safetensors(config, fashion, tmp_path):
     for broken in (content[:-1], content[:100], b'', b'\xff' * 8 + content[8:], ATTACKS['os.system'][0]):
         (tmp_path / 'broken.safetensors').write_bytes(broken)
         with pytest.raises(UserError, match='broken.safetensors: not a .safetensors file that can be read safely'):
-            checkpoint.load_weights(str(tmp_path / 'broken.safetensors'))
+            load_weights(str(tmp_path / 'broken.safetensors'))
     safetensors.numpy.save_file({'stages.0\nerror: ': np.zeros(1)}, tmp_path / 'key.safetensors')
     with pytest.raises(UserError, match='a key in it is str, not a short text'):
-        checkpoint.load_weights(str(tmp_path / 'key.safetensors'))
+        load_weights(str(tmp_path / 'key.safetensors'))
     safetensors.numpy.save_file({f'stages.{n}': np.zeros(0, 'uint8') for n in range(20_000)},
                                 tmp_path / 'many.safetensors')
     with pytest.raises(UserError, match='its header is longer than 1,000,000 bytes'):
-        checkpoint.load_weights(str(tmp_path / 'many.safetensors'))
+        load_weights(str(tmp_path / 'many.safetensors'))
     (tmp_path / 'plain.safetensors').write_bytes(content.replace(b'"F32"', b'"\\u001b"', 1))
     with pytest.raises(UserError) as error:
-        checkpoint.load_weights(str(tmp_path / 'plain.safetensors'))
+        load_weights(str(tmp_path / 'plain.safetensors'))
     assert str(error.value).isprintable()
     with pytest.raises(UserError, match='holds weights alone'):
         checkpoint.load_training(path)
@@ -321,7 +322,7 @@ def test_any_bytes_are_read_or_refused(small, long, tmp_path):
             content = value if isinstance(value, bytes) else pickle.dumps(value, protocol=4)
         with open(path, 'wb') as file:
             file.write(content)
-        for load in (checkpoint.load, checkpoint.load_weights, checkpoint.load_training):
+        for load in (checkpoint.load, load_weights, checkpoint.load_training):
             try:
                 load(path)
                 seen['read'] += 1

@@ -5,7 +5,7 @@ import sys
 import time
 from pathlib import Path
 
-from program import prepare_runtime, run_program
+from runtime.program import prepare_runtime, run_program
 
 prepare_runtime()
 
@@ -17,7 +17,7 @@ import engine  # noqa: E402
 from config import get_config, get_parser, resolve_config, update_config  # noqa: E402
 from datasets import get_dataloader, get_dataset  # noqa: E402
 from mobileone import build_mobileone  # noqa: E402
-from program import join_process_group  # noqa: E402
+from runtime.program import join_process_group  # noqa: E402
 from utils import (  # noqa: E402
     UserError,
     from_main,

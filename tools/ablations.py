@@ -14,7 +14,7 @@ import sys
 from dataclasses import dataclass
 
 from config import ArgumentParser, get_config, with_values
-from program import prepare_runtime, run_program
+from runtime.program import prepare_runtime, run_program
 from tools.plot_log import read_log
 from utils import UserError
 

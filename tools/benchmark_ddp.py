@@ -16,7 +16,7 @@ import sys
 import tempfile
 
 from config import get_config, get_parser, resolve_config, update_config, with_values
-from program import prepare_runtime, run_program
+from runtime.program import prepare_runtime, run_program
 from utils import UserError
 
 MAIN = os.path.join(os.path.dirname(os.path.dirname(os.path.abspath(__file__))), 'main_multi_gpu.py')

@@ -19,7 +19,7 @@ from concurrent.futures.process import BrokenProcessPool
 from tqdm import tqdm
 
 from config import get_config, get_parser, resolve_config, update_config
-from program import end_with_parent, prepare_runtime, run_program, usable_cores
+from runtime.program import end_with_parent, prepare_runtime, run_program, usable_cores
 from utils import UserError
 
 LISTS = ('train_list.txt', 'val_list.txt')

@@ -5,7 +5,7 @@
 Needs matplotlib (pip install matplotlib).
 """
 from config import ArgumentParser
-from program import run_program
+from runtime.program import run_program
 from tools import import_pyplot
 
 CONV, NORM, FUSED, PLAIN = '#cfe2f3', '#fff2cc', '#d9ead3', '#eeeeee'

@@ -13,7 +13,7 @@ import time
 import numpy as np
 
 from config import get_config, get_parser, resolve_config, update_config
-from program import prepare_runtime, run_program, use_device
+from runtime.program import prepare_runtime, run_program, use_device
 from utils import UserError, setup_logger
 
 
@@ -60,16 +60,17 @@ def main():
     prepare_runtime()
     import paddle
 
-    import checkpoint
     from datasets import get_dataloader, get_dataset
-    from engine import evaluate, load_model
+    from engine import evaluate
     from mobileone import model_convert
+    from runtime import checkpoint
     from transforms import Normalize
+    from weights import is_fused, load_model
     device = use_device()
     loader = None if args.no_data else get_dataloader(config, get_dataset(config, False), False)
     setup_logger()
-    model, _ = load_model(config)
-    if checkpoint.is_fused(model.state_dict()):
+    model, _ = load_model(config, config.MODEL.PRETRAINED)
+    if is_fused(model.state_dict()):
         raise UserError(f'{config.MODEL.PRETRAINED}: is fused already; give the unfused weights')
     model.eval()
     models = [model, model_convert(model)]

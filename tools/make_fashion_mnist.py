@@ -18,7 +18,7 @@ from PIL import Image
 from tqdm import tqdm
 
 from config import ArgumentParser
-from program import run_program
+from runtime.program import run_program
 from utils import UserError
 
 CLASSES = ['T-shirt_top', 'Trouser', 'Pullover', 'Dress', 'Coat', 'Sandal', 'Shirt', 'Sneaker', 'Bag', 'Ankle_boot']

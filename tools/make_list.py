@@ -16,7 +16,7 @@ import re
 import numpy as np
 
 from config import ArgumentParser
-from program import run_program
+from runtime.program import run_program
 from utils import UserError
 
 EXTENSIONS = ('.jpg', '.jpeg', '.png', '.bmp', '.gif', '.tif', '.tiff', '.webp')

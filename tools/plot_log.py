@@ -10,7 +10,7 @@ import os
 import textwrap
 
 from config import UNRELATED, ArgumentParser, get_config, leaves
-from program import run_program
+from runtime.program import run_program
 from tools import import_pyplot
 from utils import UserError
 

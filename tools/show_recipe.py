@@ -9,7 +9,7 @@ The values are those of an epoch's first step, from the functions that training 
 import json
 
 from config import get_config, get_parser, resolve_config, update_config, with_values
-from program import prepare_runtime, run_program
+from runtime.program import prepare_runtime, run_program
 from tools import import_pyplot
 from utils import UserError
 

@@ -1,4 +1,4 @@
-"""Weight files and checkpoints: atomic writing, safe and strict loading, latest and best."""
+"""Weight files and checkpoints on the disk: written whole or not at all, read without executing them, the newest."""
 import functools
 import glob
 import hashlib
@@ -10,8 +10,8 @@ import re
 import numpy as np
 import paddle
 
-from safe_pickle import check_key, read_pickle
-from utils import LOG, UserError, describe_error, first_few, misfits
+from runtime.safe_pickle import check_key, read_pickle
+from utils import LOG, UserError, describe_error, first_few
 
 LATEST, BEST = 'latest.pdparams', 'best.pdparams'
 # what a checkpoint of training holds, and of which type
@@ -25,7 +25,6 @@ SCALER_PARTS = {'scale': np.ndarray, 'incr_ratio': float, 'decr_ratio': float, '
                 'decr_every_n_nan_or_inf': int, 'incr_count': int, 'decr_count': int, 'use_dynamic_loss_scaling': bool}
 # more epochs, steps, seconds and images than a run has
 _MANY = 2 ** 53
-CLASSIFIER = ('fc.weight', 'fc.bias')
 SAFETENSORS = '.safetensors'
 # bytes of the header of such a file: that of MobileOne-S0 has 0.1 million
 _LONGEST_HEADER = 1_000_000
@@ -102,7 +101,7 @@ def to_arrays(state):
 def check_exists(path):
     """Raises: UserError if `path`, unless empty, is no file."""
     if path and not os.path.isfile(path):
-        raise UserError(f'{path}: no such weight file; give a .pdparams file (MODEL.PRETRAINED, MODEL.RESUME)')
+        raise UserError(f'{path}: no such weight file; give a .pdparams or .safetensors file')
 
 
 def sha256(path):
@@ -149,7 +148,7 @@ def load_training(path):
         raise UserError(f'{path}: is no checkpoint of this project (no {", ".join(missing)}), and others cannot be '
                         'resumed; start from its weights with -pretrained')
     for part in ('model', 'model_ema', 'optimizer'):
-        _check_floats(state[part], path)
+        check_floats(state[part], path)
         _check_finite(state[part], path)
     impossible = [name for name, is_possible in _facts(state).items() if not is_possible]
     if impossible:
@@ -185,7 +184,7 @@ def _missing(parts, state, prefix=''):
     return [prefix + name for name, kind in parts.items() if not isinstance(state.get(name), kind)]
 
 
-def _check_floats(arrays, path):
+def check_floats(arrays, path):
     """Raises: UserError unless the values of a dictionary are arrays of floats."""
     for key, value in arrays.items():
         is_array = isinstance(value, np.ndarray)
@@ -248,56 +247,6 @@ def put_aside(folder, last):
     for path, new in renamed:
         os.replace(path, new)
     return renamed
-
-
-def load_weights(path):
-    """The weights in a released .pdparams or in a checkpoint of training.
-
-    Returns: ({name: array}, whether they are a checkpoint's EMA, which goes before its raw weights).
-    Raises: UserError for a file that holds neither.
-    """
-    state, is_ema = load(path), False
-    if isinstance(state, dict) and isinstance(state.get('model'), dict):
-        is_ema = isinstance(state.get('model_ema'), dict) and bool(state['model_ema'])
-        state = state['model_ema'] if is_ema else state['model']
-    if not isinstance(state, dict):
-        raise UserError(f'{path}: holds {type(state).__name__}, not a dictionary of weights')
-    state = {key: value for key, value in state.items() if key != 'StructuredToParameterName@@'}
-    if not any(key.startswith('stages.') for key in state):
-        raise UserError(f'{path}: holds no MobileOne weights (no key starts with "stages."); official PyTorch files '
-                        'are converted by load_pytorch_weights.py')
-    _check_floats(state, path)
-    return state, is_ema
-
-
-def is_fused(weights):
-    """Whether the names are those of a fused network."""
-    return not any('_blocks.' in name for name in weights)
-
-
-def load_into(model, weights, path, allow_other_classifier=False):
-    """Load weights into a model; every tensor must be there, with its shape, and no other.
-
-    allow_other_classifier: leave out `fc.*` if its shape differs (another NUM_CLASSES).
-    Returns: names that were left out.
-    Raises: UserError that names the tensors which do not match, and `path`.
-    """
-    expected = {name: list(tensor.shape) for name, tensor in model.state_dict().items()}
-    found = {name: list(value.shape) for name, value in weights.items()}
-    left_out = []
-    if allow_other_classifier:
-        left_out = [name for name in CLASSIFIER if name in found and found[name] != expected[name]]
-        expected = {name: shape for name, shape in expected.items() if name not in left_out}
-        weights = {name: value for name, value in weights.items() if name not in left_out}
-    problems = misfits(expected, {name: found[name] for name in weights})
-    if problems:
-        raise UserError(f'{path}: does not fit the network of the config: {first_few(problems)}; '
-                        'give the -cfg (and MODEL.NUM_CLASSES) that these weights belong to')
-    for name, tensor in model.state_dict().items():
-        if name not in left_out:
-            with np.errstate(over='ignore'):  # infinite then, which the loss will be, and is refused
-                tensor.set_value(weights[name].astype(tensor.numpy().dtype))
-    return left_out
 
 
 def prune(folder, keep):

@@ -7,9 +7,9 @@ import os
 import re
 import time
 
-import checkpoint
 from config import UNRELATED, get_config, leaves, with_values
 from datasets import get_stage
+from runtime import checkpoint
 from utils import LOG, UserError, append_json, rank
 
 

@@ -196,6 +196,19 @@ def get_stage(config, epoch):
     return Stage(stages[-1]['IMAGE_SIZE'], stages[-1]['AUTO_AUGMENT_STRENGTH'])
 
 
+def describe_curriculum(config):
+    """A line on the stages of TRAIN.CURRICULUM, and on those that a run so short never reaches."""
+    stages = config.TRAIN.CURRICULUM
+    parts = [f'from epoch {stage["EPOCH"]} {stage["IMAGE_SIZE"]} pixels, AutoAugment '
+             f'{stage["AUTO_AUGMENT_STRENGTH"]:g}' for stage in stages]
+    parts.append(f'evaluation at {config.DATA.IMAGE_SIZE} pixels')
+    late = [stage['EPOCH'] for stage in stages if stage['EPOCH'] > config.TRAIN.NUM_EPOCHS]
+    if late:
+        parts.append(f'TRAIN.NUM_EPOCHS is {config.TRAIN.NUM_EPOCHS}, so the stages from epoch {late[0]} on are not '
+                     'reached')
+    return f'curriculum: {"; ".join(parts)}'
+
+
 def get_augmentations(train, strength):
     """Functions (image, rng) -> image: the augmentations that TRAIN.* asks for. strength: AutoAugment's."""
     augmentations = []
@@ -224,6 +237,13 @@ def get_dataset(config, is_train=True, epoch=1):
         transform = EvalTransform(data.IMAGE_SIZE, data.CROP_PCT, data.INTERPOLATION)
     return ImageNet2012Dataset(data.DATA_PATH, 'train_list.txt' if is_train else 'val_list.txt',
                                config.MODEL.NUM_CLASSES, transform, config.SEED, data.EXIF_TRANSPOSE)
+
+
+def describe_dataset(dataset, num_classes):
+    """A line on a data set: its list, images and classes, and whether the network has more classes than the list."""
+    used = int(dataset.labels.max()) + 1
+    line = f'{dataset.list_path}: {len(dataset)} images, labels 0 to {used - 1}'
+    return line if used == num_classes else f'{line}: {num_classes - used} of MODEL.NUM_CLASSES {num_classes} unused'
 
 
 def get_dataloader(config, dataset, is_train=True, rank=0, world_size=1):

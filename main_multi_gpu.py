@@ -36,10 +36,10 @@ def main():
             if threads is None:
                 os.environ.pop('OMP_NUM_THREADS', None)  # chosen for one process: each of them chooses its share
             sys.exit(run_processes([sys.executable, *sys.argv], count))
-    import engine
+    import run
     use_device(int(os.environ.get('FLAGS_selected_gpus', '0').split(',')[0]))  # noqa: SIM112  Paddle's name
     join_process_group()
-    engine.run(config)
+    run.run(config)
 
 
 if __name__ == '__main__':

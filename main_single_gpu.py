@@ -17,9 +17,9 @@ def main():
     if int(os.environ.get('PADDLE_TRAINERS_NUM', 1)) > 1:
         raise UserError('a launcher has started several processes: give it main_multi_gpu.py')
     prepare_runtime()
-    import engine
+    import run
     use_device()
-    engine.run(config)
+    run.run(config)
 
 
 if __name__ == '__main__':

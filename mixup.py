@@ -87,3 +87,12 @@ class Mixup:
         index = {'batch': np.zeros(n, int), 'pair': np.minimum(np.arange(n), np.arange(n)[::-1]),
                  'elem': np.arange(n)}[self.mode]
         return shares[index], boxes[index]
+
+
+def build_mixup(config):
+    """The Mixup of a config, or None where both kinds are off."""
+    train = config.TRAIN
+    if max(train.MIXUP_ALPHA, train.CUTMIX_ALPHA, *train.CUTMIX_MINMAX) == 0 or train.MIXUP_PROB == 0:
+        return None
+    return Mixup(train.MIXUP_ALPHA, train.CUTMIX_ALPHA, train.CUTMIX_MINMAX, train.MIXUP_PROB, train.MIXUP_SWITCH_PROB,
+                 train.MIXUP_MODE.lower(), train.SMOOTHING, config.MODEL.NUM_CLASSES)

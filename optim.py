@@ -1,5 +1,5 @@
 """Schedules as pure functions of the global step, the optimizer with its parameter groups, the moving average."""
-import contextlib
+import copy
 import math
 
 import paddle
@@ -49,6 +49,18 @@ class Schedule:
     def ema_decay(self, step):
         """Ramped up while steps are few, so that the random weights of the start are soon forgotten."""
         return min(self.max_ema_decay, (1 + step) / (10 + step))
+
+
+def build_schedule(config, sampler):
+    """The Schedule of a config. An optimizer step is a window of TRAIN.ACCUM_ITER batches of a TrainSampler.
+
+    The last window of an epoch may be shorter. Raises: UserError for a window longer than an epoch.
+    """
+    window = config.TRAIN.ACCUM_ITER
+    if window > len(sampler):
+        raise UserError(f'TRAIN.ACCUM_ITER is {window}, but an epoch has only {len(sampler)} batches of '
+                        f'{sampler.total_batch} images; lower it, or DATA.BATCH_SIZE')
+    return Schedule(config, -(-len(sampler) // window), sampler.total_batch * window)
 
 
 def parameter_groups(model):
@@ -126,36 +138,21 @@ def load_optimizer_state(optimizer, model, state, path):
 class ModelEma:
     """Exponential moving average of a model's whole state, batch-norm statistics included.
 
-    Make it after weights are loaded. on_cpu: keep the average in main memory.
+    network: a copy of the model, in evaluation mode, whose tensors are the average. Make it after weights are loaded.
     """
 
-    def __init__(self, model, on_cpu=False):
-        self.on_cpu = on_cpu
-        self.model = model
-        # the model's own tensors, which loading and training change in place: collected once, not at each step
-        self.state = model.state_dict()
-        self.average = {name: self._own(tensor.detach()).clone() for name, tensor in self.state.items()}
-
-    def _own(self, tensor):
-        return tensor.cpu() if self.on_cpu else tensor
+    def __init__(self, model):
+        self.network = copy.deepcopy(model)
+        self.network.eval()
+        for parameter in self.network.parameters():
+            parameter.stop_gradient = True
+        # the tensors themselves, which loading and training change in place: collected once, not at each step
+        own = model.state_dict()
+        self.pairs = [(average, own[name]) for name, average in self.network.state_dict().items()]
 
     @paddle.no_grad()
     def update(self, decay):
-        """average = decay * average + (1 - decay) * model, on the device of the average, in place."""
-        for name, tensor in self.state.items():
-            self.average[name].scale_(decay)
-            self.average[name].add_(self._own(tensor) * (1 - decay))
-
-    def load(self, arrays):
-        """Replace the average of the named tensors by arrays."""
-        self.average.update({name: self._own(paddle.to_tensor(array)) for name, array in arrays.items()})
-
-    @contextlib.contextmanager
-    def applied(self):
-        """While open, the model holds the average; then its own weights again, exactly."""
-        own = {name: tensor.detach().clone() for name, tensor in self.state.items()}
-        self.model.set_state_dict(self.average)
-        try:
-            yield self.model
-        finally:
-            self.model.set_state_dict(own)
+        """average = decay * average + (1 - decay) * model, in place."""
+        for average, tensor in self.pairs:
+            average.scale_(decay)
+            average.add_(tensor * (1 - decay))

@@ -6,7 +6,6 @@ Importing this module does not import Paddle.
 # its library exports symbols of its own zlib. Loaded before it, all is well. 3.x is not affected.
 import zlib  # noqa: F401  isort: skip
 import contextlib
-import json
 import logging
 import os
 import signal
@@ -75,13 +74,15 @@ def world_size():
 
 
 def reduce_over_ranks(values, op='SUM'):
-    """A tensor or array of numbers, reduced entry by entry over all processes: float64 NumPy array. op: SUM or MIN."""
-    import paddle
-    from paddle import distributed
-    reduced = (values if isinstance(values, paddle.Tensor) else paddle.to_tensor(values)).astype('float64')
+    """Numbers, reduced entry by entry over all processes: float64 NumPy array. op: SUM or MIN."""
+    reduced = np.asarray(values, 'float64')
     if world_size() > 1:
-        distributed.all_reduce(reduced, op=getattr(distributed.ReduceOp, op))
-    return reduced.numpy()
+        import paddle
+        from paddle import distributed
+        tensor = paddle.to_tensor(reduced)
+        distributed.all_reduce(tensor, op=getattr(distributed.ReduceOp, op))
+        reduced = tensor.numpy()
+    return reduced
 
 
 def mean_over_ranks(arrays):
@@ -109,6 +110,18 @@ def from_main(function):
     if isinstance(result, (UserError, OSError)):
         raise result
     return result
+
+
+def check_agreement(find_facts):
+    """Raises: UserError, on all ranks, when one has other facts than rank 0. find_facts() -> {name: value}."""
+    if world_size() == 1:
+        return
+    first = from_main(find_facts)
+    own = first if rank() == 0 else find_facts()
+    differing = [f'{name} is {own.get(name)!r}, not {first[name]!r}' for name in first if own.get(name) != first[name]]
+    if reduce_over_ranks([-len(differing)], 'MIN')[0] < 0:
+        raise UserError(f'not as on rank 0: {first_few(differing)}; start all processes alike' if differing else
+                        'another rank has another config or other lists than rank 0; see its message')
 
 
 LOG = logging.getLogger('mobileone')
@@ -193,9 +206,3 @@ class Progress:
 
     def close(self):
         self.bar.close()
-
-
-def append_json(path, record):
-    """Append one record to a file of JSON lines."""
-    with open(path, 'a', encoding='utf-8') as file:
-        file.write(json.dumps(record, allow_nan=False) + '\n')

@@ -2,29 +2,28 @@
 import functools
 import glob
 import hashlib
-import itertools
-import math
 import os
-import re
+import pathlib
 
 import numpy as np
 import paddle
 
 from runtime.safe_pickle import check_key, read_pickle
-from utils import LOG, UserError, describe_error, first_few
+from utils import LOG, UserError, describe_error, first_few, misfits
 
 LATEST, BEST = 'latest.pdparams', 'best.pdparams'
 # what a checkpoint of training holds, and of which type
 PARTS = {'model': dict, 'model_ema': dict, 'optimizer': dict, 'epoch': int, 'step': int, 'lr_scheduler': dict,
          'amp_grad_scaler': dict, 'best': dict, 'world_size': int, 'progress': dict}
-# of `best`; of `progress`, which is empty after an epoch: see engine.EpochPart; of PaddlePaddle's GradScaler, which is
-# empty where it does nothing
-BEST_PARTS = {'acc1': float, 'epoch': int}
-PROGRESS_PARTS = {'steps': int, 'seconds': float, 'sums': np.ndarray, 'steps_per_epoch': int, 'total_batch': int}
-SCALER_PARTS = {'scale': np.ndarray, 'incr_ratio': float, 'decr_ratio': float, 'incr_every_n_steps': int,
-                'decr_every_n_nan_or_inf': int, 'incr_count': int, 'decr_count': int, 'use_dynamic_loss_scaling': bool}
-# more epochs, steps, seconds and images than a run has
-_MANY = 2 ** 53
+# of its parts: the best epoch; how far the next epoch is, empty after a whole one; PaddlePaddle's GradScaler, empty
+# where it does nothing
+PARTS_OF = {
+    'best': {'acc1': float, 'epoch': int},
+    'progress': {'steps': int, 'seconds': float, 'sums': np.ndarray, 'steps_per_epoch': int, 'total_batch': int},
+    'amp_grad_scaler': {'scale': np.ndarray, 'incr_ratio': float, 'decr_ratio': float, 'incr_every_n_steps': int,
+                        'decr_every_n_nan_or_inf': int, 'incr_count': int, 'decr_count': int,
+                        'use_dynamic_loss_scaling': bool},
+}
 SAFETENSORS = '.safetensors'
 # bytes of the header of such a file: that of MobileOne-S0 has 0.1 million
 _LONGEST_HEADER = 1_000_000
@@ -67,14 +66,9 @@ def save(state, path):
         if others:
             raise UserError(f'{path}: holds only arrays, not {type(arrays[others[0]]).__name__} under {others[0]!r}; '
                             'save it as .pdparams')
-        replace(path, lambda partial: _write(partial, safetensors.save(arrays)))
+        replace(path, lambda partial: pathlib.Path(partial).write_bytes(safetensors.save(arrays)))
     else:
         replace(path, lambda partial: paddle.save(arrays, partial))
-
-
-def _write(path, content):
-    with open(path, 'wb') as file:
-        file.write(content)
 
 
 def _import_safetensors(path):
@@ -133,7 +127,7 @@ def load(path):
 def load_training(path):
     """The checkpoint of a training, to be resumed: a dictionary of PARTS.
 
-    Raises: UserError for a file that is none, a checkpoint of the PaddleViT port of MobileOne among them.
+    Raises: UserError for a file that is none, or that another project has written.
     """
     state = load(path)
     if not (isinstance(state, dict) and isinstance(state.get('model'), dict)):
@@ -141,47 +135,27 @@ def load_training(path):
     state.setdefault('progress', {})  # checkpoints of earlier versions end with an epoch
     missing = _missing(PARTS, state)
     if not missing:
-        missing = _missing(BEST_PARTS, state['best'], 'best.')
-        for part, parts in (('progress', PROGRESS_PARTS), ('amp_grad_scaler', SCALER_PARTS)):
-            missing += _missing(parts, state[part], f'{part}.') if state[part] else []
+        for part, kinds in PARTS_OF.items():
+            missing += _missing(kinds, state[part], f'{part}.') if state[part] or part == 'best' else []
     if missing:
         raise UserError(f'{path}: is no checkpoint of this project (no {", ".join(missing)}), and others cannot be '
                         'resumed; start from its weights with -pretrained')
+    numbers = {f'{part}.{name}': np.asarray(state[part][name]) for part, kinds in PARTS_OF.items() if state[part]
+               for name, kind in kinds.items() if kind in (float, np.ndarray)}
+    expected = {'progress.sums': f'float64 {[state["world_size"], 4]}', 'amp_grad_scaler.scale': 'float32 [1]'}
+    found = {name: f'{array.dtype} {list(array.shape)}' for name, array in numbers.items() if name in expected}
+    problems = misfits({name: expected[name] for name in found}, found)
+    if problems:
+        raise UserError(f'{path}: is broken: {first_few(problems)}; resume another one')
     for part in ('model', 'model_ema', 'optimizer'):
         check_floats(state[part], path)
-        _check_finite(state[part], path)
-    impossible = [name for name, is_possible in _facts(state).items() if not is_possible]
-    if impossible:
-        raise UserError(f'{path}: is broken: {", ".join(impossible)} cannot be; resume another one')
+    for arrays in (state['model'], state['model_ema'], state['optimizer'], numbers):
+        _check_finite(arrays, path)
     return {part: value for part, value in state.items() if part in PARTS}
 
 
-def _facts(state):
-    """Whether what a checkpoint of training says can be: {name: bool}."""
-    best, progress, scaler = state['best'], state['progress'], state['amp_grad_scaler']
-    facts = {'epoch': 0 <= state['epoch'] < _MANY, 'step': 0 <= state['step'] < _MANY,
-             'world_size': 1 <= state['world_size'] < _MANY, 'best.acc1': math.isfinite(best['acc1']),
-             'best.epoch': 0 <= best['epoch'] <= state['epoch']}
-    if progress:
-        sums = progress['sums']
-        facts.update({'progress.steps': 0 < progress['steps'] <= progress['steps_per_epoch'] < _MANY,
-                      'progress.total_batch': 1 <= progress['total_batch'] < _MANY,
-                      'progress.seconds': 0 <= progress['seconds'] < 1e9,
-                      'progress.sums': sums.shape == (state['world_size'], 4) and sums.dtype == 'float64'
-                      and bool(((sums >= 0) & (sums < _MANY)).all())})
-    if scaler:
-        scale = scaler['scale']
-        facts.update({'amp_grad_scaler.scale': scale.shape == (1,) and scale.dtype == 'float32'
-                      and 0 < scale[0] < math.inf,
-                      'amp_grad_scaler.incr_ratio': 1 < scaler['incr_ratio'] < math.inf,
-                      'amp_grad_scaler.decr_ratio': 0 < scaler['decr_ratio'] < 1,
-                      **{f'amp_grad_scaler.{name}': 0 <= scaler[name] < 2 ** 31
-                         for name, kind in SCALER_PARTS.items() if kind is int}})
-    return facts
-
-
-def _missing(parts, state, prefix=''):
-    return [prefix + name for name, kind in parts.items() if not isinstance(state.get(name), kind)]
+def _missing(kinds, state, prefix=''):
+    return [prefix + name for name, kind in kinds.items() if not isinstance(state.get(name), kind)]
 
 
 def check_floats(arrays, path):
@@ -202,7 +176,7 @@ def _check_finite(arrays, path):
         raise UserError(f'{path}: {first_few(bad)} hold numbers that are not finite; resume another one')
 
 
-def _checkpoints(folder):
+def find_all(folder):
     """Yield (path, state) of a folder's checkpoints of training, by name; what is none is passed over, and said."""
     for path in sorted(glob.glob(os.path.join(glob.escape(folder), '*.pdparams'))):
         try:
@@ -225,7 +199,7 @@ def find_newest(folder):
     Raises: UserError when there are checkpoints and none can be read: to start afresh would replace them.
     """
     newest = None
-    for path, state in _checkpoints(folder):
+    for path, state in find_all(folder):
         # of equal ones the last by name, which is latest.pdparams
         if newest is None or position(state) >= position(newest[1]):
             newest = path, state
@@ -234,25 +208,3 @@ def find_newest(folder):
         raise UserError(f'{latest}: cannot be resumed (see above), nor is there another checkpoint in its folder; '
                         'remove it to start afresh, or choose another -output')
     return newest
-
-
-def put_aside(folder, last):
-    """Append .past to the names of a folder's checkpoints past `last`, a `position`. Returns: (old, new path) of each.
-    """
-    renamed = []
-    for path, state in _checkpoints(folder):
-        if position(state) > last:
-            names = itertools.chain([f'{path}.past'], (f'{path}.past-{number}' for number in itertools.count(2)))
-            renamed.append((path, next(name for name in names if not os.path.exists(name))))
-    for path, new in renamed:
-        os.replace(path, new)
-    return renamed
-
-
-def prune(folder, keep):
-    """Remove all but the newest `keep` epoch_N.pdparams of a folder; 0 keeps all."""
-    pattern = re.compile(r'epoch_(\d+)\.pdparams')
-    epochs = {int(match[1]): path for path in glob.glob(os.path.join(glob.escape(folder), 'epoch_*.pdparams'))
-              for match in [pattern.fullmatch(os.path.basename(path))] if match}
-    for epoch in sorted(epochs)[:-keep] if keep else []:
-        os.remove(epochs[epoch])

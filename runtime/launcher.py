@@ -8,7 +8,7 @@ import sys
 import tempfile
 import time
 
-from runtime.program import STOP_SIGNALS
+from runtime.program import STOP_SIGNALS, STOPPED
 
 
 def run_processes(command, count):
@@ -68,7 +68,9 @@ def wait_for(processes):
     # a user's mistake (status 2) is often found by all; gloo aborts the others when one has gone, which is no news
     mistakes = [number for number, status in enumerate(statuses) if status == 2]
     causes = [number for number in failed if statuses[number] != -signal.SIGABRT]
-    return (mistakes or causes or failed)[0]
+    # one that is asked to stop during an evaluation goes alone, which the others may take for a failure
+    stopped = [number for number, status in enumerate(statuses) if status == STOPPED]
+    return (mistakes or stopped or causes or failed)[0]
 
 
 def end(processes, patience=30):

@@ -227,7 +227,7 @@ if __name__ == '__main__':
     import conftest  # noqa: F401  which workers.py imports
     import numpy as np
 
-    import engine  # noqa: F401  all that programs import
+    import run as _  # noqa: F401  all that programs import
 
     subprocess.Popen = _Popen
     gc.freeze()  # so that the end of a program does not go through all that is imported: 0.1 s instead of 0.3

@@ -7,7 +7,7 @@ import pytest
 from conftest import run
 
 import runtime.loader
-from datasets import EvalSampler, TrainSampler, get_dataloader, get_dataset, read_list
+from datasets import EvalSampler, TrainSampler, describe_dataset, get_dataloader, get_dataset, read_list
 from runtime.program import STOP_SIGNALS
 from utils import UserError
 
@@ -197,3 +197,9 @@ def test_config_reaches_the_images(config, fashion):
     config.DATA.DATASET, config.DATA.INTERPOLATION = 'imagenet2012', 'cubic'
     with pytest.raises(UserError, match="DATA.INTERPOLATION is 'cubic', but must be one of nearest"):
         get_dataset(config)
+
+
+def test_more_classes_than_labels_are_said(config, fashion):
+    config.DATA.DATA_PATH = str(fashion)
+    assert describe_dataset(get_dataset(config), 10).endswith('train_list.txt: 60 images, labels 0 to 9')
+    assert describe_dataset(get_dataset(config), 1000).endswith('labels 0 to 9: 990 of MODEL.NUM_CLASSES 1000 unused')

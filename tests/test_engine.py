@@ -1,8 +1,5 @@
 """Metrics, the training step and the evaluation, in one process."""
 import contextlib
-import json
-import math
-import os
 
 import numpy as np
 import paddle
@@ -13,9 +10,8 @@ import engine
 from datasets import get_dataloader, get_dataset
 from losses import LabelSmoothingCrossEntropyLoss
 from mobileone import build_mobileone
-from optim import Schedule
-from runtime import checkpoint
-from runtime import folder as run_folder
+from optim import Schedule, build_schedule
+from run import build_training
 from transforms import Normalize
 from utils import UserError
 from weights import load_into
@@ -43,7 +39,7 @@ def test_evaluation_counts_every_image_once(config, loaders):
     with paddle.no_grad():  # batch-norm statistics of these images, so that the logits differ from image to image
         for images, _ in loaders[0]:
             model(normalize(images))
-    metrics = engine.evaluate(model, loaders[1], normalize)
+    metrics = engine.evaluate([('raw', model)], loaders[1], normalize)['raw']
     with paddle.no_grad():
         images, labels = map(paddle.concat, zip(*loaders[1]))
         logits = model(normalize(images))
@@ -53,14 +49,30 @@ def test_evaluation_counts_every_image_once(config, loaders):
     assert metrics.loss == pytest.approx(float(F.cross_entropy(logits, labels)), rel=1e-5)
     assert metrics.acc1 == pytest.approx(100 * hits[:, 0].mean())
     assert metrics.acc5 == pytest.approx(100 * hits[:, :5].any(1).mean())
+    assert {type(value) for value in metrics.record().values()} == {float, int}  # a checkpoint holds acc1
     assert set(metrics.record()) == {'loss', 'acc1', 'acc5', 'n', 'seconds', 'images_per_second'}
 
 
 def test_evaluation_refuses_to_lose_images(config, loaders):
     loaders[1].batch_sampler.indices = range(34)
     with pytest.raises(RuntimeError, match='evaluated 34 images of 35'):
-        engine.evaluate(build_mobileone(config), loaders[1],
+        engine.evaluate([('raw', build_mobileone(config))], loaders[1],
                         Normalize(config.DATA.IMAGENET_MEAN, config.DATA.IMAGENET_STD))
+
+
+def test_networks_are_evaluated_in_one_pass(config, loaders):
+    normalize, read = Normalize(config.DATA.IMAGENET_MEAN, config.DATA.IMAGENET_STD), []
+    networks = [(name, build_mobileone(config)) for name in ('raw', 'ema')]
+    alone = [engine.evaluate([network], loaders[1], normalize) for network in networks]
+    transform = loaders[1].dataset.transform
+    loaders[1].dataset.transform = lambda *args: read.append(None) or transform(*args)
+    together = engine.evaluate(networks, loaders[1], normalize)
+    assert len(read) == 35 and list(together) == ['raw', 'ema']
+    for name, metrics in together.items():
+        expected = {**alone[0], **alone[1]}[name]
+        assert (metrics.loss, metrics.acc1, metrics.acc5, metrics.n) == (
+            expected.loss, expected.acc1, expected.acc5, expected.n)
+    assert together['raw'].loss != together['ema'].loss
 
 
 def test_training_step(config, loaders):
@@ -72,7 +84,7 @@ def test_training_step(config, loaders):
     config.TRAIN.SMOOTHING = 0.2
     models = [build_mobileone(config), build_mobileone(config)]
     models[1].set_state_dict(models[0].state_dict())
-    trainings = [engine.build_training(config, model, loaders[0]) for model in models]
+    trainings = [build_training(config, model, loaders[0]) for model in models]
     images, labels = next(iter(loaders[0]))
     for step in (0, 1, 5):
         sums = engine.train_step(trainings[0], [(images, labels)], step)
@@ -83,53 +95,15 @@ def test_training_step(config, loaders):
         optimizer.set_lr(schedule.lr(step))
         optimizer.step()
         optimizer.clear_grad()
-        before = trainings[1].ema.average['fc.weight'].numpy()
+        before = trainings[1].ema.network.fc.weight.numpy()
         decay = schedule.ema_decay(step)
         trainings[1].ema.update(decay)
-        np.testing.assert_allclose(trainings[1].ema.average['fc.weight'].numpy(),
+        np.testing.assert_allclose(trainings[1].ema.network.fc.weight.numpy(),
                                    decay * before + (1 - decay) * model.fc.weight.numpy(), rtol=1e-5, atol=1e-7)
-    for name, tensor in models[0].state_dict().items():
-        np.testing.assert_allclose(tensor.numpy(), models[1].state_dict()[name].numpy(), rtol=1e-5, atol=1e-6)
-        np.testing.assert_allclose(trainings[0].ema.average[name].numpy(), trainings[1].ema.average[name].numpy(),
-                                   rtol=1e-5, atol=1e-6)
+    for first, second in (models, [training.ema.network for training in trainings]):
+        for name, tensor in first.state_dict().items():
+            np.testing.assert_allclose(tensor.numpy(), second.state_dict()[name].numpy(), rtol=1e-5, atol=1e-6)
     assert trainings[0].optimizer.get_lr() == schedule.lr(5) != schedule.lr(1)
-
-
-def scripted(monkeypatch, accuracies, loss=1.0):
-    """Let evaluations return these accuracies, one after the other."""
-    results = iter(accuracies)
-    monkeypatch.setattr(engine, 'evaluate', lambda *args: engine.Metrics(loss, next(results), 50.0, 35, 1.0))
-
-
-@pytest.mark.parametrize('ema, best', [(True, {'acc1': 40.0, 'epoch': 2}), (False, {'acc1': 60.0, 'epoch': 3})])
-def test_best_is_chosen_by_the_ema(config, fashion, tmp_path, monkeypatch, ema, best):
-    config.DATA.DATA_PATH, config.SAVE = str(fashion), str(tmp_path)
-    config.TRAIN.NUM_EPOCHS, config.TRAIN.WARMUP_EPOCHS, config.TRAIN.MODEL_EMA = 3, 0, ema
-    config.DATA.NUM_WORKERS = 0
-    # raw weights improve to the last epoch, their average is best in the second
-    scripted(monkeypatch, [50.0, 30.0, 55.0, 40.0, 60.0, 20.0] if ema else [50.0, 55.0, 60.0])
-    engine.run(config)
-    state = checkpoint.load(str(tmp_path / 'best.pdparams'))
-    assert state['best'] == best and state['epoch'] == best['epoch']
-    assert checkpoint.load(str(tmp_path / 'latest.pdparams'))['best'] == best
-
-
-def test_a_diverged_evaluation_ends_the_run_and_is_not_saved(config, fashion, tmp_path, monkeypatch):
-    config.DATA.DATA_PATH, config.SAVE = str(fashion), str(tmp_path)
-    config.TRAIN.WARMUP_EPOCHS = config.DATA.NUM_WORKERS = 0
-    scripted(monkeypatch, [3.0], loss=float('nan'))
-    with pytest.raises(UserError, match='the loss of val images with raw weights, epoch 1 is nan: lower TRAIN.BASE_LR'):
-        engine.run(config)
-    assert not list(tmp_path.glob('*.pdparams'))
-    rows = [json.loads(line) for line in (tmp_path / 'log.jsonl').read_text().splitlines()]
-    assert [row['split'] for row in rows] == ['train']
-    assert 'error: the loss of val images' in (tmp_path / 'log.txt').read_text()
-
-
-def test_more_classes_than_labels_are_said(config, fashion):
-    config.DATA.DATA_PATH = str(fashion)
-    assert engine.describe(get_dataset(config), 10).endswith('train_list.txt: 60 images, labels 0 to 9')
-    assert engine.describe(get_dataset(config), 1000).endswith('labels 0 to 9: 990 of MODEL.NUM_CLASSES 1000 unused')
 
 
 def test_time_left():
@@ -138,21 +112,16 @@ def test_time_left():
     assert engine.time_left(1e9, 1, 2 ** 53).days > 100_000
 
 
-def test_runs_that_start_together_have_folders_of_their_own(tmp_path):
-    folders = [run_folder._new_folder(str(tmp_path / 'run')) for _ in range(3)]
-    assert folders == [str(tmp_path / name) for name in ('run', 'run-2', 'run-3')]
-
-
 def test_the_last_window_is_a_mean_too(config, loaders):
     """Windows of two batches: the gradient is the mean over the batches that are there."""
     config.TRAIN.ACCUM_ITER, config.TRAIN.MODEL_EMA, config.TRAIN.OPTIMIZER.MOMENTUM = 2, False, 0.0
     config.TRAIN.WARMUP_EPOCHS, config.TRAIN.WEIGHT_DECAY = 0, 0.0
     batches = list(loaders[0])
     assert [len(window) for window in engine.windows(batches, 2)] == [2, 1] and len(batches) == 3
-    assert engine.build_schedule(config, loaders[0].batch_sampler).steps_per_epoch == 2
+    assert build_schedule(config, loaders[0].batch_sampler).steps_per_epoch == 2
     for window in engine.windows(batches, 2):
         model = build_mobileone(config)
-        training = engine.build_training(config, model, loaders[0])
+        training = build_training(config, model, loaders[0])
         start = {name: tensor.numpy() for name, tensor in model.state_dict().items()}
         gradients = []
         for images, labels in window:
@@ -175,7 +144,7 @@ def test_gradients_are_clipped_by_their_norm_together(config, loaders):
         paddle.seed(0)
         model = build_mobileone(config)
         start = [parameter.numpy() for parameter in model.parameters()]
-        training = engine.build_training(config, model, loaders[0])
+        training = build_training(config, model, loaders[0])
         engine.train_step(training, [next(iter(loaders[0]))], 0)
         moved.append([(after.numpy() - before).ravel() for before, after in zip(start, model.parameters())
                       if not after.stop_gradient])
@@ -194,7 +163,7 @@ def test_mixup_depends_on_seed_step_and_rank_alone(config, loaders, monkeypatch)
         config.SEED = seed
         monkeypatch.setattr(engine, 'rank', lambda: rank)
         paddle.seed(0)
-        training = engine.build_training(config, build_mobileone(config), loaders[0])
+        training = build_training(config, build_mobileone(config), loaders[0])
         return float(engine.train_step(training, [batch], step)[0])
     first = mixed(1, 5)
     assert mixed(1, 5) == first and len({first, mixed(2, 5), mixed(1, 6), mixed(1, 5, rank=1)}) == 4
@@ -223,7 +192,7 @@ def test_mixed_precision_is_asked_for_in_training_and_evaluation(config, loaders
         contexts.append(kwargs)
         yield
     config.AMP, config.AMP_DTYPE, config.AMP_LEVEL, config.TRAIN.GRAD_CLIP = True, dtype, level, 1.0
-    training = engine.build_training(config, build_mobileone(config), loaders[0])
+    training = build_training(config, build_mobileone(config), loaders[0])
     monkeypatch.setattr(paddle.device, 'get_device', lambda: 'gpu:0')
     monkeypatch.setattr(paddle.amp, f'is_{dtype}_supported', lambda: True)
     monkeypatch.setattr(paddle.amp, 'auto_cast', auto_cast)
@@ -233,27 +202,11 @@ def test_mixed_precision_is_asked_for_in_training_and_evaluation(config, loaders
     engine.train_step(training, [next(iter(loaders[0]))], 0)
     expected = {'enable': True, 'level': level.upper(), 'dtype': dtype}
     assert contexts == [expected] and calls == ['scale', 'unscale_', 'step', 'update']
-    engine.evaluate(training.model, loaders[1], training.normalize, auto_cast=training.precision.auto_cast)
+    engine.evaluate([('raw', training.model)], loaders[1], training.normalize, auto_cast=training.precision.auto_cast)
     assert contexts == [expected] * (1 + len(loaders[1]))
     monkeypatch.setattr(paddle.amp, f'is_{dtype}_supported', lambda: False)
     with pytest.raises(UserError, match=f"AMP_DTYPE is '{dtype}', which this GPU cannot"):
         engine.Precision(config)
-
-
-def test_weights_that_are_not_finite_are_not_saved(config, loaders, tmp_path):
-    config.SAVE = str(tmp_path)
-    training = engine.build_training(config, build_mobileone(config), loaders[0])
-    engine.train_step(training, [next(iter(loaders[0]))], 0)
-    engine.save_checkpoints(config, training, 1, 1)
-    before = (tmp_path / 'latest.pdparams').read_bytes()
-    velocity = engine.optim.optimizer_state(training.optimizer, training.model)['fc.bias.velocity']
-    for tensor in (training.ema.average['fc.bias'], training.model.fc.bias, velocity):
-        tensor.set_value(np.full([10], np.inf, 'float32'))
-        with pytest.raises(UserError, match='a weight, or a number of the optimizer, after epoch 2 is nan: .* the last '
-                                            r'good checkpoint is .*latest\.pdparams \(epoch 1\)'):
-            engine.save_checkpoints(config, training, 2, 2)
-        tensor.set_value(np.zeros([10], 'float32'))
-    assert (tmp_path / 'latest.pdparams').read_bytes() == before
 
 
 def test_synchronised_batch_norms_keep_names_and_weights(config):
@@ -298,7 +251,7 @@ def test_gradients_are_clipped_after_they_are_unscaled(config, loaders):
         config.TRAIN.GRAD_CLIP = clip
         paddle.seed(0)
         model = build_mobileone(config)
-        training = engine.build_training(config, model, loaders[0])
+        training = build_training(config, model, loaders[0])
         parameters = [parameter for parameter in model.parameters() if not parameter.stop_gradient]
         start = [parameter.numpy() for parameter in parameters]
         if scaled:
@@ -315,7 +268,7 @@ def test_gradients_are_clipped_after_they_are_unscaled(config, loaders):
 def test_training_accuracy_under_mixup_counts_the_larger_share(config, loaders):
     """With CutMix boxes that cover nearly all, the class of the other image is the right one."""
     config.TRAIN.CUTMIX_MINMAX, config.TRAIN.MODEL_EMA = [0.9, 0.9], False
-    training = engine.build_training(config, build_mobileone(config), loaders[0])
+    training = build_training(config, build_mobileone(config), loaders[0])
     training.network = lambda images: paddle.nn.functional.one_hot(labels.flip(axis=0), 10).detach() + 0 * (
         training.model(images))
     images, labels = next(iter(loaders[0]))
@@ -323,7 +276,7 @@ def test_training_accuracy_under_mixup_counts_the_larger_share(config, loaders):
 
 
 def test_a_part_of_an_epoch_is_the_same_after_a_resume(config, loaders):
-    training = engine.build_training(config, build_mobileone(config), loaders[0])
+    training = build_training(config, build_mobileone(config), loaders[0])
     part = engine.EpochPart(3, 2, paddle.to_tensor([1.5, 2.0, 4.0], dtype='float64'), 16, 12.5)
     state = part.state(training.schedule)
     again = engine.EpochPart.resumed(3, state, training.schedule)
@@ -334,13 +287,28 @@ def test_a_part_of_an_epoch_is_the_same_after_a_resume(config, loaders):
         assert engine.EpochPart.resumed(3, {**state, key: value}, training.schedule) is None
 
 
-def test_a_loss_that_is_not_finite_is_not_saved(config, loaders, tmp_path):
-    config.SAVE = str(tmp_path)
-    training = engine.build_training(config, build_mobileone(config), loaders[0])
-    training.part = engine.EpochPart(1, 2, paddle.to_tensor([math.inf, 0, 0], dtype='float64'), 16, 1.0)
-    with pytest.raises(UserError, match='the loss of training, epoch 1, step 2, is inf'):
-        engine.save_within_epoch(config, training)
-    assert os.listdir(tmp_path) == []
-    training.part.sums = paddle.zeros([3], dtype='float64')
-    engine.save_within_epoch(config, training)
-    assert os.listdir(tmp_path) == ['latest.pdparams']
+@pytest.mark.parametrize('seconds, steps', [(0.01, [1, 12]), (1.0, [1, 6, 11, 12]), (2.0, [1, 3, 5, 7, 9, 11, 12]),
+                                            (7.0, list(range(1, 13)))])
+def test_ranks_agree_every_five_seconds(config, loaders, monkeypatch, seconds, steps):
+    """And after the first step of an epoch, and at its log lines, of which there is one."""
+    config.DATA.BATCH_SIZE = 5
+    loader = get_dataloader(config, get_dataset(config))
+    training = build_training(config, build_mobileone(config), loader)
+    now, agreed, stopped, agree = [0.0], [], [], engine.agree
+    monkeypatch.setattr(engine.time, 'perf_counter', lambda: now[0])
+
+    def step(training, batches, step):
+        now[0] += seconds
+        return paddle.zeros([3], dtype='float64')
+
+    def counted(part, *args):
+        agreed.append(part.steps)
+        return agree(part, *args)
+    monkeypatch.setattr(engine, 'train_step', step)
+    monkeypatch.setattr(engine, 'agree', counted)
+    metrics = engine.train_one_epoch(training, loader, engine.EpochPart.none(1), 100)
+    assert agreed == steps and metrics.seconds == pytest.approx(12 * seconds)
+    # one process does not wait with its answer
+    engine.train_one_epoch(training, loader, engine.EpochPart.none(2), 100, lambda: now[0] > 15 * seconds,
+                           lambda part, stopping: stopped.append((part.steps, stopping)))
+    assert [step for step, stopping in stopped if stopping] == list(range(4, 13))

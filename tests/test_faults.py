@@ -195,7 +195,8 @@ def test_a_full_disk(whole, tmp_path, name, epoch):
     folder, opts = whole
     output = tmp_path / 'run'
     args = ['-output', output, '-resume', 'auto', *opts, 'SAVE_FREQ_STEPS', '0']
-    faulty('rename', 3, *args, status=-signal.SIGKILL)  # after best and latest of the first epoch
+    # after latest before the evaluation of the first epoch, then best and latest
+    faulty('rename', 4, *args, status=-signal.SIGKILL)
     before = (output / 'latest.pdparams').read_bytes()
     (output / f'{name}.partial').unlink(missing_ok=True)
     (output / f'{name}.partial').symlink_to('/dev/full')
@@ -263,6 +264,21 @@ def test_one_of_two_processes_is_asked_to_stop(whole_of_two, tmp_path):
         del state['best']
     assert statistics
     assert_same(*states)
+
+
+def test_one_of_two_processes_is_asked_to_stop_in_an_evaluation(whole_of_two, tmp_path):
+    """It ends alone, and the other with it; the checkpoint was written before. Bitwise, statistics too."""
+    folder, opts = whole_of_two
+    args = ['-output', tmp_path / 'run', '-resume', 'auto', *opts]
+    began = time.monotonic()
+    run(*FAULTY_TWO, 'terminate_evaluation', 6, TWO[0], *args, status=STOPPED, env=PATHS)
+    assert time.monotonic() - began < 60
+    latest = checkpoint.load(str(tmp_path / 'run/latest.pdparams'))
+    assert latest['epoch'] == 1 and latest['progress']['steps'] == latest['progress']['steps_per_epoch'] == 5
+    assert [row['split'] for row in records(tmp_path / 'run') if row['epoch'] == 2] == ['train']
+    out = run(*TWO, *args).stdout
+    assert 'after epoch 1 and 5 of 5 steps of the next, step 10' in out and 'bitwise' not in out
+    assert_same_runs(folder, tmp_path / 'run')
 
 
 def test_a_parent_and_its_processes_are_asked_to_stop(fashion, tmp_path):

@@ -17,6 +17,7 @@ import config as config_module
 import engine
 from config import get_config, get_parser, leaves, resolve_config, update_config, with_values
 from datasets import get_stage
+from run import build_loader, start_run
 from runtime import checkpoint
 from utils import UserError
 
@@ -146,15 +147,15 @@ def cut(key, value):
 
 
 def two_steps(config):
-    """Do with a config what `engine.run` does, but for its folder: two optimizer steps, then an evaluation."""
+    """Do with a config what `run.run` does, but for its folder: two optimizer steps, then an evaluation."""
     config = resolve_config(config)
     config = with_values(config, {'DATA.CROP_PCT': max(config.DATA.CROP_PCT, 0.1), **{
         key: cut(key, value) for key, value in leaves(config) if key.rpartition('.')[0] and key in LARGEST
         or key == 'TRAIN.CURRICULUM'}})
-    loaders = [engine.build_loader(config, is_train, config.TRAIN.LAST_EPOCH + 1) for is_train in (True, False)]
+    loaders = [build_loader(config, is_train, config.TRAIN.LAST_EPOCH + 1) for is_train in (True, False)]
     for path in (config.MODEL.PRETRAINED, config.MODEL.RESUME):
         checkpoint.check_exists(path)
-    training, done = engine.start_training(config, loaders[0]), config.TRAIN.LAST_EPOCH
+    training, done = start_run(config, loaders[0]).training, config.TRAIN.LAST_EPOCH
     batches = itertools.chain.from_iterable(itertools.repeat(loaders[0]))
     before = training.model.fc.weight.numpy()
     first = done * training.schedule.steps_per_epoch
@@ -162,7 +163,7 @@ def two_steps(config):
         assert window[0][0].shape[1] == get_stage(config, done + 1).image_size
         sums = engine.train_step(training, window, step)
     assert (training.model.fc.weight.numpy() != before).any() or training.schedule.lr(first) < 1e-6
-    metrics = engine.evaluate(training.model, loaders[1], training.normalize)
+    metrics = engine.evaluate([('raw', training.model)], loaders[1], training.normalize)['raw']
     for loss in (float(sums[0]), metrics.loss):
         engine.check_finite(loss, 'the loss')
 

@@ -4,9 +4,8 @@ import paddle
 import paddle.nn.functional as F
 import pytest
 
-import engine
 from losses import LabelSmoothingCrossEntropyLoss, SoftTargetCrossEntropyLoss
-from mixup import Mixup
+from mixup import Mixup, build_mixup
 from utils import UserError
 
 
@@ -99,7 +98,7 @@ def test_built_from_a_config(config, keys, kind):
     config.TRAIN.SMOOTHING, config.TRAIN.MIXUP_MODE = 0.3, 'ELEM'
     for key, value in keys.items():
         config.TRAIN[key] = value
-    mixup = engine.build_mixup(config)
+    mixup = build_mixup(config)
     if kind is None:
         assert mixup is None
     else:

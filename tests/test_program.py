@@ -46,7 +46,8 @@ def test_threads_are_set_only_where_unset():
 
 
 def test_some_modules_import_no_paddle():
-    run('-c', 'import sys, config, utils, runtime.program, tools.make_list; assert "paddle" not in sys.modules', fork=False)
+    code = 'import sys, config, utils, runtime.program, tools.make_list; assert "paddle" not in sys.modules'
+    run('-c', code, fork=False)
 
 
 def test_a_request_to_stop_is_remembered_while_it_is_open():

@@ -9,8 +9,10 @@ from conftest import ROOT, STAGES, fails, options, records, run
 
 import engine
 from config import get_config, resolve_config, with_values
-from datasets import Stage, get_stage
+from datasets import Stage, describe_curriculum, get_dataset, get_stage
 from mobileone import build_mobileone
+from run import build_criterion, build_loader, build_training
+from run import run as train
 from runtime import checkpoint
 from tools.show_recipe import get_recipe
 from weights import load_weights
@@ -83,18 +85,18 @@ def curriculum(config, fashion, tmp_path):
 
 
 def test_the_curriculum_is_said(curriculum):
-    line = engine.describe_curriculum(curriculum)
+    line = describe_curriculum(curriculum)
     assert line == ('curriculum: from epoch 1 24 pixels, AutoAugment 0.3; from epoch 3 32 pixels, AutoAugment 1; '
                     'evaluation at 32 pixels')
     curriculum.TRAIN.NUM_EPOCHS = 2
-    assert engine.describe_curriculum(curriculum) == (
+    assert describe_curriculum(curriculum) == (
         line + '; TRAIN.NUM_EPOCHS is 2, so the stages from epoch 3 on are not reached')
 
 
 def watched(monkeypatch, config):
     """Run a training. Returns what its steps really used, and for how many epochs loaders were made."""
     steps, loaders = [], []
-    train_step, get_dataset = engine.train_step, engine.get_dataset
+    train_step = engine.train_step
 
     def step(training, batches, number):
         result = train_step(training, batches, number)
@@ -109,8 +111,8 @@ def watched(monkeypatch, config):
             loaders.append((epoch, made.transform.augmentations[0].strength))
         return made
     monkeypatch.setattr(engine, 'train_step', step)
-    monkeypatch.setattr(engine, 'get_dataset', dataset)
-    engine.run(config)
+    monkeypatch.setattr('run.get_dataset', dataset)
+    train(config)
     return steps, loaders
 
 
@@ -119,7 +121,7 @@ def test_training_does_what_the_dry_run_says(curriculum, monkeypatch):
     steps, loaders = watched(monkeypatch, curriculum)
     with open(curriculum.SAVE + '/log.txt', encoding='utf-8') as file:
         log = file.read()
-    assert engine.describe_curriculum(curriculum) in log and 'weight decay 0.1 to 0.01, EMA' in log
+    assert describe_curriculum(curriculum) in log and 'weight decay 0.1 to 0.01, EMA' in log
     assert [step['step'] for step in steps] == list(range(12)) and [row['steps'] for row in rows] == [3] * 4
     for row, step in zip(rows, steps[::3]):
         assert {key: step[key] for key in ('lr', 'weight_decay', 'image_size')} == {
@@ -147,8 +149,8 @@ def test_the_decay_of_a_step_is_the_one_used(curriculum, optimizer, decay, end):
     """Without gradients a weight shrinks by lr times this step's decay, and nothing else does."""
     curriculum.TRAIN.OPTIMIZER.NAME, curriculum.TRAIN.OPTIMIZER.MOMENTUM = optimizer, 0.0
     curriculum.TRAIN.WEIGHT_DECAY, curriculum.TRAIN.END_WEIGHT_DECAY = decay, end
-    loader = engine.build_loader(curriculum, True)
-    training = engine.build_training(curriculum, build_mobileone(curriculum), loader)
+    loader = build_loader(curriculum, True)
+    training = build_training(curriculum, build_mobileone(curriculum), loader)
     training.criterion = lambda inputs, logits, targets: 0 * logits.sum()
     batches = list(loader)[:1]
     parameters = {name: p for name, p in training.model.named_parameters() if not p.stop_gradient}
@@ -197,8 +199,8 @@ def test_each_option_changes_the_pixels_that_reach_the_network(config, fashion, 
     seen = []
     for changes in (OFF | base, OFF | base, OFF | base | values):
         changed = resolve_config(with_values(config, changes))
-        loader = engine.build_loader(changed, True)
-        training = engine.build_training(changed, build_mobileone(changed), loader)
+        loader = build_loader(changed, True)
+        training = build_training(changed, build_mobileone(changed), loader)
         network = training.network
         training.network = lambda inputs, network=network: seen.append(inputs.numpy()) or network(inputs)
         engine.train_step(training, list(loader)[:1], 1)
@@ -217,9 +219,9 @@ def test_every_config_trains_two_steps_of_each_stage(path, fashion):
     assert len(rows) == config.TRAIN.NUM_EPOCHS
     model = build_mobileone(config)
     starts = [stage['EPOCH'] for stage in config.TRAIN.CURRICULUM] or [1]
-    training = engine.build_training(config, model, engine.build_loader(config, True))
+    training = build_training(config, model, build_loader(config, True))
     for epoch in starts:
-        loader = engine.build_loader(config, True, epoch)
+        loader = build_loader(config, True, epoch)
         loader.batch_sampler.set_epoch(epoch)
         for step, batch in enumerate(loader):
             assert batch[0].shape == [2, *[rows[epoch - 1]['image_size']] * 2, 3]
@@ -297,7 +299,7 @@ def test_tau_and_the_teacher_reach_the_loss(config, fashion, teacher):
     options = config.TRAIN.DISTILLATION
     options.TYPE, options.TEACHER_CFG, options.TEACHER_WEIGHTS = 'SOFT', str(teacher[0]), str(teacher[1])
     options.ALPHA, options.TAU = 0.25, 3.0
-    criterion = engine.build_criterion(resolve_config(config), False)
+    criterion = build_criterion(resolve_config(config), False)
     assert (criterion.distillation_type, criterion.alpha, criterion.tau) == ('soft', 0.25, 3.0)
     assert not any('blocks' in name for name in criterion.teacher_model.state_dict())
     images = paddle.randn([2, 3, 32, 32])
@@ -312,8 +314,8 @@ def test_the_teacher_sees_what_the_student_sees(config, fashion):
     """Erased and mixed images, and the targets that belong to them."""
     config.DATA.DATA_PATH, config.DATA.BATCH_SIZE, config.DATA.NUM_WORKERS = str(fashion), 16, 0
     config.TRAIN.RANDOM_ERASE_PROB = config.TRAIN.MIXUP_ALPHA = 1.0
-    loader = engine.build_loader(config, True)
-    training = engine.build_training(config, build_mobileone(config), loader)
+    loader = build_loader(config, True)
+    training = build_training(config, build_mobileone(config), loader)
     network, criterion, seen = training.network, training.criterion, []
     training.network = lambda inputs: seen.append(inputs) or network(inputs)
     training.criterion = lambda *args: seen.extend(args) or criterion(*args)

@@ -17,9 +17,12 @@ import engine  # noqa: E402
 from config import get_config, get_parser, resolve_config, update_config  # noqa: E402
 from datasets import get_dataloader, get_dataset  # noqa: E402
 from mobileone import build_mobileone  # noqa: E402
+from run import Run, build_training, find_facts  # noqa: E402
+from runtime import checkpoint, folder  # noqa: E402
 from runtime.program import join_process_group  # noqa: E402
 from utils import (  # noqa: E402
     UserError,
+    check_agreement,
     from_main,
     mean_over_ranks,
     rank,
@@ -57,23 +60,27 @@ def build(folder, network, *options):
     paddle.seed(0)
     model = network() if network else build_mobileone(config)
     loader = get_dataloader(config, get_dataset(config), True, rank(), world_size())
-    return engine.build_training(config, model, loader), loader, config
+    return build_training(config, model, loader), loader, config
+
+
+def train_epoch(training, loader, config, epoch=1):
+    return engine.train_one_epoch(training, loader, engine.EpochPart.none(epoch), config.REPORT_FREQ)
 
 
 def train_plain(folder, target, *options):
     """Train a network without batch norm for two epochs and save its weights, average and metrics."""
     training, loader, config = build(folder, Plain, *options)
-    metrics = [engine.train_one_epoch(training, loader, epoch, config) for epoch in (1, 2)]
+    metrics = [train_epoch(training, loader, config, epoch) for epoch in (1, 2)]
     if rank() == 0:
         np.savez(target, loss=[m.loss for m in metrics], acc5=[m.acc5 for m in metrics], n=[m.n for m in metrics],
                  **{name: tensor.numpy() for name, tensor in training.model.state_dict().items()},
-                 **{f'ema.{name}': tensor.numpy() for name, tensor in training.ema.average.items()})
+                 **{f'ema.{name}': tensor.numpy() for name, tensor in training.ema.network.state_dict().items()})
 
 
 def count(folder, *options):
     """Print how often an epoch synchronises, per log line, and that nothing does between log lines."""
     training, loader, config = build(folder, None, *options)
-    engine.train_one_epoch(training, loader, 1, config)  # what is made once is made here
+    train_epoch(training, loader, config)  # what is made once is made here
     calls = []
 
     def counted(owner, name):
@@ -95,7 +102,7 @@ def count(folder, *options):
         at_steps.append(list(calls))
         return step(*args)
     engine.train_step = train_step
-    engine.train_one_epoch(training, loader, 2, config)
+    train_epoch(training, loader, config, 2)
     say(f'rank {rank()}: {[len(before) for before in at_steps]} then {" ".join(calls)}')
 
 
@@ -108,21 +115,21 @@ def windows(folder, *options):
         entered.append(None)
         return no_sync()
     training.network.no_sync = counted
-    engine.train_one_epoch(training, loader, 1, config)
+    train_epoch(training, loader, config)
     say(f'rank {rank()}: {len(loader)} batches, {len(entered)} without meeting')
 
 
 def disagree(folder, key, value):
     """Rank 1 starts with another value of a key."""
     _, loader, config = build(folder, Plain, *([key, value] if rank() else []))
-    engine.check_agreement(config, [loader])
+    check_agreement(lambda: find_facts(config, [loader]))
 
 
 def disagree_on_weights(folder, *folders):
     """The same name of a weight file is another file on rank 1."""
     os.chdir(folders[rank()])
     _, loader, config = build(folder, Plain, 'MODEL.PRETRAINED', 'w.pdparams')
-    engine.check_agreement(config, [loader])
+    check_agreement(lambda: find_facts(config, [loader]))
     say(f'rank {rank()}: agreed')
 
 
@@ -136,7 +143,7 @@ def not_finite(folder, *options):
         bad = len(losses) >= 4 and rank() == world_size() - 1
         return criterion(inputs, logits, labels) * (float('inf') if bad else 1.0)
     training.criterion = broken
-    engine.train_one_epoch(training, loader, 1, config)
+    train_epoch(training, loader, config)
 
 
 def helpers():
@@ -166,12 +173,12 @@ def statistics(folder):
 
     def spy(training):
         own.update({name: tensor.numpy() for name, tensor in training.model.state_dict().items()})
-        own.update({f'ema.{name}': tensor.numpy() for name, tensor in training.ema.average.items()})
+        own.update({f'ema.{name}': tensor.numpy() for name, tensor in training.ema.network.state_dict().items()})
         average(training)
     engine.average_statistics = spy
-    engine.train_one_epoch(training, loader, 1, config)
+    train_epoch(training, loader, config)
     state = {name: tensor.numpy() for name, tensor in training.model.state_dict().items()}
-    state.update({f'ema.{name}': tensor.numpy() for name, tensor in training.ema.average.items()})
+    state.update({f'ema.{name}': tensor.numpy() for name, tensor in training.ema.network.state_dict().items()})
     differed = 0
     for name, value in state.items():
         mean = mean_over_ranks([own[name]])[0]
@@ -183,21 +190,21 @@ def statistics(folder):
     say(f'rank {rank()}: {differed} differed')
 
 
-def save(folder, output):
+def save(data, output):
     """All ranks wait until a checkpoint within an epoch is written, and go on with its batch-norm statistics."""
-    training, _, config = build(folder, None, 'SAVE', output)
+    training, _, config = build(data, None, 'SAVE', output)
     name = next(name for name in training.model.state_dict() if name.endswith('._mean'))
     tensor = training.model.state_dict()[name]
     tensor.set_value(np.full(tensor.shape, rank(), 'float32'))
-    training.part = engine.EpochPart(1, 1, paddle.zeros([3], dtype='float64'), 8, 1.0)
-    write = engine.write_checkpoints
+    part = engine.EpochPart(1, 1, paddle.zeros([3], dtype='float64'), 8, 1.0)
+    write = folder.write_checkpoints
 
     def slowly(*args):
         time.sleep(1)
         write(*args)
-    engine.write_checkpoints = slowly
-    engine.save_within_epoch(config, training)
-    mean = engine.checkpoint.load(os.path.join(output, 'latest.pdparams'))['model'][name]
+    folder.write_checkpoints = slowly
+    Run(config, training, part=part).save()
+    mean = checkpoint.load(os.path.join(output, 'latest.pdparams'))['model'][name]
     assert (mean == (world_size() - 1) / 2).all() and (tensor.numpy() == mean).all()
     say(f'rank {rank()} went on')
 

@@ -86,12 +86,12 @@ def halfway(epochs):
 def run_arm(args):
     """Train one arm with one seed in this process, or go on with what is there of it."""
     prepare_runtime()
-    import engine
+    import run
 
     arm = ARMS[args.arm]
     if not arm.skip_and_scale:
         remove_skip_and_scale()
-    engine.run(with_values(BASE, {
+    run.run(with_values(BASE, {
         'MODEL.NUM_BRANCHES': [arm.branches] * 5, 'TRAIN.WEIGHT_DECAY': args.weight_decay,
         'TRAIN.END_WEIGHT_DECAY': arm.end_decay * args.weight_decay, 'TRAIN.NUM_EPOCHS': args.epochs,
         'VALIDATE_FREQ': halfway(args.epochs), 'DATA.DATA_PATH': args.data_path, 'DATA.NUM_WORKERS': 0,

@@ -80,7 +80,8 @@ def main():
     size, normalize = config.DATA.IMAGE_SIZE, Normalize(config.DATA.IMAGENET_MEAN, config.DATA.IMAGENET_STD)
     rows = [('', 'unfused', 'fused')]
     if loader:
-        metrics = [evaluate(m, loader, normalize, config.REPORT_FREQ) for m in models]
+        results = evaluate(list(zip(('unfused', 'fused'), models)), loader, normalize, config.REPORT_FREQ)
+        metrics = list(results.values())
         rows.append(('top-1 accuracy', *(f'{m.acc1:.2f}%' for m in metrics)))
         rows.append(('top-5 accuracy', *(f'{m.acc5:.2f}%' for m in metrics)))
         batches = (images for images, _ in loader)

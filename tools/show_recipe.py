@@ -24,7 +24,7 @@ def get_recipe(config, num_images, world_size):
     ema_decay: None without an EMA; steps: optimizer steps of the epoch.
     """
     from datasets import TrainSampler, get_stage
-    from engine import build_schedule
+    from optim import build_schedule
 
     schedule = build_schedule(config, TrainSampler(num_images, config.DATA.BATCH_SIZE, config.SEED, 0, world_size))
     rows = []

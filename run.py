@@ -1,0 +1,410 @@
+"""A run from its config to its end: build, load or resume, train and evaluate its epochs, save. See `run`.
+
+Of several processes, rank 0 alone writes; what is decided (an error, the best epoch) is decided from values that are
+the same on every rank.
+"""
+import os
+import re
+import sys
+from dataclasses import dataclass, field
+from typing import Optional
+
+import numpy as np
+import paddle
+from yacs.config import CfgNode
+
+import engine
+import optim
+from config import UNRELATED, get_config, leaves, resolve_config, with_values
+from datasets import describe_curriculum, describe_dataset, get_dataloader, get_dataset, get_stage
+from losses import DistillationLoss, LabelSmoothingCrossEntropyLoss, SoftTargetCrossEntropyLoss
+from mixup import build_mixup
+from mobileone import build_mobileone
+from runtime import checkpoint, folder
+from runtime.program import STOPPED, StopRequest
+from transforms import Normalize, RandomErase
+from utils import (
+    LOG,
+    UserError,
+    check_agreement,
+    describe_error,
+    from_main,
+    program_name,
+    rank,
+    reduce_over_ranks,
+    setup_logger,
+    world_size,
+)
+from weights import is_fused, load_into, load_model
+
+
+def build_loader(config, is_train, epoch=1):
+    """The loader of this rank's share of the training images, as they are in an epoch, or of the validation images."""
+    return get_dataloader(config, get_dataset(config, is_train, epoch), is_train, rank(), world_size())
+
+
+def build_normalize(config):
+    return Normalize(config.DATA.IMAGENET_MEAN, config.DATA.IMAGENET_STD)
+
+
+def build_erase(train):
+    """The RandomErase of a config's TRAIN, or None where it is off."""
+    if not train.RANDOM_ERASE_PROB:
+        return None
+    return RandomErase(train.RANDOM_ERASE_PROB, train.RANDOM_ERASE_MODE.lower(), train.RANDOM_ERASE_COUNT)
+
+
+def get_teacher_config(config):
+    """The config of TRAIN.DISTILLATION's teacher, to be loaded fused, or None without one.
+
+    Raises: UserError for files that are not there, and for a teacher that does not fit the student.
+    """
+    options = config.TRAIN.DISTILLATION
+    if options.TYPE.lower() == 'none':
+        return None
+    try:
+        teacher = resolve_config(with_values(get_config(options.TEACHER_CFG), {
+            'MODEL.PRETRAINED': options.TEACHER_WEIGHTS, 'MODEL.RESUME': '', 'MODEL.DEPLOY': True, 'EVAL': True}))
+        checkpoint.check_exists(options.TEACHER_WEIGHTS)
+    except UserError as error:
+        raise UserError(f'the teacher (TRAIN.DISTILLATION): {error}') from None
+    for section, key in (('MODEL', 'NUM_CLASSES'), ('DATA', 'IMAGENET_MEAN'), ('DATA', 'IMAGENET_STD')):
+        theirs, ours = teacher[section][key], config[section][key]
+        if theirs != ours:
+            raise UserError(f'{options.TEACHER_CFG}: {section}.{key} is {theirs} for the teacher, {ours} for the '
+                            'student; make them equal: both see the same images and classes')
+    return teacher
+
+
+def build_criterion(config, has_mixup):
+    """The DistillationLoss of a config: around the loss on the labels, with the teacher, if there is one, fused."""
+    criterion = SoftTargetCrossEntropyLoss() if has_mixup else LabelSmoothingCrossEntropyLoss(config.TRAIN.SMOOTHING)
+    teacher_config = get_teacher_config(config)
+    if not teacher_config:
+        return DistillationLoss(criterion)
+    options = config.TRAIN.DISTILLATION
+    LOG.info(f'the teacher is {teacher_config.MODEL.NAME}:')
+    teacher, _ = load_model(teacher_config, teacher_config.MODEL.PRETRAINED)
+    return DistillationLoss(criterion, teacher, options.TYPE.lower(), options.ALPHA, options.TAU)
+
+
+def build_training(config, model, loader):
+    """The Training of a model on the batches of a loader. Its EMA starts from the model's present weights."""
+    if config.MODEL.SYNC_BN and world_size() > 1:
+        if not paddle.device.get_device().startswith('gpu'):
+            raise UserError('MODEL.SYNC_BN is True, but PaddlePaddle synchronises batch norms on GPUs only: leave it '
+                            'out')
+        model = paddle.nn.SyncBatchNorm.convert_sync_batchnorm(model)
+    ema = optim.ModelEma(model) if config.TRAIN.MODEL_EMA else None
+    network = paddle.DataParallel(model) if world_size() > 1 else model
+    optimizer = optim.build_optimizer(config, model)
+    decayed, rest = ((len(group), sum(p.size for p in group)) for group in optim.parameter_groups(model))
+    LOG.info(f'weight decay on {decayed[0]} tensors ({decayed[1]:,} parameters), none on {rest[0]} tensors '
+             f'({rest[1]:,} parameters)')
+    schedule = optim.build_schedule(config, loader.batch_sampler)
+    LOG.info(f'{schedule.total_steps} steps of {schedule.total_batch} images (processes {world_size()} x '
+             f'DATA.BATCH_SIZE {config.DATA.BATCH_SIZE} x TRAIN.ACCUM_ITER {config.TRAIN.ACCUM_ITER}), '
+             f'{schedule.steps_per_epoch} per epoch; learning rate up to {schedule.base:g}, weight decay '
+             f'{schedule.decay:g} to {schedule.end_decay:g}, EMA decay up to {schedule.max_ema_decay:g}')
+    mixup = build_mixup(config)
+    return engine.Training(model, network, build_criterion(config, bool(mixup)), optimizer, schedule, ema,
+                           build_normalize(config), build_erase(config.TRAIN), mixup, engine.Precision(config),
+                           config.TRAIN.ACCUM_ITER, config.TRAIN.GRAD_CLIP, config.SEED)
+
+
+@dataclass
+class Run:
+    """A training, and how far it is."""
+    config: CfgNode
+    training: engine.Training
+    # epochs that are done
+    done: int = 0
+    # what is done of the epoch after them
+    part: Optional[engine.EpochPart] = None
+    # the optimizer's state in the checkpoint that was resumed: before the first step PaddlePaddle 2.6.2 does not say it
+    resumed_optimizer: dict = field(default_factory=dict)
+    # the best evaluation so far, by the EMA weights if there are any
+    best: dict = field(default_factory=lambda: {'acc1': -1.0, 'epoch': 0})
+    # the newest checkpoint of this run, for the error that ends it
+    last_checkpoint: str = ''
+    stop: StopRequest = field(default_factory=StopRequest)
+
+    def train(self, train_loader, val_loader):
+        """Train, evaluate and save the epochs that are not done. Ends the program when it is asked to stop."""
+        config = self.config
+        stage = get_stage(config, 1)  # that of the loader
+        for epoch in range(self.done + 1, config.TRAIN.NUM_EPOCHS + 1):
+            if stage != get_stage(config, epoch):
+                stage = get_stage(config, epoch)
+                train_loader = build_loader(config, True, epoch)
+                LOG.info(f'epoch {epoch}: images of {stage.image_size} pixels, AutoAugment '
+                         f'{stage.auto_augment_strength:g}')
+            self.part = self.part or engine.EpochPart.none(epoch)
+            metrics = engine.train_one_epoch(self.training, train_loader, self.part, config.REPORT_FREQ,
+                                             lambda: bool(self.stop.name), self.after_step)
+            write_record(config, self.training.schedule, epoch, 'train', 'raw', metrics)
+            if is_validated(config, epoch):
+                self.validate(val_loader, epoch)
+            self.done, self.part = epoch, None
+            self.save()
+
+    def after_step(self, part, stopping):
+        """Save where it is time to; end the program where a rank is asked to stop."""
+        self.part = part
+        steps, freq = self.done * self.training.schedule.steps_per_epoch + part.steps, self.config.SAVE_FREQ_STEPS
+        if stopping or freq and steps % freq == 0:
+            self.save()
+        if stopping:
+            self.end()
+
+    def validate(self, loader, epoch):
+        """Evaluate and log the raw weights and their average, which decides whether the epoch is the best so far.
+
+        A checkpoint comes first: a rank that is asked to stop during an evaluation ends without the others.
+        """
+        config, training = self.config, self.training
+        self.save()
+        networks = [('raw', training.model)] + ([('ema', training.ema.network)] if training.ema else [])
+        results = engine.evaluate(networks, loader, training.normalize, config.REPORT_FREQ,
+                                  training.precision.auto_cast, lambda: self.stop.name and self.end())
+        for name, metrics in results.items():
+            write_record(config, training.schedule, epoch, 'val', name, metrics)
+        metrics = results[networks[-1][0]]
+        if metrics.acc1 > self.best['acc1']:
+            self.best = {'acc1': metrics.acc1, 'epoch': epoch}
+        later = sum(is_validated(config, number) for number in range(epoch + 1, config.TRAIN.NUM_EPOCHS + 1))
+        training.evaluation_seconds = later * metrics.seconds
+
+    def end(self):
+        """End the program, as it was asked to."""
+        LOG.info(f'stopped by {self.stop.name or "a signal to another process"}; -resume auto goes on from '
+                 f'{self.last_checkpoint}')
+        sys.exit(STOPPED)
+
+    def save(self):
+        """Write the state after the epochs that are done, and within the next, to the files that are due.
+
+        Within an epoch the batch-norm statistics of several ranks are averaged before.
+        Raises: UserError, on all ranks, for numbers that are not finite and for a file that cannot be written.
+        """
+        config, training, schedule, part = self.config, self.training, self.training.schedule, self.part
+        step, when, progress = self.done * schedule.steps_per_epoch, f'epoch {self.done}', {}
+        if part:
+            engine.average_statistics(training)
+            step, when = step + part.steps, f'epoch {part.epoch}, step {part.steps}'
+            progress = part.state(schedule)
+            engine.check_finite(progress['sums'].sum(), f'the loss of training, {when},')
+        tensors = {
+            'model': training.model.state_dict(),
+            'model_ema': training.ema.network.state_dict() if training.ema else {},
+            'optimizer': optim.optimizer_state(training.optimizer, training.model),
+        }
+        check_weights(tensors, when)
+        tensors['optimizer'] = tensors['optimizer'] or self.resumed_optimizer
+        state = {
+            **tensors,
+            'epoch': self.done,
+            'step': step,
+            'lr_scheduler': {'last_epoch': self.done, 'last_lr': schedule.lr(step - 1)},
+            'amp_grad_scaler': training.precision.scaler.state_dict(),
+            'best': self.best,
+            'world_size': world_size(),
+            'progress': progress,
+        }
+        # all wait for it: none may end the run before it is written
+        from_main(lambda: folder.write_checkpoints(config.SAVE, checkpoint.to_arrays(state), config.SAVE_FREQ,
+                                                   config.KEEP_CHECKPOINTS))
+        self.last_checkpoint = f'{os.path.join(config.SAVE, checkpoint.LATEST)} ({when})'
+
+
+def check_weights(tensors, when):
+    """Raises: NotFiniteError, on all ranks alike, for a number in the dictionaries of tensors that is not finite."""
+    finite = [paddle.stack([tensor.isfinite().all() for tensor in group.values()]).numpy()
+              for group in tensors.values() if group]
+    good = reduce_over_ranks(np.concatenate(finite), 'MIN').all()
+    engine.check_finite(0.0 if good else np.nan, f'a weight, or a number of the optimizer, after {when}')
+
+
+def write_record(config, schedule, epoch, split, weights, metrics):
+    """Log the Metrics of an epoch, with the lr and weight decay of its last step. schedule: None without training.
+
+    Raises: NotFiniteError for a loss that is not finite: a run does not go on, nor save, from there.
+    """
+    engine.check_finite(metrics.loss, f'the loss of {split} images with {weights} weights, epoch {epoch}')
+    step = epoch * schedule.steps_per_epoch if schedule else 0
+    size = get_stage(config, epoch).image_size if split == 'train' else config.DATA.IMAGE_SIZE
+    folder.RunLog(config.SAVE).write({
+        'epoch': epoch, 'step': step, 'split': split, 'weights': weights, **metrics.record(),
+        'lr': schedule and schedule.lr(step - 1), 'weight_decay': schedule and schedule.weight_decay(step - 1),
+        'image_size': size})
+    LOG.info(f'epoch {epoch} {split} {weights}: {metrics}')
+
+
+def is_validated(config, epoch):
+    """Whether an epoch (from 1) ends in an evaluation."""
+    return epoch % config.VALIDATE_FREQ == 0 or epoch == config.TRAIN.NUM_EPOCHS
+
+
+def start_run(config, loader):
+    """A new Run, its weights random or MODEL.PRETRAINED's."""
+    path = config.MODEL.PRETRAINED
+    if path:
+        model, _ = load_model(config, path, allow_other_classifier=True)
+        if is_fused(model.state_dict()):
+            raise UserError(f'{path}: holds fused weights, which cannot be trained; give the unfused ones')
+    else:
+        model = build_mobileone(config)
+    return Run(config, build_training(config, model, loader), config.TRAIN.LAST_EPOCH)
+
+
+def resume_run(config, loader, path, state):
+    """The Run that a checkpoint (`checkpoint.load_training`) left.
+
+    Raises: UserError for a checkpoint of another network or optimizer.
+    """
+    epoch, progress = state['epoch'], state['progress']
+    if config.TRAIN.LAST_EPOCH > epoch:
+        raise UserError(f'TRAIN.LAST_EPOCH is {config.TRAIN.LAST_EPOCH}, but {path} ends at epoch {epoch}: leave it '
+                        'out')
+    training = build_training(config, build_mobileone(config), loader)
+    schedule = training.schedule
+    load_into(training.model, state['model'], path)
+    if training.ema:
+        load_into(training.ema.network, state['model_ema'] or state['model'], path)
+    optim.load_optimizer_state(training.optimizer, training.model, state['optimizer'], path)
+    if state['amp_grad_scaler']:
+        training.precision.scaler.load_state_dict(state['amp_grad_scaler'])
+    part = engine.EpochPart.resumed(epoch + 1, progress, schedule) if progress else None
+    when = f'epoch {epoch}'
+    if progress:
+        when += f' and {progress["steps"]} of {progress["steps_per_epoch"]} steps of the next'
+    LOG.info(f'resumed {path} after {when}, step {state["step"]}')
+    if training.ema and not state['model_ema']:
+        LOG.info('the checkpoint holds no EMA: the average starts from its weights')
+    if progress and not part:
+        LOG.info(f'the checkpoint is within epoch {epoch + 1}, of {progress["total_batch"]} images in a step and '
+                 f'{state["world_size"]} processes, this run has {schedule.total_batch} and {world_size()}: that '
+                 'epoch begins again')
+    step = epoch * schedule.steps_per_epoch + (part.steps if part else 0)
+    for name, then, now in (('processes', state['world_size'], world_size()), ('steps', state['step'], step)):
+        if then != now:
+            LOG.info(f'the checkpoint counts {then} {name}, this run {now}: it goes on after epoch {epoch}, but not '
+                     'bitwise as it would have')
+    return Run(config, training, epoch, part, state['optimizer'], state['best'], f'{path} ({when})')
+
+
+def save_config(config):
+    """Write the config of a run to its folder; an evaluation in the folder of a training does not replace that one's.
+
+    Says in which keys the run differs from the one that it goes on with.
+    """
+    path = os.path.join(config.SAVE, 'config.yaml')
+    if config.EVAL and os.path.exists(path):
+        path = os.path.join(config.SAVE, 'config-eval.yaml')
+    saved = with_values(config, {'MODEL.RESUME': ''})  # it says how this process began, not what the run is
+    if config.MODEL.RESUME and os.path.exists(path):
+        before = {key: value for key, value in leaves(get_config(path)) if key not in UNRELATED}
+        for line in folder.differences(before, dict(leaves(saved))):
+            LOG.info(f'not as in {path}, so the run does not go on bitwise as it would have: {line}')
+    with open(path, 'w', encoding='utf-8') as file:
+        file.write(saved.dump(default_flow_style=None))
+
+
+def take_over(config, resumed):
+    """Make the folder what it was when a checkpoint was written, for the run that goes on from there.
+
+    resumed: its (path, state); None where MODEL.RESUME has found none.
+    """
+    save_config(config)
+    if not config.MODEL.RESUME:
+        return
+    folder.RunLog(config.SAVE).drop_after(resumed[1]['epoch'] if resumed else config.TRAIN.LAST_EPOCH)
+    if not resumed:
+        return
+    path, state = resumed
+    if config.MODEL.PRETRAINED:
+        LOG.info(f'{config.MODEL.PRETRAINED} is not used: the run goes on from {path}')
+    if config.MODEL.RESUME != 'auto':  # which takes the newest: nothing is past it
+        folder.put_aside(config.SAVE, checkpoint.position(state))
+    parent, name = os.path.split(os.path.realpath(path))
+    if parent == os.path.realpath(config.SAVE) and name != checkpoint.LATEST:
+        # the run may have ended between the files of a save
+        folder.write_checkpoints(config.SAVE, state, config.SAVE_FREQ, config.KEEP_CHECKPOINTS)
+
+
+def run_training(config, train_loader, val_loader):
+    resumed = from_main(lambda: folder.find_checkpoint(config.SAVE, config.MODEL.RESUME))
+    run = resume_run(config, train_loader, *resumed) if resumed else start_run(config, train_loader)
+    # nothing of an earlier run is touched before the checkpoint has proved to fit
+    from_main(lambda: take_over(config, resumed))
+    if run.done >= config.TRAIN.NUM_EPOCHS:
+        LOG.info(f'all {config.TRAIN.NUM_EPOCHS} epochs are done: nothing is left to train')
+    try:
+        with run.stop:
+            run.train(train_loader, val_loader)
+    except engine.NotFiniteError as error:
+        raise UserError(f'{error}; the last good checkpoint is '
+                        f'{run.last_checkpoint or "none: no epoch was saved yet"}') from None
+    path, best = os.path.join(config.SAVE, checkpoint.BEST), run.best
+    LOG.info(f'best top-1 {best["acc1"]:.2f}% ({"EMA" if run.training.ema else "raw"} weights) at epoch '
+             f'{best["epoch"]}: {path if os.path.exists(path) else "its file is not in this folder"}')
+
+
+def run_evaluation(config, loader):
+    from_main(lambda: save_config(config))
+    model, is_ema = load_model(config, config.MODEL.PRETRAINED)
+    name = 'ema' if is_ema else 'raw'
+    results = engine.evaluate([(name, model)], loader, build_normalize(config), config.REPORT_FREQ,
+                              engine.Precision(config).auto_cast)
+    write_record(config, None, 0, 'val', name, results[name])
+
+
+def find_facts(config, loaders):
+    """What must be equal on all ranks, by name. Machines may keep the data in different places, and weights in files of
+    their own that must be equal.
+    """
+    facts = {key: value for key, value in leaves(config) if key not in ('DATA.DATA_PATH', 'SAVE')}
+    teacher = None if config.EVAL else get_teacher_config(config)
+    for path in (config.MODEL.PRETRAINED, teacher.MODEL.PRETRAINED if teacher else ''):
+        if path:
+            facts[f'the SHA-256 of {path}'] = checkpoint.sha256(path)
+    for loader in loaders:
+        facts[f'images of {os.path.basename(loader.dataset.list_path)}'] = len(loader.dataset)
+    return facts
+
+
+def run(config):
+    """Train, or with EVAL evaluate, as the config says, on the current device, in this process or its process group.
+
+    Makes the run's folder (SAVE) with config.yaml, log.txt, log.jsonl and, in training, checkpoints.
+    Raises: UserError for what the user can fix; OSError for a folder that cannot be written.
+    """
+    config = resolve_config(config)
+    # the lists are read first: a wrong path leaves no folder behind
+    loaders = [build_loader(config, is_train) for is_train in ([False] if config.EVAL else [True, False])]
+    checkpoint.check_exists(config.MODEL.PRETRAINED)
+    if not config.EVAL:
+        optim.build_schedule(config, loaders[0].batch_sampler)  # all epochs have as many batches
+        get_teacher_config(config)
+    check_agreement(lambda: find_facts(config, loaders))
+    config = with_values(config, {'SAVE': from_main(lambda: folder.prepare_folder(
+        config.SAVE, config.MODEL.RESUME, config.MODEL.NAME, config.EVAL))})
+    setup_logger(config.SAVE)
+    LOG.info(f'PaddlePaddle {paddle.__version__} on {paddle.device.get_device()}, processes: {world_size()}, folder '
+             f'{config.SAVE}, config:\n{config.dump(default_flow_style=None).rstrip()}')
+    for loader in loaders:
+        LOG.info(describe_dataset(loader.dataset, config.MODEL.NUM_CLASSES))
+    if config.TRAIN.CURRICULUM and not config.EVAL:
+        LOG.info(describe_curriculum(config))
+    paddle.seed(config.SEED)
+    try:
+        (run_evaluation if config.EVAL else run_training)(config, *loaders)
+    except UserError as error:
+        LOG.error(f'error: {error}')  # for log.txt; the program says it on stderr
+        raise
+    except Exception as error:
+        LOG.exception(f'error: {describe_error(error)}')
+        if world_size() > 1 and re.search('gloo|nccl', str(error), re.IGNORECASE):
+            sys.exit(f'{program_name()}: error: lost the connection to another process: '
+                     f'{folder.message_of_another_rank(config.SAVE)}')
+        raise

@@ -7,8 +7,9 @@ every tensor must be there and fit the network of the config.
 """
 import os
 
-from config import ArgumentParser, get_config
+from config import get_config
 from runtime.program import prepare_runtime, run_program
+from runtime.settings import ArgumentParser
 from utils import UserError
 
 

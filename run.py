@@ -15,13 +15,14 @@ from yacs.config import CfgNode
 
 import engine
 import optim
-from config import UNRELATED, get_config, leaves, resolve_config, with_values
+from config import UNRELATED, get_config, resolve_config, with_values
 from datasets import describe_curriculum, describe_dataset, get_dataloader, get_dataset, get_stage
 from losses import DistillationLoss, LabelSmoothingCrossEntropyLoss, SoftTargetCrossEntropyLoss
 from mixup import build_mixup
 from mobileone import build_mobileone
 from runtime import checkpoint, folder
 from runtime.program import STOPPED, StopRequest
+from runtime.settings import leaves
 from transforms import Normalize, RandomErase
 from utils import (
     LOG,

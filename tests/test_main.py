@@ -267,12 +267,6 @@ def test_default_folder_is_named_after_the_model(fashion, tmp_path):
     assert folder.name.startswith('tiny-20') and (folder / 'best.pdparams').exists()
 
 
-def test_ema_in_main_memory_gives_the_same(trained, fashion, tmp_path):
-    run(MAIN, '-output', tmp_path / 'run', *options(fashion, 'TRAIN.NUM_EPOCHS', '4', 'VALIDATE_FREQ', '3',
-                                                    'TRAIN.MODEL_EMA_FORCE_CPU', 'True'))
-    assert without_times(records(tmp_path / 'run')) == without_times(records(trained[0]))
-
-
 def test_validation_set_is_the_val_list(config, fashion):
     config.DATA.DATA_PATH = str(fashion)
     assert get_dataset(config, is_train=False).paths[0].startswith('val/')

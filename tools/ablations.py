@@ -13,8 +13,9 @@ import subprocess
 import sys
 from dataclasses import dataclass
 
-from config import ArgumentParser, get_config, with_values
+from config import get_config, with_values
 from runtime.program import prepare_runtime, run_program
+from runtime.settings import ArgumentParser
 from tools.plot_log import read_log
 from utils import UserError
 

@@ -4,8 +4,8 @@
 
 Needs matplotlib (pip install matplotlib).
 """
-from config import ArgumentParser
 from runtime.program import run_program
+from runtime.settings import ArgumentParser
 from tools import import_pyplot
 
 CONV, NORM, FUSED, PLAIN = '#cfe2f3', '#fff2cc', '#d9ead3', '#eeeeee'

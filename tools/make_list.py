@@ -15,8 +15,8 @@ import re
 
 import numpy as np
 
-from config import ArgumentParser
 from runtime.program import run_program
+from runtime.settings import ArgumentParser
 from utils import UserError
 
 EXTENSIONS = ('.jpg', '.jpeg', '.png', '.bmp', '.gif', '.tif', '.tiff', '.webp')

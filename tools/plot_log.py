@@ -9,8 +9,9 @@ import json
 import os
 import textwrap
 
-from config import UNRELATED, ArgumentParser, get_config, leaves
+from config import UNRELATED, get_config
 from runtime.program import run_program
+from runtime.settings import ArgumentParser, leaves
 from tools import import_pyplot
 from utils import UserError
 

@@ -25,7 +25,7 @@ PARTS_OF = {
                         'use_dynamic_loss_scaling': bool},
 }
 SAFETENSORS = '.safetensors'
-# bytes of the header of such a file: that of MobileOne-S0 has 0.1 million
+# bytes of the header of such a file: that of a network of a thousand tensors has 0.1 million
 _LONGEST_HEADER = 1_000_000
 
 

@@ -13,7 +13,7 @@ import sys
 import threading
 import warnings
 
-from utils import UserError, describe_error, program_name, silence_stdout
+from utils import UserError, program_name, silence_stdout
 
 # what asks a run to stop: Ctrl-C, and a system or a scheduler that wants its machine back
 STOP_SIGNALS = (signal.SIGINT, signal.SIGTERM)
@@ -172,23 +172,10 @@ def run_program(main):
         sys.exit(_fail(f'{name}: {error.strerror or error}; check the path, its permissions and the free space', 2))
     except KeyboardInterrupt:
         sys.exit(_fail('interrupted', 130))
-    except Exception as error:
-        _tell_launcher(describe_error(error))
-        raise
 
 
 def _fail(message, status):
     rank = os.environ.get('PADDLE_TRAINER_ID', '0')
     with contextlib.suppress(OSError):  # nobody may read it
         print(f'{program_name()}: error: {message if rank == "0" else f"rank {rank}: {message}"}', file=sys.stderr)
-    _tell_launcher(message)
     return status
-
-
-def _tell_launcher(message):
-    """Write an error of another rank than 0 to the stderr of Paddle's launcher, which shows rank 0's alone (Linux)."""
-    rank = os.environ.get('PADDLE_TRAINER_ID', '0')
-    if rank != '0' and 'MOBILEONE_PARENT' not in os.environ:
-        with contextlib.suppress(OSError), open(
-                f'/proc/{os.getppid()}/fd/2', 'a', encoding='utf-8', errors='backslashreplace') as console:
-            console.write(f'{program_name()}: error: rank {rank}: {message}\n')

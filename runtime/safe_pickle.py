@@ -41,7 +41,7 @@ _LITERALS = {'BININT', 'BININT1', 'BININT2', 'LONG1', 'BINFLOAT', 'SHORT_BINUNIC
              'SHORT_BINBYTES', 'BINBYTES', 'BINBYTES8'}
 _CONSTANTS = {'NONE': None, 'NEWTRUE': True, 'NEWFALSE': False, 'EMPTY_TUPLE': ()}
 _TUPLES = {'TUPLE1': 1, 'TUPLE2': 2, 'TUPLE3': 3}
-# instructions of a pickle, and values in what they make: a checkpoint of MobileOne-S0 has up to 0.2 million
+# instructions of a pickle, and values in what they make: a checkpoint of a thousand tensors has up to 0.2 million
 _MOST = 1_000_000
 
 

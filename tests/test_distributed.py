@@ -13,6 +13,7 @@ from conftest import ROOT, STAGES, assert_same, fails, options, records, run, wi
 from forked import Program
 
 from runtime import checkpoint
+from runtime.program import STOPPED
 
 MAIN = 'main_multi_gpu.py'
 LAUNCH = ['-m', 'paddle.distributed.launch']
@@ -308,7 +309,7 @@ def test_scripts(trained, fashion, tmp_path):
     variables = {'DATA_PATH': fashion, 'OUTPUT': folder, 'BATCH_SIZE': '8', 'CFG': 'configs/mobileone_s4.yaml'}
     out = script('run_train_multi.sh', *narrow, 'TRAIN.NUM_EPOCHS', '5', **variables)
     assert 'resumed' in out and 'after epoch 4' in out and 'NAME: mobileone_s4' in out
-    assert (folder / 'launch-0/workerlog.1').exists()
+    assert 'processes: 2, folder' in out
     assert [row['epoch'] for row in records(folder)] == [epoch for epoch in range(1, 6) for _ in range(3)]
 
     variables.update(PRETRAINED=folder / 'best.pdparams', OUTPUT=tmp_path / 'eval')
@@ -316,6 +317,32 @@ def test_scripts(trained, fashion, tmp_path):
     row, = records(tmp_path / 'eval')
     best = max((row for row in records(folder) if row['weights'] == 'ema'), key=lambda row: row['acc1'])
     assert 'fused the branches' in out and row['acc1'] == best['acc1'] and row['n'] == 35
+
+
+@pytest.mark.parametrize('variables, flags, command', [
+    ({}, [], 'main_multi_gpu.py -output OUT -amp REST'),
+    ({'GPUS': '4,6', 'NNODES': '1', 'RANK': '0'}, ['-nproc', '1'],
+     'devices 4,6: main_multi_gpu.py -output OUT -amp REST -nproc 1'),
+    ({'PADDLE_NPROC_PER_NODE': '2'}, [], 'main_multi_gpu.py -nproc 2 -output OUT -amp REST'),
+    ({'GPUS': '0,1', 'NNODES': '2', 'RANK': '1', 'MASTER': 'a:80'}, ['-x'],
+     '-m paddle.distributed.launch --devices 0,1 --nnodes 2 --master a:80 --rank 1 --log_dir OUT/launch-1 '
+     'main_multi_gpu.py -output OUT -amp REST -x'),
+])
+def test_what_the_scripts_start(tmp_path, variables, flags, command):
+    """On one machine main_multi_gpu.py itself."""
+    python = tmp_path / 'python'
+    python.write_text('#!/bin/sh\necho ${CUDA_VISIBLE_DEVICES:+devices $CUDA_VISIBLE_DEVICES:} "$@"\n')
+    python.chmod(0o755)
+    environment = {name: value for name, value in os.environ.items() if name != 'CUDA_VISIBLE_DEVICES'}
+    for name, own, rest in (
+            ('train', {}, '-cfg configs/mobileone_s0.yaml -data_path /dataset/imagenet -resume auto'),
+            ('train', {'CFG': 'c.yaml', 'DATA_PATH': 'd', 'BATCH_SIZE': '8', 'PRETRAINED': 'w'},
+             '-cfg c.yaml -data_path d -resume auto -batch_size 8 -pretrained w'),
+            ('eval', {}, '-cfg configs/mobileone_s0.yaml -data_path /dataset/imagenet -eval -batch_size 256 '
+                         '-pretrained ./mobileone_s0.pdparams')):
+        out = subprocess.run(['sh', f'run_{name}_multi.sh', *flags], cwd=ROOT, capture_output=True, text=True, env={
+            **environment, 'PYTHON': str(python), 'OUTPUT': 'o', **variables, **own}).stdout
+        assert out == command.replace('OUT', 'o').replace('REST', rest) + '\n'
 
 
 def test_several_machines_need_an_address_and_a_number(tmp_path):
@@ -341,9 +368,10 @@ def test_a_script_that_is_ended_ends_python(fashion, tmp_path):
     while not (tmp_path / 'run/latest.pdparams').exists():
         assert process.poll() is None
         time.sleep(0.1)
-    assert len(command_lines(tmp_path)) >= 3  # the launcher in the shell's place, and two ranks
+    assert len(command_lines(tmp_path)) >= 3  # main_multi_gpu.py in the shell's place, and two ranks
     process.terminate()
-    assert process.wait(60) != 0
+    assert process.wait(60) == STOPPED
+    assert 'stopped by SIGTERM; -resume auto goes on' in (tmp_path / 'run/log.txt').read_text()
     deadline = time.monotonic() + 30
     while command_lines(tmp_path) and time.monotonic() < deadline:
         time.sleep(0.2)

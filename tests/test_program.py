@@ -4,12 +4,11 @@ import glob
 import importlib.metadata
 import os
 import signal
-import subprocess
 import sys
 import threading
 
 import pytest
-from conftest import ROOT, run
+from conftest import run
 
 from runtime import program
 from utils import UserError
@@ -107,12 +106,3 @@ print('not ended')"""
     env = {'OMP_NUM_THREADS': '2', **({'PADDLE_TRAINER_ID': '0'} if group else {})}
     process = run('-c', code, when, status=128 + signal.SIGTERM, env=env, fork=False)
     assert process.stdout == process.stderr == ''
-
-
-def test_what_a_launcher_is_told(tmp_path):
-    """By another rank than 0, whatever its message holds."""
-    code = 'from runtime import program; program._tell_launcher("a \\udcff name")'
-    environment = {**os.environ, 'PADDLE_TRAINER_ID': '1'}
-    parent = f'import subprocess, sys; subprocess.run([sys.executable, "-c", {code!r}], stderr=subprocess.DEVNULL)'
-    process = subprocess.run([sys.executable, '-c', parent], cwd=ROOT, env=environment, capture_output=True, text=True)
-    assert process.stderr == '-c: error: rank 1: a \\udcff name\n'

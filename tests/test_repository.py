@@ -1,4 +1,6 @@
-"""What the README says is there and true, as far as a test can tell."""
+"""What the README says is there and true, as far as a test can tell; who imports whom."""
+import ast
+import graphlib
 import re
 import shutil
 import subprocess
@@ -80,3 +82,33 @@ def test_environment_script_names_the_mistake(tmp_path):
                              text=True, capture_output=True, env={'PATH': str(tmp_path)})
     assert process.returncode == 2
     assert process.stderr.splitlines()[-1].startswith('venv.sh: error: no Python 3.9 to 3.12 found')
+
+
+def project_imports():
+    """{module: those of the project's modules that it imports, anywhere in it}, without the tests."""
+    paths = [*ROOT.glob('*.py'), *ROOT.glob('runtime/*.py'), *ROOT.glob('tools/*.py')]
+    names = {'.'.join(path.relative_to(ROOT).with_suffix('').parts).replace('.__init__', ''): path for path in paths}
+    imports = {}
+    for name, path in names.items():
+        found = set()
+        for node in ast.walk(ast.parse(path.read_text())):
+            if isinstance(node, ast.Import):
+                found |= {alias.name for alias in node.names}
+            elif isinstance(node, ast.ImportFrom):
+                assert node.level == 0, f'{path}: {ast.unparse(node)}'
+                found |= {node.module, *(f'{node.module}.{alias.name}' for alias in node.names)}
+        imports[name] = found & set(names) - {'runtime'}
+    return imports
+
+
+def test_nothing_imports_upward_or_in_a_circle():
+    imports = project_imports()
+    assert {'runtime.settings', 'utils'} <= imports['config'] and {'engine', 'weights'} <= imports['run']
+    for name, found in imports.items():
+        if name.startswith('runtime'):
+            assert all(other == 'utils' or other.startswith('runtime.') for other in found), name
+        if not name.startswith('tools'):
+            assert not any(other.startswith('tools') for other in found), name
+    assert imports['utils'] == set() and 'run' not in imports['engine']
+    list(graphlib.TopologicalSorter(imports).static_order())  # raises CycleError
+    assert not any('MobileOne' in path.read_text() for path in ROOT.glob('runtime/*.py') if path.stem != '__init__')

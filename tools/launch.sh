@@ -1,9 +1,10 @@
 #!/bin/sh
-# Start main_multi_gpu.py under Paddle's launcher; what run_train_multi.sh and run_eval_multi.sh have in common.
+# Start main_multi_gpu.py on the GPUs of this machine, or of several; what run_train_multi.sh and run_eval_multi.sh share.
 #
 #   sh tools/launch.sh OUTPUT [flags of main_multi_gpu.py]
 #
-# Reads the variables GPUS, NNODES, MASTER, RANK and PYTHON, which those explain; the launcher logs to OUTPUT/launch-RANK.
+# Reads the variables GPUS, NNODES, MASTER, RANK and PYTHON, which those explain, and PADDLE_NPROC_PER_NODE. On several
+# machines Paddle's launcher starts the processes and logs to OUTPUT/launch-RANK.
 set -eu
 cd "$(dirname "$0")/.."
 case ${1:-} in -h | --help)
@@ -12,12 +13,17 @@ case ${1:-} in -h | --help)
 esac
 output=$1
 shift
-if [ "${NNODES:-1}" != 1 ] && [ "${MASTER:+x}${RANK:+x}" != xx ]; then
+if [ "${NNODES:-1}" = 1 ]; then
+    [ -z "${GPUS:-}" ] || export CUDA_VISIBLE_DEVICES="$GPUS"
+    exec "${PYTHON:-python}" main_multi_gpu.py ${PADDLE_NPROC_PER_NODE:+-nproc "$PADDLE_NPROC_PER_NODE"} \
+        -output "$output" -amp "$@"
+fi
+if [ "${MASTER:+x}${RANK:+x}" != xx ]; then
     echo "launch.sh: error: NNODES is $NNODES: set MASTER (the first machine's address:port) and RANK (from 0) too" >&2
     exit 2
 fi
 # an empty list of devices stops the launcher
 [ -n "${CUDA_VISIBLE_DEVICES:-}" ] || unset CUDA_VISIBLE_DEVICES
 exec "${PYTHON:-python}" -m paddle.distributed.launch ${GPUS:+--devices "$GPUS"} \
-    ${NNODES:+--nnodes "$NNODES"} ${MASTER:+--master "$MASTER"} ${RANK:+--rank "$RANK"} \
-    --log_dir "$output/launch-${RANK:-0}" main_multi_gpu.py -output "$output" -amp "$@"
+    --nnodes "$NNODES" --master "$MASTER" --rank "$RANK" --log_dir "$output/launch-$RANK" \
+    main_multi_gpu.py -output "$output" -amp "$@"

@@ -254,6 +254,27 @@ def resolve_config(config):
     return resolved
 
 
+def get_teacher_config(config):
+    """The config of TRAIN.DISTILLATION's teacher, to be loaded fused; None without one, and with EVAL.
+
+    Raises: UserError for a config that cannot be read, and for a teacher that does not fit the student.
+    """
+    options = config.TRAIN.DISTILLATION
+    if config.EVAL or options.TYPE.lower() == 'none':
+        return None
+    try:
+        teacher = resolve_config(with_values(get_config(options.TEACHER_CFG), {
+            'MODEL.PRETRAINED': options.TEACHER_WEIGHTS, 'MODEL.RESUME': '', 'MODEL.DEPLOY': True, 'EVAL': True}))
+    except UserError as error:
+        raise UserError(f'the teacher (TRAIN.DISTILLATION): {error}') from None
+    for section, key in (('MODEL', 'NUM_CLASSES'), ('DATA', 'IMAGENET_MEAN'), ('DATA', 'IMAGENET_STD')):
+        theirs, ours = teacher[section][key], config[section][key]
+        if theirs != ours:
+            raise UserError(f'{options.TEACHER_CFG}: {section}.{key} is {theirs} for the teacher, {ours} for the '
+                            'student; make them equal: both see the same images and classes')
+    return teacher
+
+
 def with_values(config, values):
     """A frozen copy of a config with other values. values: {dotted key: value}.
 

@@ -129,7 +129,7 @@ def read_image(path, exif_transpose=False):
         else:
             reason = getattr(error, 'strerror', None) or one_line(str(error)) or type(error).__name__
         too_large = isinstance(error, Image.DecompressionBombError)
-        remedy = 'scale it down' if too_large else 'mend the file or its line in the list'
+        remedy = 'scale it down' if too_large else 'fix the file or its line in the list'
         raise UserError(f'{path}: cannot read the image ({reason}); {remedy}') from None
 
 

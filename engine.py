@@ -32,6 +32,14 @@ def check_finite(value, what):
         raise NotFiniteError(f'{what} is {value}: lower TRAIN.BASE_LR, or check MODEL.PRETRAINED and the labels')
 
 
+def check_tensors(groups, what):
+    """Raises: NotFiniteError, on all ranks alike, unless all tensors are finite. groups: {name: {name: tensor}}."""
+    finite = [paddle.stack([tensor.isfinite().all() for tensor in group.values()]).numpy()
+              for group in groups.values() if group]
+    good = reduce_over_ranks(np.concatenate(finite), 'MIN').all()
+    check_finite(0.0 if good else np.nan, what)
+
+
 class Precision:
     """Mixed precision as a config's AMP, AMP_LEVEL and AMP_DTYPE say, on a GPU; elsewhere its parts do nothing.
 
@@ -193,18 +201,19 @@ def evaluate(networks, loader, normalize, report_freq=50, auto_cast=contextlib.n
     start, n = time.perf_counter(), 0
     sums = paddle.zeros([len(networks), 3], dtype='float64')
     progress = Progress('evaluation', len(loader), report_freq)
-    for images, labels in loader:
-        inputs, rows = normalize(images), []
-        for _, network in networks:
-            with auto_cast():
-                logits = network(inputs)
-            logits = logits.astype('float32')
-            rows.append(batch_sums(logits, labels, F.cross_entropy(logits, labels)))
-        sums += paddle.stack(rows)
-        n += len(labels)
-        if progress.step():
-            progress.show(f'{world_size() * n / (time.perf_counter() - start):.1f} images/s')
-        after_batch()
+    with contextlib.closing(iter(loader)) as batches:
+        for images, labels in batches:
+            inputs, rows = normalize(images), []
+            for _, network in networks:
+                with auto_cast():
+                    logits = network(inputs)
+                logits = logits.astype('float32')
+                rows.append(batch_sums(logits, labels, F.cross_entropy(logits, labels)))
+            sums += paddle.stack(rows)
+            n += len(labels)
+            if progress.step():
+                progress.show(f'{world_size() * n / (time.perf_counter() - start):.1f} images/s')
+            after_batch()
     progress.close()
     *sums, n = reduce_over_ranks([*sums.flatten().tolist(), n]).tolist()
     if n != len(loader.dataset):
@@ -217,6 +226,15 @@ def time_left(seconds, steps_done, steps_left, evaluation_seconds=0.0):
     """Estimate of what remains of a run, from the seconds that steps_done steps took and what evaluations will take."""
     left = seconds / steps_done * steps_left + evaluation_seconds
     return datetime.timedelta(seconds=round(min(left, 1e10)))  # which a timedelta can hold
+
+
+def describe_part(part, metrics, training, data_share):
+    """What a log line says of a part of an epoch. data_share: of the time, what waiting for images took."""
+    schedule = training.schedule
+    step = (part.epoch - 1) * schedule.steps_per_epoch + part.steps
+    left = time_left(metrics.seconds, part.steps, schedule.total_steps - step, training.evaluation_seconds)
+    return (f'loss {metrics.loss:.4f} lr {schedule.lr(step - 1):.6g} {metrics.n / metrics.seconds:.1f} images/s '
+            f'data {data_share:.0%} ETA {left}')
 
 
 def windows(batches, size):
@@ -260,23 +278,21 @@ def train_one_epoch(training, loader, part, report_freq=50, should_stop=lambda: 
     start = began - part.seconds
     progress = Progress(f'epoch {epoch}/{schedule.total_steps // steps}', steps, report_freq, part.steps)
     metrics, agreed, seconds, interval = None, part.steps, part.seconds, 1
-    for batches in windows(loader, training.accum_iter):
-        sums = part.sums + train_step(training, batches, first + part.steps)
-        n = part.n + sum(len(labels) for _, labels in batches)
-        part = EpochPart(epoch, part.steps + 1, sums, n, time.perf_counter() - start)
-        is_line, stopping = progress.step() or part.steps == steps, False
-        if is_line or part.steps - agreed >= interval or world_size() == 1 and should_stop():
-            metrics, stopping = agree(part, start, should_stop())
-            check_finite(metrics.loss, f'the loss of training, epoch {epoch}, steps {agreed + 1} to {part.steps},')
-            interval = max(1, int(AGREEMENT_SECONDS * (part.steps - agreed) / (metrics.seconds - seconds)))
-            agreed, seconds = part.steps, metrics.seconds
-        if is_line:
-            left = time_left(seconds, part.steps, schedule.total_steps - first - part.steps,
-                             training.evaluation_seconds)
-            progress.show(f'loss {metrics.loss:.4f} lr {schedule.lr(first + part.steps - 1):.6g} '
-                          f'{metrics.n / seconds:.1f} images/s '
-                          f'data {(loader.waited - waited) / (time.perf_counter() - began):.0%} ETA {left}')
-        after_step(part, stopping)
+    with contextlib.closing(iter(loader)) as batches:
+        for window in windows(batches, training.accum_iter):
+            sums = part.sums + train_step(training, window, first + part.steps)
+            n = part.n + sum(len(labels) for _, labels in window)
+            part = EpochPart(epoch, part.steps + 1, sums, n, time.perf_counter() - start)
+            is_line, stopping = progress.step() or part.steps == steps, False
+            if is_line or part.steps - agreed >= interval or (world_size() == 1 and should_stop()):
+                metrics, stopping = agree(part, start, should_stop())
+                check_finite(metrics.loss, f'the loss of training, epoch {epoch}, steps {agreed + 1} to {part.steps},')
+                interval = max(1, int(AGREEMENT_SECONDS * (part.steps - agreed) / (metrics.seconds - seconds)))
+                agreed, seconds = part.steps, metrics.seconds
+            if is_line:
+                share = (loader.waited - waited) / (time.perf_counter() - began)
+                progress.show(describe_part(part, metrics, training, share))
+            after_step(part, stopping)
     progress.close()
     average_statistics(training)
     return metrics or agree(part, start, False)[0]  # of an epoch that had all its steps before

@@ -40,6 +40,11 @@ class Schedule:
         self.end_decay = train.END_WEIGHT_DECAY if train.END_WEIGHT_DECAY >= 0 else train.WEIGHT_DECAY
         self.max_ema_decay = train.MODEL_EMA_DECAY ** scale
 
+    def __str__(self):
+        return (f'{self.total_steps} steps of {self.total_batch} images, {self.steps_per_epoch} per epoch; learning '
+                f'rate up to {self.base:g}, weight decay {self.decay:g} to {self.end_decay:g}, EMA decay up to '
+                f'{self.max_ema_decay:g}')
+
     def lr(self, step):
         return warmup_cosine(step, self.total_steps, self.warmup_steps, self.base, self.start, self.end)
 
@@ -70,6 +75,13 @@ def parameter_groups(model):
     """
     trainable = [parameter for parameter in model.parameters() if not parameter.stop_gradient]
     return [p for p in trainable if p.ndim > 1], [p for p in trainable if p.ndim <= 1]
+
+
+def describe_groups(model):
+    """A line on how many tensors and parameters each of `parameter_groups` has."""
+    decayed, rest = (f'{len(group)} tensors ({sum(p.size for p in group):,} parameters)'
+                     for group in parameter_groups(model))
+    return f'weight decay on {decayed}, none on {rest}'
 
 
 def build_optimizer(config, model):

@@ -9,13 +9,12 @@ import sys
 from dataclasses import dataclass, field
 from typing import Optional
 
-import numpy as np
 import paddle
 from yacs.config import CfgNode
 
 import engine
 import optim
-from config import UNRELATED, get_config, resolve_config, with_values
+from config import UNRELATED, get_config, get_teacher_config, resolve_config, with_values
 from datasets import describe_curriculum, describe_dataset, get_dataloader, get_dataset, get_stage
 from losses import DistillationLoss, LabelSmoothingCrossEntropyLoss, SoftTargetCrossEntropyLoss
 from mixup import build_mixup
@@ -32,7 +31,6 @@ from utils import (
     from_main,
     program_name,
     rank,
-    reduce_over_ranks,
     setup_logger,
     world_size,
 )
@@ -55,37 +53,14 @@ def build_erase(train):
     return RandomErase(train.RANDOM_ERASE_PROB, train.RANDOM_ERASE_MODE.lower(), train.RANDOM_ERASE_COUNT)
 
 
-def get_teacher_config(config):
-    """The config of TRAIN.DISTILLATION's teacher, to be loaded fused, or None without one.
-
-    Raises: UserError for files that are not there, and for a teacher that does not fit the student.
-    """
-    options = config.TRAIN.DISTILLATION
-    if options.TYPE.lower() == 'none':
-        return None
-    try:
-        teacher = resolve_config(with_values(get_config(options.TEACHER_CFG), {
-            'MODEL.PRETRAINED': options.TEACHER_WEIGHTS, 'MODEL.RESUME': '', 'MODEL.DEPLOY': True, 'EVAL': True}))
-        checkpoint.check_exists(options.TEACHER_WEIGHTS)
-    except UserError as error:
-        raise UserError(f'the teacher (TRAIN.DISTILLATION): {error}') from None
-    for section, key in (('MODEL', 'NUM_CLASSES'), ('DATA', 'IMAGENET_MEAN'), ('DATA', 'IMAGENET_STD')):
-        theirs, ours = teacher[section][key], config[section][key]
-        if theirs != ours:
-            raise UserError(f'{options.TEACHER_CFG}: {section}.{key} is {theirs} for the teacher, {ours} for the '
-                            'student; make them equal: both see the same images and classes')
-    return teacher
-
-
 def build_criterion(config, has_mixup):
     """The DistillationLoss of a config: around the loss on the labels, with the teacher, if there is one, fused."""
     criterion = SoftTargetCrossEntropyLoss() if has_mixup else LabelSmoothingCrossEntropyLoss(config.TRAIN.SMOOTHING)
-    teacher_config = get_teacher_config(config)
+    teacher_config, options = get_teacher_config(config), config.TRAIN.DISTILLATION
     if not teacher_config:
         return DistillationLoss(criterion)
-    options = config.TRAIN.DISTILLATION
     LOG.info(f'the teacher is {teacher_config.MODEL.NAME}:')
-    teacher, _ = load_model(teacher_config, teacher_config.MODEL.PRETRAINED)
+    teacher, _ = load_model(teacher_config, options.TEACHER_WEIGHTS)
     return DistillationLoss(criterion, teacher, options.TYPE.lower(), options.ALPHA, options.TAU)
 
 
@@ -99,14 +74,10 @@ def build_training(config, model, loader):
     ema = optim.ModelEma(model) if config.TRAIN.MODEL_EMA else None
     network = paddle.DataParallel(model) if world_size() > 1 else model
     optimizer = optim.build_optimizer(config, model)
-    decayed, rest = ((len(group), sum(p.size for p in group)) for group in optim.parameter_groups(model))
-    LOG.info(f'weight decay on {decayed[0]} tensors ({decayed[1]:,} parameters), none on {rest[0]} tensors '
-             f'({rest[1]:,} parameters)')
+    LOG.info(optim.describe_groups(model))
     schedule = optim.build_schedule(config, loader.batch_sampler)
-    LOG.info(f'{schedule.total_steps} steps of {schedule.total_batch} images (processes {world_size()} x '
-             f'DATA.BATCH_SIZE {config.DATA.BATCH_SIZE} x TRAIN.ACCUM_ITER {config.TRAIN.ACCUM_ITER}), '
-             f'{schedule.steps_per_epoch} per epoch; learning rate up to {schedule.base:g}, weight decay '
-             f'{schedule.decay:g} to {schedule.end_decay:g}, EMA decay up to {schedule.max_ema_decay:g}')
+    LOG.info(f'processes {world_size()} x DATA.BATCH_SIZE {config.DATA.BATCH_SIZE} x TRAIN.ACCUM_ITER '
+             f'{config.TRAIN.ACCUM_ITER}: {schedule}')
     mixup = build_mixup(config)
     return engine.Training(model, network, build_criterion(config, bool(mixup)), optimizer, schedule, ema,
                            build_normalize(config), build_erase(config.TRAIN), mixup, engine.Precision(config),
@@ -153,7 +124,7 @@ class Run:
         """Save where it is time to; end the program where a rank is asked to stop."""
         self.part = part
         steps, freq = self.done * self.training.schedule.steps_per_epoch + part.steps, self.config.SAVE_FREQ_STEPS
-        if stopping or freq and steps % freq == 0:
+        if stopping or (freq and steps % freq == 0):
             self.save()
         if stopping:
             self.end()
@@ -200,7 +171,7 @@ class Run:
             'model_ema': training.ema.network.state_dict() if training.ema else {},
             'optimizer': optim.optimizer_state(training.optimizer, training.model),
         }
-        check_weights(tensors, when)
+        engine.check_tensors(tensors, f'a weight, or a number of the optimizer, after {when}')
         tensors['optimizer'] = tensors['optimizer'] or self.resumed_optimizer
         state = {
             **tensors,
@@ -216,14 +187,6 @@ class Run:
         from_main(lambda: folder.write_checkpoints(config.SAVE, checkpoint.to_arrays(state), config.SAVE_FREQ,
                                                    config.KEEP_CHECKPOINTS))
         self.last_checkpoint = f'{os.path.join(config.SAVE, checkpoint.LATEST)} ({when})'
-
-
-def check_weights(tensors, when):
-    """Raises: NotFiniteError, on all ranks alike, for a number in the dictionaries of tensors that is not finite."""
-    finite = [paddle.stack([tensor.isfinite().all() for tensor in group.values()]).numpy()
-              for group in tensors.values() if group]
-    good = reduce_over_ranks(np.concatenate(finite), 'MIN').all()
-    engine.check_finite(0.0 if good else np.nan, f'a weight, or a number of the optimizer, after {when}')
 
 
 def write_record(config, schedule, epoch, split, weights, metrics):
@@ -285,7 +248,7 @@ def resume_run(config, loader, path, state):
     if progress and not part:
         LOG.info(f'the checkpoint is within epoch {epoch + 1}, of {progress["total_batch"]} images in a step and '
                  f'{state["world_size"]} processes, this run has {schedule.total_batch} and {world_size()}: that '
-                 'epoch begins again')
+                 'epoch starts again')
     step = epoch * schedule.steps_per_epoch + (part.steps if part else 0)
     for name, then, now in (('processes', state['world_size'], world_size()), ('steps', state['step'], step)):
         if then != now:
@@ -361,17 +324,19 @@ def run_evaluation(config, loader):
 
 
 def find_facts(config, loaders):
-    """What must be equal on all ranks, by name. Machines may keep the data in different places, and weights in files of
-    their own that must be equal.
+    """What must be equal on all ranks, by name. Each machine may keep the data, and copies of the weights, in its own
+    place.
     """
     facts = {key: value for key, value in leaves(config) if key not in ('DATA.DATA_PATH', 'SAVE')}
-    teacher = None if config.EVAL else get_teacher_config(config)
-    for path in (config.MODEL.PRETRAINED, teacher.MODEL.PRETRAINED if teacher else ''):
-        if path:
-            facts[f'the SHA-256 of {path}'] = checkpoint.sha256(path)
-    for loader in loaders:
-        facts[f'images of {os.path.basename(loader.dataset.list_path)}'] = len(loader.dataset)
+    facts.update({f'the SHA-256 of {path}': checkpoint.sha256(path) for path in weight_files(config)})
+    facts.update({f'images of {os.path.basename(loader.dataset.list_path)}': len(loader.dataset) for loader in loaders})
     return facts
+
+
+def weight_files(config):
+    """The files that a run starts from: MODEL.PRETRAINED and the teacher's, where there are any."""
+    teacher = get_teacher_config(config)
+    return [path for path in (config.MODEL.PRETRAINED, teacher and teacher.MODEL.PRETRAINED) if path]
 
 
 def run(config):
@@ -383,10 +348,10 @@ def run(config):
     config = resolve_config(config)
     # the lists are read first: a wrong path leaves no folder behind
     loaders = [build_loader(config, is_train) for is_train in ([False] if config.EVAL else [True, False])]
-    checkpoint.check_exists(config.MODEL.PRETRAINED)
+    for path in weight_files(config):
+        checkpoint.check_exists(path)
     if not config.EVAL:
         optim.build_schedule(config, loaders[0].batch_sampler)  # all epochs have as many batches
-        get_teacher_config(config)
     check_agreement(lambda: find_facts(config, loaders))
     config = with_values(config, {'SAVE': from_main(lambda: folder.prepare_folder(
         config.SAVE, config.MODEL.RESUME, config.MODEL.NAME, config.EVAL))})

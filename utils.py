@@ -21,7 +21,7 @@ signal.pthread_sigmask(signal.SIG_SETMASK, _blocked)
 
 
 class UserError(ValueError):
-    """A mistake that the user can mend. The message is one line that names the value and the remedy."""
+    """A mistake that the user can fix. The message is one line that names the value and the remedy."""
 
 
 def silence_stdout():

@@ -95,13 +95,18 @@ class Loader:
             _WORKERS.update(set(multiprocessing.active_children()) - others)
         finally:
             signal.pthread_sigmask(signal.SIG_SETMASK, blocked)
-        while True:
-            start = time.perf_counter()
-            batch = next(batches, None)
-            self.waited += time.perf_counter() - start
-            if batch is None:
-                return
-            images, labels = batch
-            if images.ndim == 1:
-                raise pickle.loads(images.numpy().tobytes())
-            yield images, labels
+        try:
+            while True:
+                start = time.perf_counter()
+                batch = next(batches, None)
+                self.waited += time.perf_counter() - start
+                if batch is None:
+                    return
+                images, labels = batch
+                if images.ndim == 1:
+                    raise pickle.loads(images.numpy().tobytes())
+                yield images, labels
+        finally:
+            # a thread of Paddle's iterator (2.6.2, 3.3.1) keeps it and its workers alive, unless all has been read
+            if self.loader.num_workers:
+                batches._try_shutdown_all()

@@ -43,14 +43,14 @@ def prepare_runtime():
 
 
 def _import_paddle():
-    # the import warns of the number of threads chosen here and of a missing ccache: nothing a user could mend
+    # the import warns of the number of threads chosen here and of a missing ccache: nothing a user could fix
     try:
         with contextlib.redirect_stderr(io.StringIO()), warnings.catch_warnings():
             warnings.simplefilter('ignore')
             import paddle
     except ImportError as error:
         raise UserError(f'PaddlePaddle cannot be imported ({error}); libgomp.so.1 comes with the system (on Debian: '
-                        'apt install libgomp1), for anything else install PaddlePaddle anew') from None
+                        'apt install libgomp1), for anything else install PaddlePaddle again') from None
     if 'PADDLE_TRAINER_ID' in os.environ:
         # when a rank has gone, gloo aborts the others: their C++ stack traces are no news
         paddle.disable_signal_handler()

@@ -255,7 +255,7 @@ def _read_yaml(path, source):
         raise UserError(f'{source}: cannot read the config file ({error.strerror}); give one with -cfg') from None
     # PyYAML's own, and what else it raises, for values like the date 2022-02-30 or `!!int ""`
     except (yaml.YAMLError, ValueError, LookupError, AttributeError) as error:
-        raise UserError(f'{source}: not a YAML file ({one_line(str(error))}); mend it, or give another with '
+        raise UserError(f'{source}: not a YAML file ({one_line(str(error))}); fix it, or give another with '
                         '-cfg') from None
     tree = {} if tree is None else tree
     if not isinstance(tree, dict):

@@ -51,7 +51,8 @@ def test_a_run_of_two_processes(trained):
         for rest in (('train', 'raw', 48), ('val', 'raw', 35), ('val', 'ema', 35))]
     assert [row['image_size'] for row in rows if row['split'] == 'train'] == [24, 24, 32, 32]
     assert process.stderr == '' and process.stdout == (folder / 'log.txt').read_text()
-    assert '12 steps of 16 images (processes 2 x DATA.BATCH_SIZE 8 x TRAIN.ACCUM_ITER 1), 3 per epoch' in process.stdout
+    assert ('processes 2 x DATA.BATCH_SIZE 8 x TRAIN.ACCUM_ITER 1: 12 steps of 16 images, 3 per epoch; learning '
+            'rate up to ') in process.stdout
     assert checkpoint.load(str(folder / 'latest.pdparams'))['world_size'] == 2
 
 

@@ -1,5 +1,6 @@
 """Metrics, the training step and the evaluation, in one process."""
 import contextlib
+import multiprocessing
 
 import numpy as np
 import paddle
@@ -73,6 +74,25 @@ def test_networks_are_evaluated_in_one_pass(config, loaders):
         assert (metrics.loss, metrics.acc1, metrics.acc5, metrics.n) == (
             expected.loss, expected.acc1, expected.acc5, expected.n)
     assert together['raw'].loss != together['ema'].loss
+
+
+@pytest.mark.parametrize('training_too', [False, True])
+def test_workers_end_with_a_loop_that_is_left(config, fashion, training_too):
+    """As `sys.exit` leaves it: Python ends without them, though the exception keeps the loop's frame."""
+    config.DATA.DATA_PATH, config.DATA.BATCH_SIZE, config.DATA.NUM_WORKERS = str(fashion), 4, 2
+    loader = get_dataloader(config, get_dataset(config, training_too), training_too)
+
+    def leave(*args):
+        assert len(multiprocessing.active_children()) == 2
+        raise SystemExit
+    model = build_mobileone(config)
+    with pytest.raises(SystemExit) as error:
+        if training_too:
+            engine.train_one_epoch(build_training(config, model, loader), loader, engine.EpochPart.none(1),
+                                   after_step=leave)
+        else:
+            engine.evaluate([('raw', model)], loader, Normalize([0.5] * 3, [0.5] * 3), after_batch=leave)
+    assert error.value.__traceback__ and multiprocessing.active_children() == []
 
 
 def test_training_step(config, loaders):

@@ -107,7 +107,7 @@ def test_other_batches_begin_the_epoch_again(whole, tmp_path):
     faulty('terminate', 8, '-output', tmp_path / 'run', *opts, status=STOPPED)
     out = run(MAIN, '-output', tmp_path / 'run', '-resume', 'auto', *opts, 'DATA.BATCH_SIZE', '5').stdout
     assert 'the checkpoint counts 8 steps, this run 6: it goes on after epoch 1, but not bitwise' in out
-    assert ('is within epoch 2, of 12 images in a step and 1 processes, this run has 10 and 1: that epoch begins again'
+    assert ('is within epoch 2, of 12 images in a step and 1 processes, this run has 10 and 1: that epoch starts again'
             in out)
     rows = [row for row in records(tmp_path / 'run') if row['split'] == 'train']
     assert [(row['epoch'], row['step']) for row in rows] == [(1, 5), (2, 12), (3, 18), (4, 24)]

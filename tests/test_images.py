@@ -103,7 +103,7 @@ PNG = encoded(Image.fromarray(COLORS), 'PNG')
 
 
 @pytest.mark.parametrize('content, message', [
-    (None, r'No such file or directory\); mend the file or its line in the list'),
+    (None, r'No such file or directory\); fix the file or its line in the list'),
     (b'', 'no image in a format that Pillow knows'),
     (b'%!PS-Adobe-3.0 EPSF-3.0\n%%BoundingBox: 0 0 9 9\n%%EndComments\nshowpage\n', 'EPS, a program'),
     (b'not an image', 'no image in a format that Pillow knows'),

@@ -251,7 +251,7 @@ def test_an_unreadable_image_is_named(fashion, tmp_path, workers):
     line = fails(MAIN, '-output', tmp_path / 'run', *options(fashion, 'TRAIN.NUM_EPOCHS', '1', 'DATA.NUM_WORKERS',
                                                             workers)[2:], '-data_path', data)
     assert line == (f'main_single_gpu.py: error: {data}/val/no such.png: cannot read the image (No such file or '
-                    'directory); mend the file or its line in the list')
+                    'directory); fix the file or its line in the list')
 
 
 def test_a_loss_that_is_not_finite_is_said(fashion, tmp_path):

@@ -127,7 +127,7 @@ def test_base_errors(tmp_path):
     ('TRAIN:\n  STAGES: [{EPOCH: 1, RATE: x}]\n', r"TRAIN.STAGES\[0\].RATE is 'x', but must be float"),
     ('- a\n- b\n', r"holds \['a', 'b'\], but a config file is a mapping of keys to values"),
     ('SEED: 1\nSEED: 2\n', 'not a YAML file .SEED stands there twice.*line 1'),
-    ('a: [\n', 'not a YAML file .*; mend it, or give another with -cfg$'),
+    ('a: [\n', 'not a YAML file .*; fix it, or give another with -cfg$'),
     ('TRAIN:\n\tLR: 1\n', 'not a YAML file'),
     ('SAVE: 2022-02-30\n', 'not a YAML file .day is out of range'),
     ('SEED: !!int ""', 'not a YAML file'),

@@ -301,6 +301,7 @@ def small(tmp_path_factory):
         return file.read()
 
 
+@pytest.mark.filterwarnings('ignore:invalid escape sequence')  # Python's, of bytes that are text to pickletools
 def test_any_bytes_are_read_or_refused(small, long, tmp_path):
     """A checkpoint's bytes with changes, and pickles of other things: a value, or a UserError of one line."""
     path = str(tmp_path / 'w.pdparams')

@@ -44,6 +44,33 @@ def largest_difference(models, batches, normalize):
         return max(float((models[0](images) - models[1](images)).abs().max()) for images in map(normalize, batches))
 
 
+def compare(models, loader, config):
+    """Print a table on an unfused and a fused network, and how far their logits differ. loader: None for random images.
+    """
+    import paddle
+
+    from engine import evaluate
+    from transforms import Normalize
+    size, normalize = config.DATA.IMAGE_SIZE, Normalize(config.DATA.IMAGENET_MEAN, config.DATA.IMAGENET_STD)
+    rows = [('', 'unfused', 'fused')]
+    if loader:
+        metrics = evaluate(list(zip(rows[0][1:], models)), loader, normalize, config.REPORT_FREQ).values()
+        rows += [('top-1 accuracy', *(f'{m.acc1:.2f}%' for m in metrics)),
+                 ('top-5 accuracy', *(f'{m.acc5:.2f}%' for m in metrics))]
+        batches, compared = (images for images, _ in loader), f'{len(loader.dataset)} val images'
+    else:
+        paddle.seed(config.SEED)
+        batches, compared = [paddle.randint(0, 256, [8, size, size, 3]).astype('uint8')], '8 random images'
+    rows.append(('parameters', *(f'{count_parameters(model):,}' for model in models)))
+    for batch in (1, 32):
+        times = latencies(models, size, batch)
+        rows.append((f'latency, batch {batch}', *(f'{1000 * t:.2f} ms/image' for t in times)))
+    for row in rows:
+        print(f'{row[0]:18}{row[1]:>16}{row[2]:>16}')
+    difference = largest_difference(models, batches, normalize)
+    print(f'largest logit difference {difference:.2g} on {compared}, {size}x{size}, {paddle.device.get_device()}')
+
+
 def main():
     parser = get_parser(__doc__, ['data_path', 'image_size', 'pretrained'])
     parser.add_argument('-save', metavar='FILE', help='write the fused weights to this .pdparams or .safetensors')
@@ -58,46 +85,21 @@ def main():
         raise UserError(f'-save {args.save} would replace the unfused weights, and nothing brings them back: choose '
                         'another name')
     prepare_runtime()
-    import paddle
-
     from datasets import get_dataloader, get_dataset
-    from engine import evaluate
     from mobileone import model_convert
     from runtime import checkpoint
-    from transforms import Normalize
     from weights import is_fused, load_model
-    device = use_device()
+    use_device()
     loader = None if args.no_data else get_dataloader(config, get_dataset(config, False), False)
     setup_logger()
     model, _ = load_model(config, config.MODEL.PRETRAINED)
     if is_fused(model.state_dict()):
         raise UserError(f'{config.MODEL.PRETRAINED}: is fused already; give the unfused weights')
     model.eval()
-    models = [model, model_convert(model)]
+    fused = model_convert(model)
     if args.save:
-        checkpoint.save(models[1].state_dict(), args.save)
-
-    size, normalize = config.DATA.IMAGE_SIZE, Normalize(config.DATA.IMAGENET_MEAN, config.DATA.IMAGENET_STD)
-    rows = [('', 'unfused', 'fused')]
-    if loader:
-        results = evaluate(list(zip(('unfused', 'fused'), models)), loader, normalize, config.REPORT_FREQ)
-        metrics = list(results.values())
-        rows.append(('top-1 accuracy', *(f'{m.acc1:.2f}%' for m in metrics)))
-        rows.append(('top-5 accuracy', *(f'{m.acc5:.2f}%' for m in metrics)))
-        batches = (images for images, _ in loader)
-        compared = f'{metrics[0].n} val images'
-    else:
-        paddle.seed(config.SEED)
-        batches = [paddle.randint(0, 256, [8, size, size, 3]).astype('uint8')]
-        compared = '8 random images'
-    rows.append(('parameters', *(f'{count_parameters(m):,}' for m in models)))
-    for batch in (1, 32):
-        times = latencies(models, size, batch)
-        rows.append((f'latency, batch {batch}', *(f'{1000 * t:.2f} ms/image' for t in times)))
-    for row in rows:
-        print(f'{row[0]:18}{row[1]:>16}{row[2]:>16}')
-    difference = largest_difference(models, batches, normalize)
-    print(f'largest logit difference {difference:.2g} on {compared}, {size}x{size}, {device}')
+        checkpoint.save(fused.state_dict(), args.save)
+    compare([model, fused], loader, config)
     if args.save:
         print(f'fused weights: {args.save}')
 

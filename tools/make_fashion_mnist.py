@@ -38,7 +38,7 @@ def read_idx(path):
     except FileNotFoundError:
         raise UserError(f'{path}: no such file; -source is the folder of the four files (-h explains)') from None
     except (OSError, EOFError, ValueError, struct.error, zlib.error) as error:
-        raise UserError(f'{path}: cannot be read ({error}); copy it anew') from None
+        raise UserError(f'{path}: cannot be read ({error}); copy it again') from None
 
 
 def write_split(images, labels, folder, split, extension):
@@ -66,7 +66,7 @@ def main():
                           for kind in ('images-idx3', 'labels-idx1'))
         if images.ndim != 3 or labels.shape != images.shape[:1] or not len(labels) or labels.max() >= len(CLASSES):
             raise UserError(f'{args.source}: images {images.shape} and labels {labels.shape} of {prefix} do not belong '
-                            'together; copy the four files anew')
+                            'together; copy the four files again')
         write_split(images, labels, args.output, split, args.format)
         print(f'{args.output}/{split}_list.txt: {len(labels)} images')
     with open(os.path.join(args.output, 'class_names.txt'), 'w', encoding='utf-8') as file:

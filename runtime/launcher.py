@@ -26,7 +26,7 @@ def run_processes(command, count):
     for rank, endpoint in enumerate(endpoints):
         group = {'PADDLE_TRAINER_ID': rank, 'PADDLE_TRAINERS_NUM': count, 'PADDLE_LOCAL_SIZE': count,
                  'PADDLE_TRAINER_ENDPOINTS': ','.join(endpoints), 'PADDLE_CURRENT_ENDPOINT': endpoint,
-                 'FLAGS_selected_gpus': rank, 'MOBILEONE_PARENT': os.getpid()}
+                 'FLAGS_selected_gpus': rank, 'LAUNCHER_PID': os.getpid()}
         errors.append(tempfile.TemporaryFile())  # noqa: SIM115  open until the end
         processes.append(subprocess.Popen(command, stderr=errors[rank], env={
             **os.environ, **{name: str(value) for name, value in group.items()}}))

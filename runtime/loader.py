@@ -109,4 +109,4 @@ class Loader:
         finally:
             # a thread of Paddle's iterator (2.6.2, 3.3.1) keeps it and its workers alive, unless all has been read
             if self.loader.num_workers:
-                batches._try_shutdown_all()
+                batches._try_shutdown_all(1)  # second, for each worker: one that is stuck is ended at exit

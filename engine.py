@@ -1,6 +1,6 @@
 """The one training step, the one evaluation, the one epoch.
 
-The same code serves one process and many. A loop ends early (for a bad loss, or a request to stop) by values that are
+The same code serves one process and many. Training ends early (for a bad loss, or a request to stop) by values that are
 the same on every rank.
 """
 import contextlib
@@ -108,13 +108,17 @@ class EpochPart:
 
     @classmethod
     def resumed(cls, epoch, state, schedule):
-        """The part that a `state` says; None if the steps of this run are others, or its ranks."""
-        keys = ('steps_per_epoch', 'total_batch')
-        if (len(state['sums']) != world_size()
-                or [state[key] for key in keys] != [getattr(schedule, key) for key in keys]):
+        """The part that a `state` says; None for a part of other steps, or of other ranks, that is not the whole epoch.
+        """
+        steps, keys = state['steps'], ('steps_per_epoch', 'total_batch')
+        if len(state['sums']) == world_size() and all(state[key] == getattr(schedule, key) for key in keys):
+            *sums, n = state['sums'][rank()].tolist()
+        elif steps == state['steps_per_epoch']:
+            steps = schedule.steps_per_epoch
+            *sums, n = state['sums'].sum(axis=0).tolist() if rank() == 0 else np.zeros(4)
+        else:
             return None
-        *sums, n = state['sums'][rank()].tolist()
-        return cls(epoch, state['steps'], paddle.to_tensor(sums, dtype='float64'), round(n), state['seconds'])
+        return cls(epoch, steps, paddle.to_tensor(sums, dtype='float64'), round(n), state['seconds'])
 
 
 @dataclass

@@ -267,9 +267,12 @@ def save_config(config):
         path = os.path.join(config.SAVE, 'config-eval.yaml')
     saved = with_values(config, {'MODEL.RESUME': ''})  # it says how this process began, not what the run is
     if config.MODEL.RESUME and os.path.exists(path):
-        before = {key: value for key, value in leaves(get_config(path)) if key not in UNRELATED}
-        for line in folder.differences(before, dict(leaves(saved))):
-            LOG.info(f'not as in {path}, so the run does not go on bitwise as it would have: {line}')
+        try:
+            before = {key: value for key, value in leaves(get_config(path)) if key not in UNRELATED}
+            for line in folder.differences(before, dict(leaves(saved))):
+                LOG.info(f'not as in {path}, so the run does not go on bitwise as it would have: {line}')
+        except UserError as error:  # a key of an earlier version, for example
+            LOG.info(f'not compared with this run: {error}')
     with open(path, 'w', encoding='utf-8') as file:
         file.write(saved.dump(default_flow_style=None))
 
@@ -328,15 +331,17 @@ def find_facts(config, loaders):
     place.
     """
     facts = {key: value for key, value in leaves(config) if key not in ('DATA.DATA_PATH', 'SAVE')}
-    facts.update({f'the SHA-256 of {path}': checkpoint.sha256(path) for path in weight_files(config)})
+    facts.update({f'the SHA-256 of {path}': checkpoint.sha256(path) for path in weight_files(config).values()})
     facts.update({f'images of {os.path.basename(loader.dataset.list_path)}': len(loader.dataset) for loader in loaders})
     return facts
 
 
 def weight_files(config):
-    """The files that a run starts from: MODEL.PRETRAINED and the teacher's, where there are any."""
+    """{key: path} of the weights that a run starts from, its own and the teacher's, where there are any."""
     teacher = get_teacher_config(config)
-    return [path for path in (config.MODEL.PRETRAINED, teacher and teacher.MODEL.PRETRAINED) if path]
+    paths = {'MODEL.PRETRAINED': config.MODEL.PRETRAINED,
+             'TRAIN.DISTILLATION.TEACHER_WEIGHTS': teacher and teacher.MODEL.PRETRAINED}
+    return {key: path for key, path in paths.items() if path}
 
 
 def run(config):
@@ -348,8 +353,8 @@ def run(config):
     config = resolve_config(config)
     # the lists are read first: a wrong path leaves no folder behind
     loaders = [build_loader(config, is_train) for is_train in ([False] if config.EVAL else [True, False])]
-    for path in weight_files(config):
-        checkpoint.check_exists(path)
+    for key, path in weight_files(config).items():
+        checkpoint.check_exists(path, key)
     if not config.EVAL:
         optim.build_schedule(config, loaders[0].batch_sampler)  # all epochs have as many batches
     check_agreement(lambda: find_facts(config, loaders))

@@ -13,7 +13,8 @@ import sys
 
 from tqdm import tqdm
 
-# NumPy starts threads. They must leave SIGTERM to the main thread, which blocks it while it imports Paddle (program.py)
+# NumPy starts threads. They must leave SIGTERM to the main thread, which blocks it while it imports Paddle
+# (runtime/program.py)
 _blocked = signal.pthread_sigmask(signal.SIG_BLOCK, [signal.SIGTERM])
 import numpy as np  # noqa: E402
 

@@ -92,10 +92,10 @@ def to_arrays(state):
     return state.numpy() if isinstance(state, paddle.Tensor) else state
 
 
-def check_exists(path):
-    """Raises: UserError if `path`, unless empty, is no file."""
+def check_exists(path, key=''):
+    """Raises: UserError if `path`, unless empty, is no file. key: the config's that names it, for the message."""
     if path and not os.path.isfile(path):
-        raise UserError(f'{path}: no such weight file; give a .pdparams or .safetensors file')
+        raise UserError(f'{path}: no such weight file; check the path{f", {key}" if key else ""}')
 
 
 def sha256(path):

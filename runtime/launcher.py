@@ -26,7 +26,7 @@ def run_processes(command, count):
     for rank, endpoint in enumerate(endpoints):
         group = {'PADDLE_TRAINER_ID': rank, 'PADDLE_TRAINERS_NUM': count, 'PADDLE_LOCAL_SIZE': count,
                  'PADDLE_TRAINER_ENDPOINTS': ','.join(endpoints), 'PADDLE_CURRENT_ENDPOINT': endpoint,
-                 'FLAGS_selected_gpus': rank, 'LAUNCHER_PID': os.getpid()}
+                 'FLAGS_selected_gpus': rank, 'RUN_PROCESSES_PID': os.getpid()}
         errors.append(tempfile.TemporaryFile())  # noqa: SIM115  open until the end
         processes.append(subprocess.Popen(command, stderr=errors[rank], env={
             **os.environ, **{name: str(value) for name, value in group.items()}}))
@@ -47,6 +47,8 @@ def run_processes(command, count):
         sys.stderr.write(errors[failed].read().decode(errors='replace'))
         if status < 0:
             print(f'rank {failed} was ended by {signal.Signals(-status).name}', file=sys.stderr)
+        elif status == STOPPED and failed:  # of rank 0 it is said already
+            print(f'rank {failed} was asked to stop; -resume auto goes on', file=sys.stderr)
     return 128 - status if status < 0 else status
 
 

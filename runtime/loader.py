@@ -69,6 +69,15 @@ def _end_workers():
             os.kill(process.pid, signal.SIGUSR1)
 
 
+def _end_at_once(batches):
+    """End an iterator of Paddle's loader (2.6.2, 3.3.1) that is not read to its end: its own thread keeps it alive."""
+    batches._exit_thread_expectedly()
+    for worker in batches._workers:
+        if worker.is_alive():
+            os.kill(worker.pid, signal.SIGUSR1)  # it may be in the middle of a batch
+    batches._try_shutdown_all(1)
+
+
 class Loader:
     """Iterates over batches of tensors (uint8 [N, H, W, 3], int64 [N]); `waited` adds up the seconds this took.
 
@@ -107,6 +116,5 @@ class Loader:
                     raise pickle.loads(images.numpy().tobytes())
                 yield images, labels
         finally:
-            # a thread of Paddle's iterator (2.6.2, 3.3.1) keeps it and its workers alive, unless all has been read
-            if self.loader.num_workers:
-                batches._try_shutdown_all(1)  # second, for each worker: one that is stuck is ended at exit
+            if self.loader.num_workers and not batches._shutdown:
+                _end_at_once(batches)

@@ -102,7 +102,7 @@ def join_process_group():
     """Join the group that Paddle's launcher or main_multi_gpu.py has made of several processes, if one has."""
     import paddle
     if 'PADDLE_TRAINER_ID' in os.environ:
-        end_with_parent(int(os.environ.get('LAUNCHER_PID', 0)) or None)
+        end_with_parent(int(os.environ.get('RUN_PROCESSES_PID', 0)) or None)
     if int(os.environ.get('PADDLE_TRAINERS_NUM', 1)) == 1:
         return
     if not paddle.device.cuda.device_count():
@@ -158,7 +158,8 @@ def run_program(main):
     try:
         main()
     except SystemExit as error:
-        if error.code == STOPPED:  # as it was asked to: who asks once more, as launchers do, gets that status too
+        # as it was asked to: who asks once more, as launchers do, gets that status too
+        if error.code in (STOPPED, 128 + signal.SIGTERM):
             for number in STOP_SIGNALS:
                 signal.signal(number, signal.SIG_IGN)
         raise

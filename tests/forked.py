@@ -180,7 +180,7 @@ class _Popen(subprocess.Popen):
 
     def _execute_child(self, args, executable, preexec_fn, close_fds, pass_fds, cwd, env, startupinfo, creationflags,
                        shell, p2cread, p2cwrite, c2pread, c2pwrite, errread, errwrite, *more):
-        if 'LAUNCHER_PID' not in (env or ()):
+        if 'RUN_PROCESSES_PID' not in (env or ()):
             return super()._execute_child(args, executable, preexec_fn, close_fds, pass_fds, cwd, env, startupinfo,
                                           creationflags, shell, p2cread, p2cwrite, c2pread, c2pwrite, errread, errwrite,
                                           *more)

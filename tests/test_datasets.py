@@ -1,14 +1,10 @@
 """List files, samplers, and that batches depend on nothing but seed, epoch and rank."""
 import hashlib
-import signal
 
 import numpy as np
 import pytest
-from conftest import run
 
-import runtime.loader
 from datasets import EvalSampler, TrainSampler, describe_dataset, get_dataloader, get_dataset, read_list
-from runtime.program import STOP_SIGNALS
 from utils import UserError
 
 
@@ -145,42 +141,6 @@ def test_loaded_batch(config, fashion):
     assert sizes == [10, 10, 10, 5]
     config.DATA.BATCH_SIZE_EVAL = 0  # as BATCH_SIZE
     assert [len(labels) for _, labels in get_dataloader(config, get_dataset(config, False), False)] == [35]
-
-
-def test_a_worker_never_answers_a_signal_that_stops_a_run(config, fashion, monkeypatch):
-    """Nor before it ignores them: they are blocked while it is made."""
-    start = runtime.loader._start_worker
-
-    def checked(parent, worker):
-        assert signal.pthread_sigmask(signal.SIG_BLOCK, []) >= set(STOP_SIGNALS)
-        start(parent, worker)
-        assert all(signal.getsignal(number) == signal.SIG_IGN for number in STOP_SIGNALS)
-        assert not signal.pthread_sigmask(signal.SIG_BLOCK, []) & set(STOP_SIGNALS)
-    monkeypatch.setattr(runtime.loader, '_start_worker', checked)
-    config.DATA.DATA_PATH = str(fashion)
-    config.DATA.NUM_WORKERS = 1
-    loader = get_dataloader(config, get_dataset(config))
-    before = signal.pthread_sigmask(signal.SIG_BLOCK, [])
-    assert len(list(loader)) == len(loader)
-    assert signal.pthread_sigmask(signal.SIG_BLOCK, []) == before
-
-
-def test_other_processes_are_left_alone_at_the_end(tmp_path):
-    """Those that another part of the program has made, and multiprocessing ends."""
-    code = f"""
-import multiprocessing, pathlib, signal, time
-import datasets
-
-def work(ready):
-    signal.signal(signal.SIGUSR1, lambda number, frame: pathlib.Path({str(tmp_path / 'signalled')!r}).touch())
-    ready.set()
-    time.sleep(600)
-context = multiprocessing.get_context('fork')
-ready = context.Event()
-context.Process(target=work, args=[ready], daemon=True).start()
-ready.wait()"""
-    run('-c', code)
-    assert not (tmp_path / 'signalled').exists()
 
 
 def test_config_reaches_the_images(config, fashion):

@@ -346,6 +346,13 @@ def test_what_the_scripts_start(tmp_path, variables, flags, command):
         assert out == command.replace('OUT', 'o').replace('REST', rest) + '\n'
 
 
+def test_gpus_are_some_of_those_that_are_visible(tmp_path):
+    process = subprocess.run(['sh', 'run_train_multi.sh'], cwd=ROOT, capture_output=True, text=True, env={
+        **os.environ, 'CUDA_VISIBLE_DEVICES': '4,15', 'GPUS': '4,5', 'PYTHON': 'false'})
+    assert process.returncode == 2
+    assert process.stderr == 'launch.sh: error: GPUS is 4,5, but CUDA_VISIBLE_DEVICES allows only 4,15\n'
+
+
 def test_several_machines_need_an_address_and_a_number(tmp_path):
     process = subprocess.run(['sh', 'run_train_multi.sh'], cwd=ROOT, capture_output=True, text=True, env={
         **os.environ, 'NNODES': '2', 'RANK': '0', 'OUTPUT': str(tmp_path / 'run')})

@@ -302,7 +302,10 @@ def test_a_part_of_an_epoch_is_the_same_after_a_resume(config, loaders):
     again = engine.EpochPart.resumed(3, state, training.schedule)
     assert (again.epoch, again.steps, again.n, again.seconds) == (3, 2, 16, 12.5)
     assert again.sums.tolist() == part.sums.tolist()
-    # other steps, other images in a step, another number of processes
+    # other steps, other images in a step, another number of processes: but of a whole epoch
+    whole = {**state, 'steps': 3, 'steps_per_epoch': 3, 'sums': np.array([[1.0, 2.0, 3.0, 4.0], [5.0, 6.0, 7.0, 8.0]])}
+    again = engine.EpochPart.resumed(3, whole, training.schedule)
+    assert (again.steps, again.n, again.sums.tolist()) == (training.schedule.steps_per_epoch, 12, [6, 8, 10])
     for key, value in (('steps_per_epoch', 50), ('total_batch', 3), ('sums', np.zeros([2, 4]))):
         assert engine.EpochPart.resumed(3, {**state, key: value}, training.schedule) is None
 

@@ -272,11 +272,19 @@ def test_one_of_two_processes_is_asked_to_stop_in_an_evaluation(whole_of_two, tm
     folder, opts = whole_of_two
     args = ['-output', tmp_path / 'run', '-resume', 'auto', *opts]
     began = time.monotonic()
-    run(*FAULTY_TWO, 'terminate_evaluation', 6, TWO[0], *args, status=STOPPED, env=PATHS)
+    process = run(*FAULTY_TWO, 'terminate_evaluation', 6, TWO[0], *args, status=STOPPED, env=PATHS)
+    assert process.stderr.splitlines()[-1] == 'rank 1 was asked to stop; -resume auto goes on'
     assert time.monotonic() - began < 60
     latest = checkpoint.load(str(tmp_path / 'run/latest.pdparams'))
     assert latest['epoch'] == 1 and latest['progress']['steps'] == latest['progress']['steps_per_epoch'] == 5
     assert [row['split'] for row in records(tmp_path / 'run') if row['epoch'] == 2] == ['train']
+    # one process with batches twice as large trains no step of that epoch again
+    shutil.copytree(tmp_path / 'run', tmp_path / 'one')
+    out = run(MAIN, '-output', tmp_path / 'one', '-resume', 'auto', *opts, 'DATA.BATCH_SIZE', '6', 'TRAIN.NUM_EPOCHS',
+              '2').stdout
+    assert 'starts again' not in out and 'epoch 2/2 step' not in out
+    for row, other in zip(without_times(records(tmp_path / 'one')), without_times(records(folder))):
+        assert row.pop('loss') == pytest.approx(other.pop('loss'), rel=1e-4) and row['n'] == other['n']
     out = run(*TWO, *args).stdout
     assert 'after epoch 1 and 5 of 5 steps of the next, step 10' in out and 'bitwise' not in out
     assert_same_runs(folder, tmp_path / 'run')

@@ -82,7 +82,8 @@ from runtime import program
 program.prepare_runtime()
 atexit.register(lambda: [os.kill(os.getpid(), number) for number in program.STOP_SIGNALS])
 program.run_program(lambda: sys.exit(int(sys.argv[1])))"""
-    assert run('-c', code, program.STOPPED, status=program.STOPPED).stderr == ''
+    for status in (program.STOPPED, 128 + signal.SIGTERM):
+        assert run('-c', code, status, status=status).stderr == ''
     assert 'KeyboardInterrupt' in run('-c', code, 3, status=3).stderr  # as after any other end
 
 

@@ -104,10 +104,22 @@ def test_a_run_that_is_done_is_left_as_it_is(whole, tmp_path):
     again = tmp_path / 'again'
     shutil.copytree(folder, again)
     out = run(MAIN, '-output', again, '-resume', 'auto', *opts).stdout
-    assert f'resumed {again}/latest.pdparams after epoch 4' in out
+    assert f'resumed {again}/latest.pdparams after epoch 4' in out and 'not compared' not in out
     for path in folder.iterdir():
         if path.name not in ('log.txt', 'config.yaml'):
             assert path.read_bytes() == (again / path.name).read_bytes(), path
+
+
+def test_a_config_of_an_earlier_version_is_no_obstacle(whole, tmp_path):
+    folder, opts = whole
+    again = tmp_path / 'again'
+    shutil.copytree(folder, again)
+    text = (again / 'config.yaml').read_text()
+    (again / 'config.yaml').write_text(text.replace('  SMOOTHING:', '  MODEL_EMA_FORCE_CPU: true\n  SMOOTHING:'))
+    out = run(MAIN, '-output', again, '-resume', 'auto', *opts).stdout
+    assert (f'not compared with this run: {again}/config.yaml: TRAIN.MODEL_EMA_FORCE_CPU is True, but is not '
+            'supported: remove it') in out and 'all 4 epochs are done' in out
+    assert (again / 'config.yaml').read_text().replace(str(again), str(folder)) == text
 
 
 def test_fewer_steps_do_not_make_a_checkpoint_older(whole, tmp_path):

@@ -13,6 +13,12 @@ case ${1:-} in -h | --help)
 esac
 output=$1
 shift
+for gpu in $(echo "${GPUS:-}" | tr , ' '); do
+    case ",${CUDA_VISIBLE_DEVICES:-$GPUS}," in *",$gpu,"*) ;; *)
+        echo "launch.sh: error: GPUS is $GPUS, but CUDA_VISIBLE_DEVICES allows only $CUDA_VISIBLE_DEVICES" >&2
+        exit 2 ;;
+    esac
+done
 if [ "${NNODES:-1}" = 1 ]; then
     [ -z "${GPUS:-}" ] || export CUDA_VISIBLE_DEVICES="$GPUS"
     exec "${PYTHON:-python}" main_multi_gpu.py ${PADDLE_NPROC_PER_NODE:+-nproc "$PADDLE_NPROC_PER_NODE"} \

@@ -53,11 +53,13 @@ def _start_worker(parent, worker):
     """Let a worker live as long as its parent: the parent alone answers STOP_SIGNALS, which all processes may get."""
     for number in STOP_SIGNALS:
         signal.signal(number, signal.SIG_IGN)
-    signal.pthread_sigmask(signal.SIG_UNBLOCK, STOP_SIGNALS)
     signal.signal(signal.SIGUSR1, lambda number, frame: sys.exit())
     end_with_parent(parent)
+    signal.pthread_sigmask(signal.SIG_UNBLOCK, _WORKERS_SIGNALS)
 
 
+# a worker inherits their block, until it has said what it does about them
+_WORKERS_SIGNALS = (*STOP_SIGNALS, signal.SIGUSR1)
 _WORKERS = weakref.WeakSet()  # of the loaders of this process
 
 
@@ -96,8 +98,7 @@ class Loader:
         return len(self.batch_sampler)
 
     def __iter__(self):
-        # a new worker inherits the block, until it ignores them
-        blocked = signal.pthread_sigmask(signal.SIG_BLOCK, STOP_SIGNALS)
+        blocked = signal.pthread_sigmask(signal.SIG_BLOCK, _WORKERS_SIGNALS)
         others = set(multiprocessing.active_children())
         try:
             batches = iter(self.loader)

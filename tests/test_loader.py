@@ -50,21 +50,39 @@ ready.wait()"""
     assert not (tmp_path / 'signalled').exists()
 
 
-class Slow(Dataset):
-    """One item a second."""
+class Images(Dataset):
+    """A thousand images, each of which takes some seconds."""
+
+    def __init__(self, seconds):
+        super().__init__()
+        self.seconds = seconds
 
     def __len__(self):
         return 1000
 
     def __getitem__(self, index):
-        time.sleep(1)
+        time.sleep(self.seconds)
         return np.zeros([2, 2, 3], 'uint8'), index
 
 
 def test_busy_workers_end_at_once():
-    loader = Loader(Slow(), [[index] for index in range(3)] + [list(range(100))] * 20, num_workers=3)
+    loader = Loader(Images(1), [[index] for index in range(3)] + [list(range(100))] * 20, num_workers=3)
     with contextlib.closing(iter(loader)) as batches:
         next(batches)
         assert len(multiprocessing.active_children()) == 3
         began = time.monotonic()
     assert time.monotonic() - began < 3 and multiprocessing.active_children() == []
+
+
+def test_workers_that_have_hardly_started_end_at_once(monkeypatch):
+    """A signal that finds them without an answer to it would be an error of the loader's."""
+    start = runtime.loader._start_worker
+
+    def late(parent, worker):
+        time.sleep(worker)
+        start(parent, worker)
+    monkeypatch.setattr(runtime.loader, '_start_worker', late)
+    with contextlib.closing(iter(Loader(Images(0), [[index] for index in range(100)], num_workers=2))) as batches:
+        next(batches)
+    time.sleep(0.1)
+    assert multiprocessing.active_children() == []

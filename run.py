@@ -3,6 +3,7 @@
 Of several processes, rank 0 alone writes; what is decided (an error, the best epoch) is decided from values that are
 the same on every rank.
 """
+import contextlib
 import os
 import re
 import sys
@@ -20,6 +21,7 @@ from losses import DistillationLoss, LabelSmoothingCrossEntropyLoss, SoftTargetC
 from mixup import build_mixup
 from mobileone import build_mobileone
 from runtime import checkpoint, folder
+from runtime.loader import shared_memory
 from runtime.program import STOPPED, StopRequest
 from runtime.settings import leaves
 from transforms import Normalize, RandomErase
@@ -326,6 +328,21 @@ def run_evaluation(config, loader):
     write_record(config, None, 0, 'val', name, results[name])
 
 
+def check_shared_memory(config):
+    """Raises: UserError where /dev/shm has no room for the batches that data workers hand over."""
+    data, train = config.DATA, config.TRAIN
+    batches = [((data.BATCH_SIZE_EVAL or data.BATCH_SIZE) * data.IMAGE_SIZE ** 2, 1)]
+    if not config.EVAL:
+        side = max([stage['IMAGE_SIZE'] for stage in train.CURRICULUM] or [data.IMAGE_SIZE])
+        batches.append((data.BATCH_SIZE * side ** 2, train.ACCUM_ITER))
+    for pixels, kept in batches:
+        needed, free = (round(count / 2 ** 20) for count in shared_memory(data.NUM_WORKERS, 3 * pixels, kept))
+        if needed > free:
+            raise UserError(f'/dev/shm has {free} MiB free, but the batches of {data.NUM_WORKERS} data workers need '
+                            f'{needed} MiB: start the container with --shm-size={2 * needed}m or --ipc=host, or set '
+                            'DATA.NUM_WORKERS 0')
+
+
 def find_facts(config, loaders):
     """What must be equal on all ranks, by name. Each machine may keep the data, and copies of the weights, in its own
     place.
@@ -357,10 +374,18 @@ def run(config):
         checkpoint.check_exists(path, key)
     if not config.EVAL:
         optim.build_schedule(config, loaders[0].batch_sampler)  # all epochs have as many batches
+    check_shared_memory(config)
     check_agreement(lambda: find_facts(config, loaders))
     config = with_values(config, {'SAVE': from_main(lambda: folder.prepare_folder(
         config.SAVE, config.MODEL.RESUME, config.MODEL.NAME, config.EVAL))})
     setup_logger(config.SAVE)
+    with contextlib.ExitStack() as stack:
+        if not config.EVAL:
+            from_main(lambda: stack.enter_context(folder.locked(config.SAVE)))
+        _run_in_folder(config, loaders)
+
+
+def _run_in_folder(config, loaders):
     LOG.info(f'PaddlePaddle {paddle.__version__} on {paddle.device.get_device()}, processes: {world_size()}, folder '
              f'{config.SAVE}, config:\n{config.dump(default_flow_style=None).rstrip()}')
     for loader in loaders:

@@ -13,12 +13,24 @@ import sys
 
 from tqdm import tqdm
 
+
+@contextlib.contextmanager
+def blocked(signals):
+    """Hold back signals of this thread, and of what it starts, while it is open, where the system can (not Windows)."""
+    if not hasattr(signal, 'pthread_sigmask'):
+        yield
+        return
+    before = signal.pthread_sigmask(signal.SIG_BLOCK, signals)
+    try:
+        yield
+    finally:
+        signal.pthread_sigmask(signal.SIG_SETMASK, before)
+
+
 # NumPy starts threads. They must leave SIGTERM to the main thread, which blocks it while it imports Paddle
 # (runtime/program.py)
-_blocked = signal.pthread_sigmask(signal.SIG_BLOCK, [signal.SIGTERM])
-import numpy as np  # noqa: E402
-
-signal.pthread_sigmask(signal.SIG_SETMASK, _blocked)
+with blocked([signal.SIGTERM]):
+    import numpy as np
 
 
 class UserError(ValueError):

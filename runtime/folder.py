@@ -1,4 +1,5 @@
 """The folder of a run: its log.jsonl and checkpoints, and what of them a resumed run goes on from."""
+import contextlib
 import glob
 import itertools
 import json
@@ -34,6 +35,31 @@ def prepare_folder(save, resume, name, is_evaluation):
         raise UserError(f'{folder}: holds the results of another run ({os.path.basename(min(results))}); choose '
                         'another -output, go on with it by -resume auto, or remove it')
     return folder
+
+
+@contextlib.contextmanager
+def locked(folder):
+    """Keep other trainings out of a folder while it is open: by a lock on its log.txt, which ends with the process.
+
+    Network disks have such locks or say that they have none, which is logged.
+    Raises: UserError when another training has it.
+    """
+    import fcntl
+    with open(os.path.join(folder, 'log.txt'), 'ab') as file:
+        deadline = time.monotonic() + 2
+        while True:
+            try:
+                fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+                break
+            except BlockingIOError:
+                if time.monotonic() > deadline:
+                    raise UserError(f'{folder}: another training is writing there; wait until it has ended, or choose '
+                                    'another -output') from None
+                time.sleep(0.1)  # the workers of one that was killed have it for a moment
+            except OSError as error:
+                LOG.info(f'{folder}: cannot be locked ({error.strerror}); see to it that one training uses it')
+                break
+        yield
 
 
 def _new_folder(path):

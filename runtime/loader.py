@@ -14,7 +14,7 @@ import numpy as np
 from paddle.io import DataLoader, Dataset
 
 from runtime.program import STOP_SIGNALS, end_with_parent
-from utils import UserError
+from utils import UserError, blocked
 
 
 class _Caught(Dataset):
@@ -53,13 +53,13 @@ def _start_worker(parent, worker):
     """Let a worker live as long as its parent: the parent alone answers STOP_SIGNALS, which all processes may get."""
     for number in STOP_SIGNALS:
         signal.signal(number, signal.SIG_IGN)
-    signal.signal(signal.SIGUSR1, lambda number, frame: sys.exit())
+    signal.signal(_END, lambda number, frame: sys.exit())
     end_with_parent(parent)
-    signal.pthread_sigmask(signal.SIG_UNBLOCK, _WORKERS_SIGNALS)
+    signal.pthread_sigmask(signal.SIG_UNBLOCK, [*STOP_SIGNALS, _END])
 
 
-# a worker inherits their block, until it has said what it does about them
-_WORKERS_SIGNALS = (*STOP_SIGNALS, signal.SIGUSR1)
+# what ends a worker: a signal that nobody else sends. Windows has none, nor workers that are forked
+_END = getattr(signal, 'SIGRTMIN', None)
 _WORKERS = weakref.WeakSet()  # of the loaders of this process
 
 
@@ -68,7 +68,38 @@ def _end_workers():
     """End the workers of loaders that were left, before multiprocessing waits for them: its SIGTERM they ignore."""
     for process in multiprocessing.active_children():
         if process in _WORKERS:
-            os.kill(process.pid, signal.SIGUSR1)
+            os.kill(process.pid, _END)
+
+
+def _name_the_dead(paddles_handler):
+    """A handler of SIGCHLD which, where Paddle's says that a worker has died, names it and what may be the cause."""
+    causes = {'SIGKILL': 'memory may not suffice: use fewer data workers or smaller batches',
+              'SIGBUS': '/dev/shm may be full: use fewer data workers, or start the container with a larger --shm-size'}
+
+    def handler(number, frame):
+        try:
+            paddles_handler(number, frame)
+        except Exception as error:
+            for worker in list(_WORKERS):
+                if worker.exitcode and worker.exitcode < 0:
+                    name = signal.Signals(-worker.exitcode).name
+                    raise UserError(f'data worker {worker.pid} was ended by {name}; '
+                                    f'{causes.get(name, "see what sent it")}') from None
+            raise error
+    handler.is_ours = True
+    return handler
+
+
+def shared_memory(num_workers, batch_bytes, kept=1):
+    """Bytes of /dev/shm that the loaders of this machine's processes need, and that are free; (0, 0) without workers.
+
+    kept: batches that their user holds at a time. Paddle's loader (2.6.2, 3.3.1) has two for each worker on their way.
+    """
+    if not num_workers or not os.path.isdir('/dev/shm'):
+        return 0, 0
+    space = os.statvfs('/dev/shm')
+    processes = int(os.environ.get('PADDLE_LOCAL_SIZE', 1))
+    return processes * (2 * num_workers + kept) * batch_bytes, space.f_bavail * space.f_frsize
 
 
 def _end_at_once(batches):
@@ -76,7 +107,7 @@ def _end_at_once(batches):
     batches._exit_thread_expectedly()
     for worker in batches._workers:
         if worker.is_alive():
-            os.kill(worker.pid, signal.SIGUSR1)  # it may be in the middle of a batch
+            os.kill(worker.pid, _END)  # it may be in the middle of a batch
     batches._try_shutdown_all(1)
 
 
@@ -98,13 +129,12 @@ class Loader:
         return len(self.batch_sampler)
 
     def __iter__(self):
-        blocked = signal.pthread_sigmask(signal.SIG_BLOCK, _WORKERS_SIGNALS)
         others = set(multiprocessing.active_children())
-        try:
+        with blocked([*STOP_SIGNALS, _END]):  # in the workers too, until each has said what it does about them
             batches = iter(self.loader)
-            _WORKERS.update(set(multiprocessing.active_children()) - others)
-        finally:
-            signal.pthread_sigmask(signal.SIG_SETMASK, blocked)
+        _WORKERS.update(set(multiprocessing.active_children()) - others)
+        if self.loader.num_workers and not hasattr(signal.getsignal(signal.SIGCHLD), 'is_ours'):
+            signal.signal(signal.SIGCHLD, _name_the_dead(signal.getsignal(signal.SIGCHLD)))
         try:
             while True:
                 start = time.perf_counter()

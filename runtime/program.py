@@ -13,10 +13,11 @@ import sys
 import threading
 import warnings
 
-from utils import UserError, program_name, silence_stdout
+from utils import UserError, blocked, program_name, silence_stdout
 
-# what asks a run to stop: Ctrl-C, and a system or a scheduler that wants its machine back
-STOP_SIGNALS = (signal.SIGINT, signal.SIGTERM)
+# what asks a run to stop: Ctrl-C, a closed terminal, a system or a scheduler that wants its machine back
+STOP_SIGNALS = tuple(getattr(signal, name) for name in ('SIGINT', 'SIGTERM', 'SIGHUP', 'SIGUSR1', 'SIGUSR2', 'SIGXCPU')
+                     if hasattr(signal, name))  # Windows has the first two
 # exit status of a training that was asked to stop, and goes on with -resume: "try again later" of sysexits.h
 STOPPED = 75
 
@@ -32,12 +33,9 @@ def prepare_runtime():
         _prepare_cpu()
     # Paddle (2.6.2, 3.3.1) answers SIGTERM with a stack trace, in which a data worker just forked may deadlock; and it
     # leaves its batches in shared memory, unless Python ends in order. So the signal waits until it can be answered
-    blocked = signal.pthread_sigmask(signal.SIG_BLOCK, [signal.SIGTERM])
-    try:
+    with blocked([signal.SIGTERM]):
         _import_paddle()
         signal.signal(signal.SIGTERM, lambda number, frame: sys.exit(128 + number))
-    finally:
-        signal.pthread_sigmask(signal.SIG_SETMASK, blocked)
     # said at every start of a training, of what batch norms do anyway
     warnings.filterwarnings('ignore', 'When training, we now always track global mean and variance')
 
@@ -123,6 +121,13 @@ def end_with_parent(parent=None):
             os._exit(1)
 
 
+def answer(handler):
+    """Let a handler answer STOP_SIGNALS, but a closed terminal under nohup. Returns: {number: handler before}."""
+    ignored = [number for number in STOP_SIGNALS
+               if number.name == 'SIGHUP' and signal.getsignal(number) == signal.SIG_IGN]
+    return {number: signal.signal(number, handler) for number in STOP_SIGNALS if number not in ignored}
+
+
 class StopRequest:
     """While it is open, the first of STOP_SIGNALS is remembered as `name`, to be answered when it suits.
 
@@ -136,7 +141,7 @@ class StopRequest:
 
     def __enter__(self):
         if threading.current_thread() is threading.main_thread():
-            self._before = {number: signal.signal(number, self._remember) for number in STOP_SIGNALS}
+            self._before = answer(self._remember)
         return self
 
     def _remember(self, number, frame):
@@ -160,8 +165,7 @@ def run_program(main):
     except SystemExit as error:
         # as it was asked to: who asks once more, as launchers do, gets that status too
         if error.code in (STOPPED, 128 + signal.SIGTERM):
-            for number in STOP_SIGNALS:
-                signal.signal(number, signal.SIG_IGN)
+            answer(signal.SIG_IGN)
         raise
     except UserError as error:
         sys.exit(_fail(str(error), 2))

@@ -1,4 +1,6 @@
 """Run a program with a fault at a NUMBER-th call: python faults.py FAULT NUMBER PROGRAM [ARGUMENT ...]."""
+import functools
+import multiprocessing
 import os
 import runpy
 import signal
@@ -46,6 +48,13 @@ def die_half_written(save, state, path):
     die()
 
 
+def kill_worker(*args):
+    """The one that was made last, which may have nothing to do."""
+    worker = max(multiprocessing.active_children(), key=lambda process: process.pid)
+    os.kill(worker.pid, signal.SIGKILL)
+    time.sleep(1)
+
+
 def send(name):
     return lambda *args: os.kill(os.getpid(), getattr(signal, name))
 
@@ -61,6 +70,11 @@ FAULTS = {
     'rename': lambda number: on_call(os, 'replace', number, die, lambda source, path: path.endswith('.pdparams')),
     'evaluation': lambda number: on_call(engine, 'batch_sums', number, die, lambda *args: not paddle.is_grad_enabled()),
     'terminate': lambda number: on_call(engine, 'train_step', number, send('SIGTERM')),
+    **{name: functools.partial(lambda name, number: on_call(engine, 'train_step', number, send(name)), name)
+       for name in ('SIGHUP', 'SIGUSR1', 'SIGUSR2', 'SIGXCPU')},
+    'worker': lambda number: on_call(engine, 'train_step', number, kill_worker),
+    'worker_evaluation': lambda number: on_call(engine, 'batch_sums', number, kill_worker,
+                                                lambda *args: not paddle.is_grad_enabled()),
     'interrupt': lambda number: on_call(engine, 'train_step', number, send('SIGINT')),
     'terminate_evaluation': lambda number: on_call(engine, 'batch_sums', number, send('SIGTERM'),
                                                    lambda *args: not paddle.is_grad_enabled()),

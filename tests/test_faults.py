@@ -25,6 +25,10 @@ RUN = ['TRAIN.NUM_EPOCHS', '4', 'TRAIN.ACCUM_ITER', '2', 'DATA.BATCH_SIZE', '6',
        'SAVE_FREQ', '2', 'SAVE_FREQ_STEPS', '2', 'DATA.NUM_WORKERS', '2']
 
 
+LONG = ['TRAIN.NUM_EPOCHS', '3000', 'DATA.NUM_WORKERS', '2']
+TWO = ['main_multi_gpu.py', '-nproc', '2']
+
+
 @pytest.fixture(scope='module')
 def whole(fashion, tmp_path_factory):
     """A run that nothing interrupts, and its options."""
@@ -102,6 +106,53 @@ def test_asked_to_stop(whole, tmp_path, fault, number, where):
     assert_same_runs(folder, tmp_path / 'run')
 
 
+@pytest.mark.parametrize('name', ['SIGHUP', 'SIGUSR1', 'SIGUSR2', 'SIGXCPU'])
+def test_signals_before_a_machine_is_taken_away(whole, tmp_path, name):
+    """SLURM's --signal, a closed terminal, a limit of the processor's time."""
+    _, opts = whole
+    process = run(FAULTS, name, 3, MAIN, '-output', tmp_path / 'run', *opts, status=STOPPED, env=PATHS)
+    assert f'stopped by {name}; -resume auto goes on from' in process.stdout
+    assert checkpoint.load_training(str(tmp_path / 'run/latest.pdparams'))['step'] == 3
+
+
+@pytest.mark.parametrize('fault', ['worker', 'worker_evaluation'])
+@pytest.mark.parametrize('count', [1, 2])
+def test_a_data_worker_that_is_killed_ends_all(fashion, tmp_path, fault, count):
+    """By the out-of-memory killer, for example, and with more workers than batches."""
+    start = [FAULTS] if count == 1 else ['-c', GROUP, '2', FAULTS]
+    began = time.monotonic()
+    process = run(*start, fault, 1, TWO[0], '-output', tmp_path / 'run', *options(
+        fashion, 'DATA.BATCH_SIZE', '20', 'DATA.BATCH_SIZE_EVAL', '20', 'DATA.NUM_WORKERS', '5'), status=2, env=PATHS)
+    assert time.monotonic() - began < 60
+    assert re.fullmatch(r'\S+: error: (rank 1: )?data worker \d+ was ended by SIGKILL; memory may not suffice: use '
+                        r'fewer data workers or smaller batches\n', process.stderr), process.stderr
+
+
+def test_nohup_is_heeded(whole, tmp_path):
+    _, opts = whole
+    code = ('import runpy, signal, sys; signal.signal(signal.SIGHUP, signal.SIG_IGN); sys.argv[:1] = []; '
+            'runpy.run_path(sys.argv[0], run_name="__main__")')
+    process = run('-c', code, FAULTS, 'SIGHUP', 3, MAIN, '-output', tmp_path / 'run', *opts, 'TRAIN.NUM_EPOCHS', '1',
+                  env=PATHS)
+    assert 'stopped' not in process.stdout and process.stderr == ''
+
+
+def test_two_runs_do_not_mix(fashion, tmp_path):
+    """The lock of a run ends with it, however it ends; an evaluation needs none."""
+    opts = options(fashion, *LONG)
+    process = start([MAIN, '-output', tmp_path / 'run', *opts], tmp_path / 'run')
+    before = (tmp_path / 'run/config.yaml').read_bytes()
+    for command in ([MAIN], TWO):
+        line = fails(*command, '-output', tmp_path / 'run', '-resume', 'auto', *opts, 'SEED', '5')
+        assert f'{tmp_path}/run: another training is writing there; wait until it has ended, or choose' in line
+    run(MAIN, '-output', tmp_path / 'run', '-eval', '-pretrained', tmp_path / 'run/latest.pdparams', *opts)
+    assert (tmp_path / 'run/config.yaml').read_bytes() == before and process.poll() is None
+    process.kill()
+    process.wait()
+    out = run(MAIN, '-output', tmp_path / 'run', '-resume', 'auto', *opts, 'TRAIN.NUM_EPOCHS', '1').stdout
+    assert 'resumed' in out
+
+
 def test_other_batches_begin_the_epoch_again(whole, tmp_path):
     _, opts = whole
     faulty('terminate', 8, '-output', tmp_path / 'run', *opts, status=STOPPED)
@@ -137,9 +188,6 @@ def start(args, folder, **kwargs):
 def wait_for_checkpoint(process, folder):
     wait_until(lambda: process.poll() is not None or (folder / 'latest.pdparams').exists(), 60)
     assert process.poll() is None
-
-
-LONG = ['TRAIN.NUM_EPOCHS', '3000', 'DATA.NUM_WORKERS', '2']
 
 
 def test_a_signal_to_all_of_a_group(fashion, tmp_path):
@@ -222,7 +270,6 @@ def test_a_folder_that_goes_away(whole, tmp_path):
 
 # several processes: what a run of two has that is asked to stop, and one that is killed
 
-TWO = ['main_multi_gpu.py', '-nproc', '2']
 LAUNCHER = [sys.executable, '-m', 'paddle.distributed.launch', '--nproc_per_node', '2']
 FAULTY_TWO = ['-c', GROUP, '2', FAULTS]
 BOTH = ['DATA.BATCH_SIZE', '3', 'REPORT_FREQ', '2']

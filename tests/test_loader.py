@@ -1,16 +1,21 @@
 """Data workers: which signals they answer, and how they end."""
 import contextlib
 import multiprocessing
+import os
+import shutil
 import signal
+import subprocess
+import sys
 import time
 
 import numpy as np
-from conftest import run
+import pytest
+from conftest import ROOT, options, run
 from paddle.io import Dataset
 
 import runtime.loader
 from datasets import get_dataloader, get_dataset
-from runtime.loader import Loader
+from runtime.loader import Loader, shared_memory
 from runtime.program import STOP_SIGNALS
 
 
@@ -39,7 +44,7 @@ import multiprocessing, pathlib, signal, time
 import datasets
 
 def work(ready):
-    signal.signal(signal.SIGUSR1, lambda number, frame: pathlib.Path({str(tmp_path / 'signalled')!r}).touch())
+    signal.signal(signal.SIGRTMIN, lambda number, frame: pathlib.Path({str(tmp_path / 'signalled')!r}).touch())
     ready.set()
     time.sleep(600)
 context = multiprocessing.get_context('fork')
@@ -53,16 +58,17 @@ ready.wait()"""
 class Images(Dataset):
     """A thousand images, each of which takes some seconds."""
 
-    def __init__(self, seconds):
+    def __init__(self, seconds, side=2):
         super().__init__()
         self.seconds = seconds
+        self.side = side
 
     def __len__(self):
         return 1000
 
     def __getitem__(self, index):
         time.sleep(self.seconds)
-        return np.zeros([2, 2, 3], 'uint8'), index
+        return np.zeros([self.side, self.side, 3], 'uint8'), index
 
 
 def test_busy_workers_end_at_once():
@@ -86,3 +92,43 @@ def test_workers_that_have_hardly_started_end_at_once(monkeypatch):
         next(batches)
     time.sleep(0.1)
     assert multiprocessing.active_children() == []
+
+
+@pytest.mark.parametrize('workers', [1, 3])
+def test_the_need_of_shared_memory_is_what_is_used(workers):
+    def used():
+        space = os.statvfs('/dev/shm')
+        return (space.f_blocks - space.f_bfree) * space.f_frsize
+    before, peak, size = used(), 0, 16 * 512 * 512 * 3
+    loader = Loader(Images(0, 512), [list(range(16))] * 100, workers)
+    with contextlib.closing(iter(loader)) as batches:
+        for _ in range(8):
+            batch = next(batches)
+            time.sleep(0.3)  # until the workers wait
+            peak = max(peak, used() - before)
+        del batch
+    assert shared_memory(workers, size)[0] == pytest.approx(peak, rel=0.1)
+
+
+def can_mount():
+    return subprocess.run(['unshare', '-m', 'mount', '-t', 'tmpfs', 'tmpfs', '/dev/shm'],
+                          capture_output=True).returncode == 0 if shutil.which('unshare') else False
+
+
+@pytest.mark.skipif(not can_mount(), reason='needs the right to mount')
+@pytest.mark.parametrize('count', [1, 2])
+def test_a_small_dev_shm_is_said_before_the_first_batch(fashion, tmp_path, count):
+    """Of a container, for example, whose default is 64 MB."""
+    command = [sys.executable, 'main_multi_gpu.py', '-nproc', count, '-output', tmp_path / 'run', *options(
+        fashion, 'DATA.IMAGE_SIZE', '224', 'DATA.NUM_WORKERS', '2')]
+    process = subprocess.run(['unshare', '-m', 'sh', '-c', 'mount -t tmpfs -o size=1m tmpfs /dev/shm; exec "$@"', 'sh',
+                              *map(str, command)], cwd=ROOT, capture_output=True, text=True)
+    assert process.returncode == 2 and not (tmp_path / 'run').exists()
+    # five batches of 16 images of 147 KiB in each process
+    needed = {1: 11, 2: 23}[count]
+    assert process.stderr == (
+        f'main_multi_gpu.py: error: /dev/shm has 1 MiB free, but the batches of 2 data workers need {needed} MiB: '
+        f'start the container with --shm-size={2 * needed}m or --ipc=host, or set DATA.NUM_WORKERS 0\n')
+    command += ['DATA.NUM_WORKERS', '0', 'TRAIN.NUM_EPOCHS', '1']
+    assert subprocess.run(['unshare', '-m', 'sh', '-c', 'mount -t tmpfs -o size=1m tmpfs /dev/shm; exec "$@"', 'sh',
+                           *map(str, command)], cwd=ROOT, capture_output=True).returncode == 0

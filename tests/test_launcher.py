@@ -1,0 +1,33 @@
+"""Several processes on one machine: what is seen of them while they run."""
+import os
+import time
+
+from conftest import ROOT
+from forked import Program
+
+GROUP = ('import sys, runtime.launcher as l; l.HELD = 0.5; '
+         'sys.exit(l.run_processes([sys.executable, *sys.argv[1:]], 2))')
+
+
+def test_what_a_process_writes_is_seen_while_it_runs(tmp_path):
+    """Of each process; an error that ends one is seen once, whatever the others say of it."""
+    script = tmp_path / 'script.py'
+    script.write_text("""
+import os, pathlib, sys, time
+rank, folder = int(os.environ['PADDLE_TRAINER_ID']), pathlib.Path(sys.argv[1])
+print(f'a warning of {rank}', file=sys.stderr, flush=True)
+while not (folder / 'go').exists():
+    time.sleep(0.05)
+print('a mistake', file=sys.stderr, flush=True)
+sys.exit(2)
+""")
+    errors = open(tmp_path / 'errors', 'w+')  # noqa: SIM115  open until the end
+    process = Program(['-c', GROUP, script, tmp_path], stderr=errors.fileno(), env={
+        **os.environ, 'PYTHONPATH': f'{ROOT}:{ROOT / "tests"}'})
+    deadline = time.monotonic() + 20
+    while len((tmp_path / 'errors').read_text().splitlines()) < 2:
+        assert time.monotonic() < deadline and process.poll() is None
+        time.sleep(0.05)
+    (tmp_path / 'go').touch()
+    assert process.wait(20) == 2
+    assert sorted((tmp_path / 'errors').read_text().splitlines()) == ['a mistake', 'a warning of 0', 'a warning of 1']

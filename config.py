@@ -33,6 +33,8 @@ KEYS = {
     'DATA.EXIF_TRANSPOSE': Key(False),
     # processes that read images; 0: read in the main process
     'DATA.NUM_WORKERS': Key(2, low=0),
+    # seconds that a batch may take to come, of a dead network disk for example; 0: for ever
+    'DATA.WORKER_TIMEOUT': Key(600, low=0),
     # mean per channel (R, G, B) of pixels in [0, 1]; the bounds catch means of pixels from 0 to 255
     'DATA.IMAGENET_MEAN': Key([0.485, 0.456, 0.406], low=-10, high=10, length=3),
     # their standard deviation per channel
@@ -206,7 +208,8 @@ UNSUPPORTED = ('TRAIN.MODEL_EMA_FORCE_CPU', 'TRAIN.MULTI_SCALE_SAMPLER_DDP', 'TR
 # keys that make no difference to the weights that a run ends with (SAVE_FREQ_STEPS does to the batch-norm statistics of
 # several processes, which a save averages)
 UNRELATED = ('BASE', 'SAVE', 'SAVE_FREQ', 'SAVE_FREQ_STEPS', 'KEEP_CHECKPOINTS', 'REPORT_FREQ', 'VALIDATE_FREQ',
-             'DATA.NUM_WORKERS', 'DATA.DATA_PATH', 'DATA.BATCH_SIZE_EVAL', 'MODEL.NAME', 'TRAIN.LAST_EPOCH')
+             'DATA.NUM_WORKERS', 'DATA.WORKER_TIMEOUT', 'DATA.DATA_PATH', 'DATA.BATCH_SIZE_EVAL', 'MODEL.NAME',
+             'TRAIN.LAST_EPOCH')
 
 SETTINGS = Settings(KEYS, FLAGS, UNSUPPORTED)
 

@@ -91,9 +91,13 @@ class ImageNet2012Dataset(Dataset):
     def __len__(self):
         return len(self.paths)
 
+    def name_of(self, index):
+        """The path of an image."""
+        return os.path.join(self.data_path, self.paths[index])
+
     def __getitem__(self, item):
         epoch, index = item if isinstance(item, tuple) else (0, item)
-        image = read_image(os.path.join(self.data_path, self.paths[index]), self.exif_transpose)
+        image = read_image(self.name_of(index), self.exif_transpose)
         return self.transform(image, np.random.default_rng([self.seed, epoch, index])), self.labels[index]
 
 
@@ -256,4 +260,4 @@ def get_dataloader(config, dataset, is_train=True, rank=0, world_size=1):
         sampler = TrainSampler(len(dataset), data.BATCH_SIZE, config.SEED, rank, world_size)
     else:
         sampler = EvalSampler(len(dataset), data.BATCH_SIZE_EVAL or data.BATCH_SIZE, rank, world_size)
-    return Loader(dataset, sampler, data.NUM_WORKERS)
+    return Loader(dataset, sampler, data.NUM_WORKERS, data.WORKER_TIMEOUT)

@@ -21,7 +21,7 @@ from losses import DistillationLoss, LabelSmoothingCrossEntropyLoss, SoftTargetC
 from mixup import build_mixup
 from mobileone import build_mobileone
 from runtime import checkpoint, folder
-from runtime.loader import shared_memory
+from runtime.loader import StoppedWaiting, shared_memory
 from runtime.program import STOPPED, StopRequest
 from runtime.settings import leaves
 from transforms import Normalize, RandomErase
@@ -114,13 +114,34 @@ class Run:
                 LOG.info(f'epoch {epoch}: images of {stage.image_size} pixels, AutoAugment '
                          f'{stage.auto_augment_strength:g}')
             self.part = self.part or engine.EpochPart.none(epoch)
-            metrics = engine.train_one_epoch(self.training, train_loader, self.part, config.REPORT_FREQ,
-                                             lambda: bool(self.stop.name), self.after_step)
+            with self.answering(train_loader):
+                metrics = engine.train_one_epoch(self.training, train_loader, self.part, config.REPORT_FREQ,
+                                                 self.should_stop, self.after_step)
             write_record(config, self.training.schedule, epoch, 'train', 'raw', metrics)
             if is_validated(config, epoch):
                 self.validate(val_loader, epoch)
             self.done, self.part = epoch, None
             self.save()
+
+    def should_stop(self):
+        """Whether this process is asked to stop."""
+        return bool(self.stop.name)
+
+    @contextlib.contextmanager
+    def answering(self, loader):
+        """While it is open, a wait for a batch ends, and with it the program, when this process is asked to stop.
+
+        One process saves before. Of several, the others may wait for this one in the middle of a step: they end with
+        it, and the run goes on from the last checkpoint.
+        """
+        loader.should_stop = self.should_stop
+        try:
+            yield
+        except StoppedWaiting:
+            is_new = self.part.steps and not self.last_checkpoint.endswith(f'step {self.part.steps})')
+            if world_size() == 1 and is_new:
+                self.save()
+            self.end()
 
     def after_step(self, part, stopping):
         """Save where it is time to; end the program where a rank is asked to stop."""
@@ -139,8 +160,9 @@ class Run:
         config, training = self.config, self.training
         self.save()
         networks = [('raw', training.model)] + ([('ema', training.ema.network)] if training.ema else [])
-        results = engine.evaluate(networks, loader, training.normalize, config.REPORT_FREQ,
-                                  training.precision.auto_cast, lambda: self.stop.name and self.end())
+        with self.answering(loader):
+            results = engine.evaluate(networks, loader, training.normalize, config.REPORT_FREQ,
+                                      training.precision.auto_cast, lambda: self.should_stop() and self.end())
         for name, metrics in results.items():
             write_record(config, training.schedule, epoch, 'val', name, metrics)
         metrics = results[networks[-1][0]]
@@ -152,7 +174,7 @@ class Run:
     def end(self):
         """End the program, as it was asked to."""
         LOG.info(f'stopped by {self.stop.name or "a signal to another process"}; -resume auto goes on from '
-                 f'{self.last_checkpoint}')
+                 f'{self.last_checkpoint or "the start"}')
         sys.exit(STOPPED)
 
     def save(self):

@@ -1,37 +1,53 @@
 """Batches from worker processes: how their errors reach the program, and how they end."""
 import atexit
+import contextlib
 import functools
+import mmap
 import multiprocessing
 import os
 import pickle
+import queue
 import signal
 import sys
+import threading
 import time
 import traceback
 import weakref
 
 import numpy as np
-from paddle.io import DataLoader, Dataset
+import paddle
+from paddle.io import DataLoader, Dataset, get_worker_info
 
 from runtime.program import STOP_SIGNALS, end_with_parent
-from utils import UserError, blocked
+from utils import LOG, UserError, blocked
+
+# seconds of waiting for a batch after which it is said, and again
+PATIENCE = 60
+
+
+class StoppedWaiting(Exception):
+    """Raised by a loader that waits for a batch when its user should stop."""
 
 
 class _Caught(Dataset):
-    """The items of a dataset, an exception being returned in place of its item.
+    """The items of a dataset, an exception being returned in place of its item; `places` says at which each worker is.
 
     Paddle's loader (2.6.2, 3.3.1) hangs when an item raises in the main process, and loses the message when it raises
     in a worker: so errors travel as batches, and `Loader` raises them.
     """
 
-    def __init__(self, dataset):
+    def __init__(self, dataset, num_workers):
         super().__init__()
         self.dataset = dataset
+        # memory that the workers share, of each: the index of the item that it reads
+        self.places = np.frombuffer(mmap.mmap(-1, 8 * max(1, num_workers)), 'int64')
 
     def __len__(self):
         return len(self.dataset)
 
     def __getitem__(self, item):
+        worker = get_worker_info()
+        self.places[worker.id if worker else 0] = item[1] if isinstance(item, tuple) else item
         try:
             return self.dataset[item]
         except UserError as error:
@@ -105,23 +121,48 @@ def shared_memory(num_workers, batch_bytes, kept=1):
 def _end_at_once(batches):
     """End an iterator of Paddle's loader (2.6.2, 3.3.1) that is not read to its end: its own thread keeps it alive."""
     batches._exit_thread_expectedly()
-    for worker in batches._workers:
+    workers = batches._workers
+    for worker in workers:
         if worker.is_alive():
             os.kill(worker.pid, _END)  # it may be in the middle of a batch
-    batches._try_shutdown_all(1)
+    batches._try_shutdown_all(0)
+    deadline = time.monotonic() + 1
+    for worker in workers:
+        worker.join(max(0, deadline - time.monotonic()))
+        if worker.is_alive():
+            worker.kill()
+            worker.join(1)
+
+
+def _fetch(batches, place, requests, results):
+    """Put the next batch, None at the end, or the error into results for each request, until there is one of None.
+
+    In a thread, for who waits for a batch in Paddle's own code (2.6.2, 3.3.1) cannot answer a signal.
+    """
+    paddle.framework._set_expected_place(place)  # which a thread does not inherit
+    while requests.get():
+        try:
+            results.put(next(batches, None))
+        except Exception as error:
+            results.put(error)
 
 
 class Loader:
     """Iterates over batches of tensors (uint8 [N, H, W, 3], int64 [N]); `waited` adds up the seconds this took.
 
-    Raises: UserError for an image that cannot be read, when it is read.
+    timeout: seconds after which a wait for a batch is an error; 0: never.
+    should_stop(): whether a wait is to end by StoppedWaiting, asked a few times a second.
+    Raises: UserError for an image that cannot be read, when it is read, and after the timeout.
     """
 
-    def __init__(self, dataset, batch_sampler, num_workers):
+    def __init__(self, dataset, batch_sampler, num_workers, timeout=0):
         self.dataset = dataset
+        self.timeout = timeout
+        self.should_stop = lambda: False
+        self.caught = _Caught(dataset, num_workers)
         self.batch_sampler = batch_sampler
         # a worker whose parent is killed may wait for ever for what that was writing
-        self.loader = DataLoader(_Caught(dataset), batch_sampler=batch_sampler, num_workers=num_workers,
+        self.loader = DataLoader(self.caught, batch_sampler=batch_sampler, num_workers=num_workers,
                                  collate_fn=_collate, worker_init_fn=functools.partial(_start_worker, os.getpid()))
         self.waited = 0.0
 
@@ -135,17 +176,43 @@ class Loader:
         _WORKERS.update(set(multiprocessing.active_children()) - others)
         if self.loader.num_workers and not hasattr(signal.getsignal(signal.SIGCHLD), 'is_ours'):
             signal.signal(signal.SIGCHLD, _name_the_dead(signal.getsignal(signal.SIGCHLD)))
+        requests, results = queue.SimpleQueue(), queue.SimpleQueue()
+        place = paddle.framework._current_expected_place()
+        threading.Thread(target=_fetch, args=[batches, place, requests, results], daemon=True).start()
         try:
             while True:
                 start = time.perf_counter()
-                batch = next(batches, None)
+                requests.put(True)
+                batch = self._wait(results)
                 self.waited += time.perf_counter() - start
                 if batch is None:
                     return
+                if isinstance(batch, Exception):
+                    raise batch
                 images, labels = batch
                 if images.ndim == 1:
                     raise pickle.loads(images.numpy().tobytes())
                 yield images, labels
         finally:
+            requests.put(None)
             if self.loader.num_workers and not batches._shutdown:
                 _end_at_once(batches)
+
+    def _wait(self, results):
+        """What is put into results next. Says after a minute at which items the workers are."""
+        start = said = time.monotonic()
+        while True:
+            with contextlib.suppress(queue.Empty):
+                return results.get(timeout=0.2)
+            if self.should_stop():
+                raise StoppedWaiting
+            now = time.monotonic()
+            if self.timeout and now - start > self.timeout:
+                raise UserError(f'no batch for {self.timeout} seconds, {self._places()}; check the disk and the file')
+            if now - said > PATIENCE:
+                said = now
+                LOG.info(f'no batch for {now - start:.0f} seconds, {self._places()}')
+
+    def _places(self):
+        return ', '.join(f'worker {worker} is at {self.dataset.name_of(index)}'
+                         for worker, index in enumerate(self.caught.places))

@@ -202,6 +202,25 @@ def test_a_signal_to_all_of_a_group(fashion, tmp_path):
     assert checkpoint.load(str(tmp_path / 'run/latest.pdparams'))['progress']
 
 
+@pytest.mark.parametrize('count', [1, 2])
+def test_a_run_that_waits_for_its_workers_can_be_stopped(fashion, tmp_path, count):
+    """They are stopped, as a dead network disk stops them; of two processes one."""
+    process = start(['main_multi_gpu.py', '-nproc', count, '-output', tmp_path / 'run', *options(
+        fashion, *LONG, 'TRAIN.NUM_EPOCHS', '30000', 'VALIDATE_FREQ', '30000', 'SAVE_FREQ', '0')], tmp_path / 'run')
+    wait_until(lambda: len(members(process)) == (3 if count == 1 else 7))
+    stopped = []
+    for number in sorted(members(process))[-2:]:
+        os.kill(number, signal.SIGSTOP)
+        stopped.append(number)
+    time.sleep(2)
+    began = time.monotonic()
+    process.terminate()
+    out, error = process.communicate(timeout=40)
+    assert process.returncode == STOPPED and time.monotonic() - began < (5 if count == 1 else 35)
+    assert members(process) == []
+    checkpoint.load_training(str(tmp_path / 'run/latest.pdparams'))
+
+
 def test_workers_do_not_outlive_their_parent(fashion, tmp_path):
     process = start([MAIN, '-output', tmp_path / 'run', *options(fashion, *LONG)], tmp_path / 'run')
     wait_until(lambda: len(members(process)) == 3)

@@ -15,8 +15,9 @@ from paddle.io import Dataset
 
 import runtime.loader
 from datasets import get_dataloader, get_dataset
-from runtime.loader import Loader, shared_memory
+from runtime.loader import Loader, StoppedWaiting, shared_memory
 from runtime.program import STOP_SIGNALS
+from utils import LOG, UserError
 
 
 def test_a_worker_never_answers_a_signal_that_stops_a_run(config, fashion, monkeypatch):
@@ -65,6 +66,9 @@ class Images(Dataset):
 
     def __len__(self):
         return 1000
+
+    def name_of(self, index):
+        return f'image {index}'
 
     def __getitem__(self, index):
         time.sleep(self.seconds)
@@ -132,3 +136,23 @@ def test_a_small_dev_shm_is_said_before_the_first_batch(fashion, tmp_path, count
     command += ['DATA.NUM_WORKERS', '0', 'TRAIN.NUM_EPOCHS', '1']
     assert subprocess.run(['unshare', '-m', 'sh', '-c', 'mount -t tmpfs -o size=1m tmpfs /dev/shm; exec "$@"', 'sh',
                            *map(str, command)], cwd=ROOT, capture_output=True).returncode == 0
+
+
+@pytest.mark.parametrize('workers', [0, 2])
+def test_a_wait_for_a_batch_says_where_the_workers_are_and_ends(workers, monkeypatch, caplog):
+    monkeypatch.setattr(runtime.loader, 'PATIENCE', 0.5)
+    monkeypatch.setattr(LOG, 'propagate', True)
+    places = ', '.join(f'worker {worker} is at image {7 + worker}' for worker in range(max(1, workers)))
+    loader = Loader(Images(1000), [[7], [8]], workers, timeout=2)
+    began = time.monotonic()
+    with pytest.raises(UserError, match=f'no batch for 2 seconds, {places}; check the disk and the file'):
+        next(iter(loader))
+    assert 2 <= time.monotonic() - began < 5 and multiprocessing.active_children() == []
+    said = [record.message for record in caplog.records if record.message.startswith('no batch')]
+    assert len(said) >= 2 and said[0].endswith(f' seconds, {places}')
+    loader = Loader(Images(1000), [[7], [8]], workers)
+    loader.should_stop = lambda: time.monotonic() - began > 1
+    began = time.monotonic()
+    with pytest.raises(StoppedWaiting):
+        next(iter(loader))
+    assert time.monotonic() - began < 3.5 and multiprocessing.active_children() == []

@@ -31,6 +31,8 @@ KEYS = {
     'DATA.CROP_SCALE': Key([0.08, 1.0], low=1e-4, high=1, length=2),
     # turn images as their EXIF data say, as viewers do; ImageNet models are trained on images as they are stored
     'DATA.EXIF_TRANSPOSE': Key(False),
+    # bits that gray pixels of more than 8 use, which are scaled from 0 to 2**BIT_DEPTH - 1; 0: as the file declares
+    'DATA.BIT_DEPTH': Key(0, low=0, high=16),
     # processes that read images; 0: read in the main process
     'DATA.NUM_WORKERS': Key(2, low=0),
     # seconds that a batch may take to come, of a dead network disk for example; 0: for ever

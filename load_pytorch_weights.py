@@ -8,6 +8,7 @@ every tensor must be there and fit the network of the config.
 import os
 
 from config import get_config
+from runtime.files import check_regular
 from runtime.program import prepare_runtime, run_program
 from runtime.settings import ArgumentParser
 from utils import UserError
@@ -23,6 +24,7 @@ def read_pytorch(path):
         # CVE-2025-32434
         raise UserError(f'PyTorch is {torch.__version__}, in which a file can run code in spite of weights_only: pip '
                         'install "torch>=2.6"')
+    check_regular(path)
     if not os.path.isfile(path):
         raise UserError(f'{path}: no such checkpoint; give a .pth.tar file')
     try:

@@ -20,7 +20,7 @@ from datasets import describe_curriculum, describe_dataset, get_dataloader, get_
 from losses import DistillationLoss, LabelSmoothingCrossEntropyLoss, SoftTargetCrossEntropyLoss
 from mixup import build_mixup
 from mobileone import build_mobileone
-from runtime import checkpoint, folder
+from runtime import checkpoint, files, folder
 from runtime.loader import StoppedWaiting, shared_memory
 from runtime.program import STOPPED, StopRequest
 from runtime.settings import leaves
@@ -297,8 +297,7 @@ def save_config(config):
                 LOG.info(f'not as in {path}, so the run does not go on bitwise as it would have: {line}')
         except UserError as error:  # a key of an earlier version, for example
             LOG.info(f'not compared with this run: {error}')
-    with open(path, 'w', encoding='utf-8') as file:
-        file.write(saved.dump(default_flow_style=None))
+    files.write_text(path, saved.dump(default_flow_style=None))
 
 
 def take_over(config, resumed):

@@ -8,6 +8,7 @@ import pathlib
 import numpy as np
 import paddle
 
+from runtime.files import check_regular, replace
 from runtime.safe_pickle import check_key, read_pickle
 from utils import LOG, UserError, describe_error, first_few, misfits
 
@@ -27,30 +28,6 @@ PARTS_OF = {
 SAFETENSORS = '.safetensors'
 # bytes of the header of such a file: that of a network of a thousand tensors has 0.1 million
 _LONGEST_HEADER = 1_000_000
-
-
-def replace(path, write):
-    """Let write(path of a new file) make the file `path`, whole or not at all."""
-    partial = f'{path}.partial'
-    try:
-        write(partial)
-        _sync(partial)
-        os.replace(partial, path)
-        _sync(os.path.dirname(path) or '.')
-    except OSError as error:
-        raise UserError(f'{path}: cannot write ({error.strerror}); free the disk or choose another folder') from None
-    finally:
-        if os.path.lexists(partial):
-            os.remove(partial)
-
-
-def _sync(path):
-    """Wait until a file, or the names in a folder, are on the disk."""
-    descriptor = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
 
 
 def save(state, path):
@@ -94,6 +71,7 @@ def to_arrays(state):
 
 def check_exists(path, key=''):
     """Raises: UserError if `path`, unless empty, is no file. key: the config's that names it, for the message."""
+    check_regular(path, key)
     if path and not os.path.isfile(path):
         raise UserError(f'{path}: no such weight file; check the path{f", {key}" if key else ""}')
 

@@ -5,11 +5,10 @@ import itertools
 import json
 import math
 import os
-import pathlib
 import re
 import time
 
-from runtime import checkpoint
+from runtime import checkpoint, files
 from utils import LOG, UserError, rank
 
 
@@ -145,7 +144,7 @@ class RunLog:
             lines = file.readlines()
         kept = [line for line in lines if _epoch_of(line) <= epoch]
         if kept != lines:
-            checkpoint.replace(self.path, lambda partial: pathlib.Path(partial).write_text(''.join(kept), 'utf-8'))
+            files.write_text(self.path, ''.join(kept))
             LOG.info(f'{self.path}: dropped {len(lines) - len(kept)} records past epoch {epoch}')
 
 

@@ -15,6 +15,7 @@ import re
 import yaml
 from yacs.config import CfgNode
 
+from runtime.files import check_regular
 from utils import UserError, one_line, program_name
 
 
@@ -248,6 +249,7 @@ def _put(config, name, value):
 
 def _read_yaml(path, source):
     """The mapping that a YAML file holds; an empty one has none. source: the path, for errors."""
+    check_regular(path)
     try:
         with open(path, encoding='utf-8') as file:
             tree = yaml.load(file, Loader=_Loader)

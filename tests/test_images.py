@@ -15,7 +15,7 @@ from hypothesis import strategies as st
 from PIL import Image
 
 import transforms
-from datasets import get_dataloader, get_dataset, read_image, read_list
+from datasets import get_dataloader, get_dataset, read_image, read_list, read_range
 from transforms import EvalTransform, TrainTransform
 from utils import UserError
 
@@ -33,11 +33,14 @@ def png(width, height, depth, color, pixels=b''):
     return b'\x89PNG\r\n\x1a\n' + chunk(b'IHDR', header) + chunk(b'IDAT', zlib.compress(pixels)) + chunk(b'IEND', b'')
 
 
-def tiff(array, order, sample_format=1, samples=1):
-    """A grey TIFF file by hand, uncompressed. order: '<' or '>'; sample_format: 1 unsigned, 3 floating-point."""
-    data = array.astype(array.dtype.newbyteorder(order)).tobytes()
+def tiff(array, order, sample_format=1, samples=1, packed=None):
+    """A grey TIFF file by hand, uncompressed. order: '<' or '>'; sample_format: 1 unsigned, 3 floating-point.
+
+    packed: (bits per pixel, the pixels) in place of those of the array.
+    """
+    bits, data = packed or (8 * array.itemsize, array.astype(array.dtype.newbyteorder(order)).tobytes())
     height, width = array.shape
-    tags = [(256, width), (257, height), (258, 8 * array.itemsize), (259, 1), (262, 1), (273, 8), (277, samples),
+    tags = [(256, width), (257, height), (258, bits), (259, 1), (262, 1), (273, 8), (277, samples),
             (278, height), (279, len(data)), (339, sample_format)]
     directory = b''.join(struct.pack(f'{order}HHII', tag, 4, 1, value) for tag, value in tags)
     return (struct.pack(f'{order}2sHI', b'II' if order == '<' else b'MM', 42, 8 + len(data)) + data
@@ -91,11 +94,104 @@ def test_transparency_is_dropped(tmp_path):
     png(256, 256, 16, 0, b''.join(b'\0' + row.astype('>u2').tobytes() for row in RAMP)),
     png(256, 256, 16, 2, b''.join(b'\0' + row.repeat(3).astype('>u2').tobytes() for row in RAMP)),
     b'P5 256 256 65535\n' + RAMP.astype('>u2').tobytes(),
-    tiff(RAMP, '<'), tiff(RAMP, '>'), tiff(RAMP.astype('uint32'), '<'),
-], ids=['png', 'rgb png', 'pgm', 'tiff', 'big-endian tiff', '32-bit tiff'])
-def test_sixteen_bits_are_scaled(content, tmp_path):
-    pixels = np.asarray(read_image(stored(tmp_path, content)))
+    tiff(RAMP, '<'), tiff(RAMP, '>'),
+], ids=['png', 'rgb png', 'pgm', 'tiff', 'big-endian tiff'])
+@pytest.mark.parametrize('bit_depth', [0, 16])
+def test_sixteen_bits_are_scaled(content, bit_depth, tmp_path):
+    pixels = np.asarray(read_image(stored(tmp_path, content), bit_depth=bit_depth))
     np.testing.assert_array_equal(pixels, np.repeat(RAMP[:, :, None] >> 8, 3, axis=2))
+
+
+def gray_png(array):
+    height, width = array.shape
+    return png(width, height, 16, 0, b''.join(b'\0' + row.astype('>u2').tobytes() for row in array))
+
+
+def twelve_bit_tiff(array):
+    """Two pixels of 12 bits in three bytes."""
+    first, second = array.reshape(-1, 2).astype('uint16').T
+    packed = np.stack([first >> 4, (first & 15) << 4 | second >> 8, second & 255], axis=1).astype('uint8')
+    return tiff(array, '<', packed=(12, packed.tobytes()))
+
+
+def values(depth):
+    """64 x 64 pixels from 0 to 2**depth - 1."""
+    return (np.arange(4096) * (2 ** depth - 1) // 4095).reshape(64, 64)
+
+
+@pytest.mark.parametrize('content', [
+    twelve_bit_tiff(values(12)), b'P5 64 64 4095\n' + values(12).astype('>u2').tobytes(),
+    b'P2 64 64 4095\n' + ' '.join(map(str, values(12).ravel())).encode(),
+], ids=['tiff', 'pgm', 'pgm of text'])
+def test_twelve_bits_that_a_file_declares_are_scaled(content, tmp_path):
+    pixels = np.asarray(read_image(stored(tmp_path, content)))
+    np.testing.assert_array_equal(pixels, np.repeat(values(12)[:, :, None] >> 4, 3, axis=2))
+
+
+@pytest.mark.parametrize('depth', [8, 10, 12, 14, 16])
+@pytest.mark.parametrize('encode', [
+    gray_png, lambda array: b'P5 64 64 65535\n' + array.astype('>u2').tobytes(),
+    lambda array: tiff(array.astype('uint16'), '<'), lambda array: tiff(array.astype('uint16'), '>'),
+    lambda array: tiff(array.astype('uint32'), '<'), lambda array: tiff(array.astype('float32'), '>', 3),
+], ids=['png', 'pgm', 'tiff', 'big-endian tiff', '32-bit tiff', 'float tiff'])
+def test_bit_depth_scales_gray_pixels(encode, depth, tmp_path):
+    pixels = np.asarray(read_image(stored(tmp_path, encode(values(depth))), bit_depth=depth))
+    np.testing.assert_array_equal(pixels, np.repeat(values(depth)[:, :, None] >> (depth - 8), 3, axis=2))
+
+
+@pytest.mark.parametrize('depth', range(1, 8))
+def test_bit_depths_below_eight_reach_white(depth, tmp_path):
+    """One bit is the range of floating-point images from 0 to 1."""
+    array = np.array([[0, 0.5, 1]], 'float32') * (2 ** depth - 1)
+    path = stored(tmp_path, tiff(array, '<', 3))
+    assert np.asarray(read_image(path, bit_depth=depth))[0, :, 0].tolist() == [0, 127, 255]
+    path = stored(tmp_path, tiff(np.array([[0, 2 ** depth - 1]], 'uint32'), '<'))
+    assert np.asarray(read_image(path, bit_depth=depth))[0, :, 0].tolist() == [0, 255]
+
+
+def test_bit_depth_is_for_more_than_eight_bits(tmp_path):
+    for content in (JPEG, with_palette(3), encoded(Image.fromarray(COLORS).convert('1'), 'PNG')):
+        path = stored(tmp_path, content)
+        assert read_image(path, bit_depth=12).tobytes() == read_image(path).tobytes()
+
+
+@pytest.mark.parametrize('content, message', [
+    (gray_png(np.array([[0, 4096]])), r'pixels from 0 to 4096, but 12 bits \(DATA.BIT_DEPTH\) are 0 to 4095'),
+    (tiff(np.array([[-1, 9]], 'int16'), '<', 2), r'pixels from -1 to 9, but 12 bits \(DATA.BIT_DEPTH\) are 0 to 4095'),
+    (tiff(np.array([[0, 4095.5]], 'float32'), '<', 3), r'pixels from 0 to 4095.5, but 12 bits'),
+    (tiff(np.array([[0, np.inf]], 'float32'), '<', 3), r'pixels from 0 to inf, but 12 bits'),
+    (tiff(np.array([[0, np.nan]], 'float32'), '<', 3), 'pixels that are not numbers'),
+    (png(1, 1, 16, 2, bytes(7)), 'color of 16 bits, of which only the upper 8 can be read: DATA.BIT_DEPTH 12 cannot'),
+    (png(1, 1, 16, 4, bytes(5)), 'color of 16 bits'),
+], ids=['above', 'below', 'float', 'infinite', 'nan', 'color', 'transparency'])
+def test_what_is_not_of_the_bit_depth_is_named(content, message, tmp_path):
+    path = stored(tmp_path, content)
+    with pytest.raises(UserError, match=rf'^{re.escape(path)}: cannot read the image \({message}'):
+        read_image(path, bit_depth=12)
+
+
+def test_a_data_set_has_a_bit_depth(config, tmp_path):
+    """In training and evaluation alike."""
+    stored(tmp_path, gray_png(values(12)), 'x')
+    for split in ('train', 'val'):
+        (tmp_path / f'{split}_list.txt').write_text('x 0\n')
+    config.DATA.DATA_PATH, config.DATA.CROP_PCT, config.DATA.BIT_DEPTH = str(tmp_path), 1.0, 12
+    image = Image.fromarray((values(12) >> 4).astype('uint8')).convert('RGB')
+    np.testing.assert_array_equal(get_dataset(config, False)[0][0], EvalTransform(32, 1.0, 'bicubic')(image))
+    rng = np.random.default_rng([config.SEED, 1, 0])
+    np.testing.assert_array_equal(get_dataset(config)[1, 0][0],
+                                  TrainTransform(32, config.DATA.CROP_SCALE, 'bicubic')(image, rng))
+
+
+@pytest.mark.parametrize('content, expected', [
+    (gray_png(np.array([[7, 4000]])), (7, 4000)), (tiff(RAMP, '>'), (0, 65535)),
+    (png(2, 1, 16, 2, b'\0' + np.array([300, 600, 800, 900, 700, 4000], '>u2').tobytes()), (256, 4095)),
+    (png(1, 1, 16, 4, b'\0' + np.array([600, 65535], '>u2').tobytes()), (512, 767)),
+    (twelve_bit_tiff(values(12)), None), (encoded(Image.fromarray(COLORS), 'JPEG'), None),
+    (tiff(RAMP.astype('uint32'), '<'), None), (tiff(np.ones((2, 3), 'float32'), '<', 3), None),
+], ids=['png', 'tiff', 'rgb png', 'transparency', '12 bits', 'jpeg', '32 bits', 'float'])
+def test_the_range_of_images_of_sixteen_bits(content, expected, tmp_path):
+    assert read_range(stored(tmp_path, content)) == expected
 
 
 JPEG = encoded(Image.fromarray(COLORS), 'JPEG')
@@ -111,10 +207,13 @@ PNG = encoded(Image.fromarray(COLORS), 'PNG')
     (JPEG[:300], ''),
     (PNG[:len(PNG) // 2], 'image file is truncated'),
     (PNG[:8] + JPEG, ''),
-    (tiff(np.array([[0, 65536]], 'uint32'), '<'), r'pixels from 0 to 65536, more than 16 bits, whose range is not'),
-    (tiff(np.ones((2, 3), 'float32'), '<', 3), 'floating-point pixels, whose range is not known'),
+    (tiff(np.array([[0, 65535]], 'uint32'), '<'), '32-bit pixels from 0 to 65535, whose range is not known without '
+                                                  'DATA.BIT_DEPTH'),
+    (tiff(np.array([[0.25, 1]], 'float32'), '<', 3), 'floating-point pixels from 0.25 to 1, whose range is not known'),
+    (tiff(np.array([[-1, 9]], 'int16'), '<', 2), r'pixels from -1 to 9, but 16 bits \(as the file declares\) are 0 to'),
     (png(20000, 20000, 8, 2), r'Image size \(400000000 pixels\) exceeds limit of 178956970 pixels.*; scale it down$'),
-], ids=['missing', 'empty', 'eps', 'text', 'cut jpeg', 'header', 'cut png', 'two formats', '32 bits', 'float', 'bomb'])
+], ids=['missing', 'empty', 'eps', 'text', 'cut jpeg', 'header', 'cut png', 'two formats', '32 bits', 'float', 'signed',
+        'bomb'])
 def test_what_cannot_be_read_is_named(content, message, tmp_path):
     path = str(tmp_path / 'photo')
     if content is not None:
@@ -306,7 +405,8 @@ def test_any_list_is_read_or_refused(long, tmp_path):
 
 
 SEEDS = [encoded(Image.fromarray(COLORS[:7, :9]), kind) for kind in ('JPEG', 'PNG', 'GIF', 'BMP', 'TIFF', 'WEBP')]
-SEEDS += [with_palette(bytes([0, 128, 255] * 4)), png(2, 1, 16, 0, bytes(5)), tiff(RAMP[:2, :3], '>')]
+SEEDS += [with_palette(bytes([0, 128, 255] * 4)), png(2, 1, 16, 0, bytes(5)), png(1, 1, 16, 2, bytes(7)),
+          tiff(RAMP[:2, :3], '>'), tiff(np.ones((2, 3), 'float32'), '<', 3), twelve_bit_tiff(values(12)[:2, :4])]
 
 
 @st.composite
@@ -323,13 +423,13 @@ def test_any_image_is_read_or_refused(long, tmp_path, capfd):
     outcomes = set()
 
     @many(long)
-    @given(mutated_images(), st.booleans())
-    def check(content, exif_transpose):
+    @given(mutated_images(), st.booleans(), st.sampled_from([0, 12]))
+    def check(content, exif_transpose, bit_depth):
         pathlib.Path(path).write_bytes(content)
         with warnings.catch_warnings(record=True) as seen:
             warnings.simplefilter('always')
             try:
-                image = read_image(path, exif_transpose)
+                image = read_image(path, exif_transpose, bit_depth)
             except UserError as error:
                 assert str(error).startswith(f'{path}: cannot read the image (') and '\n' not in str(error)
                 outcomes.add('refused')

@@ -105,6 +105,8 @@ def test_command_line(tmp_path):
     assert all(np.array_equal(loaded[name], value) for name, value in expected.items()) and len(loaded) == len(expected)
     line = fails('load_pytorch_weights.py', f'-cfg={ROOT}/configs/mobileone_s1.yaml', source, target, env=env)
     assert 'does not fit the network of the config' in line
+    assert f'{tmp_path}: is a folder, not a regular file' in fails(
+        'load_pytorch_weights.py', '-cfg', cfg, tmp_path, target, env=env)
     assert 'no such checkpoint' in fails('load_pytorch_weights.py', '-cfg', cfg, tmp_path / 'x', target, env=env)
     source.write_bytes(pickle.dumps({'state_dict': {}, 'epoch': 3}))
     env_flat = {'PYTHONPATH': str(tmp_path / 'fake'), 'FAKE_TORCH_RAW': '1'}

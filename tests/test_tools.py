@@ -367,6 +367,31 @@ def test_check_dataset_of_one_list(tmp_path):
     assert not list((tmp_path / 'good').iterdir())
 
 
+@pytest.mark.parametrize('largest, more, kind, lines', [
+    # of train_list.txt and val_list.txt
+    ((500, 4000), [], 'PNG', ['2 of 2 images of 16 bits use fewer and will be dark: their pixels are from 9 to 4000; '
+                              'if 12 bits are all they have, set DATA.BIT_DEPTH 12, or if they are colored, scale them '
+                              'in their files']),
+    ((500, 40000), [], 'PNG', ['1 of 2 images of 16 bits use fewer and will be dark: their pixels are from 9 to 500; '
+                               'if 9 bits are all they have, scale them in their files, for the others use all 16']),
+    ((40000, 32768), [], 'TIFF', []),
+    ((500, 4000), ['-opts', 'DATA.BIT_DEPTH', '12'], 'TIFF', []),
+    ((500, 4000), ['-opts', 'DATA.BIT_DEPTH', '16'], 'PNG', []),  # so they are dark
+])
+def test_check_dataset_says_which_bits_are_used(largest, more, kind, lines, tmp_path):
+    for split, value in zip(('train', 'val'), largest):
+        Image.fromarray(np.array([[9, value]], 'uint16')).save(tmp_path / split, kind)
+        (tmp_path / f'{split}_list.txt').write_text(f'{split} 0\n')
+    assert check_dataset(tmp_path, *more, status=0)[2:] == lines
+
+
+def test_check_dataset_takes_the_bit_depth(tmp_path):
+    Image.fromarray(np.array([[9, 4096]], 'uint16')).save(tmp_path / 'x', 'PNG')
+    (tmp_path / 'val_list.txt').write_text('x 0\n')
+    out = check_dataset(tmp_path, '-opts', 'DATA.BIT_DEPTH', '12', status=1)
+    assert out[0].startswith(f'{tmp_path}/val_list.txt:1: {tmp_path}/x: cannot read the image (pixels from 9 to 4096')
+
+
 def test_check_dataset_errors(tmp_path):
     command = ['-m', 'tools.check_dataset', '-data_path', tmp_path]
     assert f'{tmp_path}: holds neither train_list.txt nor val_list.txt' in fails(*command)
@@ -375,18 +400,30 @@ def test_check_dataset_errors(tmp_path):
     assert 'val_list.txt: would be replaced' in fails(*command, '-save', tmp_path)
 
 
-def workers_of(process, pipe):
-    """The processes that a program has started, once one of them waits for what a pipe holds; and the pipe's end."""
+# tools.check_dataset where an image takes for ever; that one reads it is seen by the file path.read
+STUCK = '''
+import pathlib, runpy, time
+from runtime.program import prepare_runtime
+prepare_runtime()
+import datasets
+
+def read_image(path, *args):
+    pathlib.Path(f'{path}.read').touch()
+    time.sleep(1000)
+
+datasets.read_image = read_image
+runpy.run_module('tools.check_dataset', run_name='__main__', alter_sys=True)
+'''
+
+
+def workers_of(process, mark):
+    """The processes that a program has started, once one of them has made a file."""
     deadline = time.monotonic() + 60
-    while True:
-        try:
-            end = os.open(pipe, os.O_WRONLY | os.O_NONBLOCK)  # fails as long as nobody reads
-            break
-        except OSError:
-            assert process.poll() is None and time.monotonic() < deadline
-            time.sleep(0.05)
+    while not mark.exists():
+        assert process.poll() is None and time.monotonic() < deadline
+        time.sleep(0.05)
     children = pathlib.Path(f'/proc/{process.pid}/task/{process.pid}/children').read_text()
-    return [int(number) for number in children.split()], end
+    return [int(number) for number in children.split()]
 
 
 @pytest.mark.parametrize('victim, number, status, message', [
@@ -396,10 +433,9 @@ def workers_of(process, pipe):
     ('program', signal.SIGKILL, -signal.SIGKILL, ''),
 ])
 def test_check_dataset_ends_with_its_workers(tmp_path, victim, number, status, message):
-    os.mkfifo(tmp_path / 'x')  # an image that takes for ever
     (tmp_path / 'val_list.txt').write_text('x 0\n')  # with several cores, one worker reads and the others idle
-    process = forked.Program(['-m', 'tools.check_dataset', '-data_path', tmp_path], start_new_session=True)
-    workers, end = workers_of(process, tmp_path / 'x')
+    process = forked.Program(['-c', STUCK, '-data_path', tmp_path], start_new_session=True)
+    workers = workers_of(process, tmp_path / 'x.read')
     assert workers
     # a negative number is that of a group
     os.kill({'all': -process.pid, 'program': process.pid, 'worker': workers[0]}[victim], number)
@@ -409,7 +445,6 @@ def test_check_dataset_ends_with_its_workers(tmp_path, victim, number, status, m
     while any(pathlib.Path(f'/proc/{worker}').exists() for worker in workers):
         assert time.monotonic() < deadline
         time.sleep(0.05)
-    os.close(end)
 
 
 def test_check_dataset_shows_a_bar_on_a_terminal(tmp_path):

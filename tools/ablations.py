@@ -14,6 +14,7 @@ import sys
 from dataclasses import dataclass
 
 from config import get_config, with_values
+from runtime.files import check_regular, write_text
 from runtime.program import prepare_runtime, run_program
 from runtime.settings import ArgumentParser
 from tools.plot_log import read_log
@@ -61,6 +62,7 @@ def write_lists(source, target, train_images):
     """
     os.makedirs(target, exist_ok=True)
     for name, count in (('train_list.txt', train_images), ('val_list.txt', None)):
+        check_regular(os.path.join(source, name))
         try:
             with open(os.path.join(source, name), encoding='utf-8') as file:
                 lines = file.read().splitlines()[:count]
@@ -75,8 +77,7 @@ def write_lists(source, target, train_images):
             with open(path, encoding='utf-8') as file:
                 if file.read() != text:
                     raise UserError(f'{path}: the runs there are on other images; choose another -output')
-        with open(path, 'w', encoding='utf-8') as file:
-            file.write(text)
+        write_text(path, text)
 
 
 def halfway(epochs):

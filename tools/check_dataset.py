@@ -4,7 +4,8 @@
   python -m tools.check_dataset -data_path photos -opts MODEL.NUM_CLASSES 2 -save photos_checked
 
 Images are read as training reads them, on all cores. Each bad line is printed with its number and what is wrong, then a
-summary of each list; repeated images, and those in both lists, are counted there, but not bad. -save writes the lists
+summary of each list; repeated images, and those in both lists, are counted there, but not bad. At the end it says
+whether images are stored in 16 bits but use fewer, which makes them dark: see DATA.BIT_DEPTH. -save writes the lists
 without their bad lines, with absolute paths: -data_path photos_checked then trains on what is left. The exit status is
 1 if a line is bad.
 """
@@ -19,26 +20,37 @@ from concurrent.futures.process import BrokenProcessPool
 from tqdm import tqdm
 
 from config import get_config, get_parser, resolve_config, update_config
+from runtime.files import write_text
 from runtime.program import end_with_parent, prepare_runtime, run_program, usable_cores
 from utils import UserError
 
 LISTS = ('train_list.txt', 'val_list.txt')
 
 
-def find_faults(lines, data_path, num_classes, exif_transpose):
-    """What is wrong with each line of a list, or with its image; '' if nothing is."""
-    from datasets import parse_line, read_image
-    faults = []
+def check_line(line, config):
+    """Read the image of a line of a list. Returns: its range as `read_range` does; None where DATA.BIT_DEPTH is set.
+
+    Raises: UserError that says what is wrong with the line or its image.
+    """
+    from datasets import parse_line, read_image, read_range
+    data, num_classes = config.DATA, config.MODEL.NUM_CLASSES
+    name, label = parse_line(line)
+    if label >= num_classes:
+        raise UserError(f'{line!r}: the label is outside MODEL.NUM_CLASSES {num_classes}')
+    path = os.path.join(data.DATA_PATH, name)
+    read_image(path, data.EXIF_TRANSPOSE, data.BIT_DEPTH)
+    return None if data.BIT_DEPTH else read_range(path)
+
+
+def check_lines(lines, config):
+    """A pair per line of a list: what is wrong with it, '' if nothing is, and what `check_line` returns, or None."""
+    results = []
     for line in lines:
         try:
-            name, label = parse_line(line)
-            if label >= num_classes:
-                raise UserError(f'{line!r}: the label is outside MODEL.NUM_CLASSES {num_classes}')
-            read_image(os.path.join(data_path, name), exif_transpose)
-            faults.append('')
+            results.append(('', check_line(line, config)))
         except UserError as error:
-            faults.append(str(error))
-    return faults
+            results.append((str(error), None))
+    return results
 
 
 def _start_worker(parent):
@@ -71,24 +83,42 @@ def start_workers():
 
 
 def check_list(path, config, workers):
-    """Print the bad lines of a list. Returns: (number of lines, the good ones as pairs of path and label)."""
+    """Print the bad lines of a list.
+
+    Returns: (number of lines, the good ones as pairs of path and label, the ranges of images of 16 bits).
+    """
     from datasets import parse_line, read_lines
     lines = read_lines(path)
-    data, num_classes = config.DATA, config.MODEL.NUM_CLASSES
     # a task of several lines costs less in passing it on, and several tasks a core keep all busy
     size = min(32, 1 + len(lines) // 100)
     # not map(), which cancels what is left when it is interrupted: of this the executor (Python 3.11) makes tracebacks
-    tasks = [workers.submit(find_faults, lines[start:start + size], data.DATA_PATH, num_classes, data.EXIF_TRANSPOSE)
-             for start in range(0, len(lines), size)]
-    faults = (fault for task in tasks for fault in task.result())
-    good = []
-    with tqdm(faults, desc=os.path.basename(path), total=len(lines), leave=False, file=sys.stdout, disable=None) as bar:
-        for number, (line, fault) in enumerate(zip(lines, bar), 1):
+    tasks = [workers.submit(check_lines, lines[start:start + size], config) for start in range(0, len(lines), size)]
+    results = (result for task in tasks for result in task.result())
+    good, ranges = [], []
+    with tqdm(results, desc=os.path.basename(path), total=len(lines), leave=False, file=sys.stdout,
+              disable=None) as bar:
+        for number, (line, (fault, extrema)) in enumerate(zip(lines, bar), 1):
             if fault:
                 tqdm.write(f'{path}:{number}: {fault}')
             else:
                 good.append(parse_line(line))
-    return len(lines), good
+                ranges += [extrema] if extrema else []
+    return len(lines), good, ranges
+
+
+def describe_ranges(ranges):
+    """A line on the images of 16 bits that use fewer; '' where none does. ranges: (smallest, largest pixel) of each."""
+    fewer = [extrema for extrema in ranges if extrema[1] < 2 ** 15]
+    if not fewer:
+        return ''
+    low, high = min(low for low, _ in fewer), max(high for _, high in fewer)
+    bits = max(1, high.bit_length())
+    if len(fewer) == len(ranges):
+        remedy = f'set DATA.BIT_DEPTH {bits}, or if they are colored, scale them in their files'
+    else:
+        remedy = 'scale them in their files, for the others use all 16'
+    return (f'{len(fewer)} of {len(ranges)} images of 16 bits use fewer and will be dark: their pixels are from {low} '
+            f'to {high}; if {bits} bits are all they have, {remedy}')
 
 
 def save_list(path, good, data_path):
@@ -96,8 +126,7 @@ def save_list(path, good, data_path):
     if not good:
         print(f'{path}: not written, no line is left')
         return
-    with open(path, 'w', encoding='utf-8') as file:
-        file.writelines(f'{os.path.abspath(os.path.join(data_path, name))} {label}\n' for name, label in good)
+    write_text(path, ''.join(f'{os.path.abspath(os.path.join(data_path, name))} {label}\n' for name, label in good))
     print(f'{path}: {len(good)} lines written')
 
 
@@ -118,11 +147,12 @@ def main():
                                 'remove it')
         os.makedirs(args.save, exist_ok=True)
     prepare_runtime()
-    bad, before = 0, set()
+    bad, before, ranges = 0, set(), []
     with start_workers() as workers:
         for name in found:
             path = os.path.join(data_path, name)
-            count, good = check_list(path, config, workers)
+            count, good, found_ranges = check_list(path, config, workers)
+            ranges += found_ranges
             bad += count - len(good)
             images = {image for image, _ in good}
             summary = f'{path}: {count} lines, {count - len(good)} bad'
@@ -134,6 +164,9 @@ def main():
             before = images
             if args.save:
                 save_list(os.path.join(args.save, name), good, data_path)
+    note = describe_ranges(ranges)
+    if note:
+        print(note)
     sys.exit(1 if bad else 0)
 
 

@@ -4,6 +4,9 @@
 
 Needs matplotlib (pip install matplotlib).
 """
+import os
+
+from runtime.files import replace
 from runtime.program import run_program
 from runtime.settings import ArgumentParser
 from tools import import_pyplot
@@ -74,7 +77,8 @@ def draw(path):
     axes.annotate('', (5.3, -4), (4.4, -4), arrowprops={'arrowstyle': '-|>', 'lw': 2, 'color': ACCENT})
     axes.text(4.85, -3.85, 'fuse', fontsize=12, ha='center', color=ACCENT)
     axes.set_axis_off()
-    figure.savefig(path, bbox_inches='tight')
+    kind = os.path.splitext(path)[1][1:] or 'png'
+    replace(path, lambda partial: figure.savefig(partial, bbox_inches='tight', format=kind))
 
 
 def main():

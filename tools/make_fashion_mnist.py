@@ -17,6 +17,7 @@ import numpy as np
 from PIL import Image
 from tqdm import tqdm
 
+from runtime.files import write_text
 from runtime.program import run_program
 from runtime.settings import ArgumentParser
 from utils import UserError
@@ -51,8 +52,7 @@ def write_split(images, labels, folder, split, extension):
         path = f'{split}/{CLASSES[label]}/{index:05d}.{extension}'
         Image.fromarray(image).save(os.path.join(folder, path), **options)
         lines.append(f'{path} {label}\n')
-    with open(os.path.join(folder, f'{split}_list.txt'), 'w', encoding='utf-8') as file:
-        file.writelines(lines)
+    write_text(os.path.join(folder, f'{split}_list.txt'), ''.join(lines))
 
 
 def main():
@@ -69,8 +69,7 @@ def main():
                             'together; copy the four files again')
         write_split(images, labels, args.output, split, args.format)
         print(f'{args.output}/{split}_list.txt: {len(labels)} images')
-    with open(os.path.join(args.output, 'class_names.txt'), 'w', encoding='utf-8') as file:
-        file.writelines(f'{name}\n' for name in CLASSES)
+    write_text(os.path.join(args.output, 'class_names.txt'), ''.join(f'{name}\n' for name in CLASSES))
 
 
 if __name__ == '__main__':

@@ -15,6 +15,7 @@ import re
 
 import numpy as np
 
+from runtime.files import write_text
 from runtime.program import run_program
 from runtime.settings import ArgumentParser
 from utils import UserError
@@ -63,8 +64,7 @@ def write_list(path, classes):
         # Python stands in for what is not UTF-8 with surrogates
         if re.search('[\r\ud800-\udfff]|\n.', line):
             raise UserError(f'{line!r}: a file name with a line break, or not in UTF-8, cannot be listed; rename it')
-    with open(path, 'w', encoding='utf-8') as file:
-        file.writelines(lines)
+    write_text(path, ''.join(lines))
     return len(lines)
 
 
@@ -93,8 +93,7 @@ def main():
         path = os.path.join(args.data_path, f'{split}_list.txt')
         print(f'{path}: {write_list(path, classes)} images')
     path = os.path.join(args.data_path, 'class_names.txt')
-    with open(path, 'w', encoding='utf-8') as file:
-        file.writelines(f'{name}\n' for name in train)
+    write_text(path, ''.join(f'{name}\n' for name in train))
     print(f'{path}: {len(train)} classes; train with -opts MODEL.NUM_CLASSES {len(train)}')
 
 

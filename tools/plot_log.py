@@ -10,6 +10,7 @@ import os
 import textwrap
 
 from config import UNRELATED, get_config
+from runtime.files import replace
 from runtime.program import run_program
 from runtime.settings import ArgumentParser, leaves
 from tools import import_pyplot
@@ -86,7 +87,7 @@ def draw(runs, path):
     handles, labels = axes.flat[0].get_legend_handles_labels()
     figure.legend(handles, labels, loc='outside lower center', ncols=min(3, len(runs)), fontsize='small',
                   title='validation: raw weights dashed, EMA solid', title_fontsize='small')
-    figure.savefig(path, dpi=120, format='png')
+    replace(path, lambda partial: figure.savefig(partial, dpi=120, format='png'))
 
 
 def main():

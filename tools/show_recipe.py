@@ -9,6 +9,7 @@ The values are those of an epoch's first step, from the functions that training 
 import json
 
 from config import get_config, get_parser, resolve_config, update_config, with_values
+from runtime.files import replace, write_text
 from runtime.program import prepare_runtime, run_program
 from tools import import_pyplot
 from utils import UserError
@@ -80,7 +81,7 @@ def plot(rows, title, path):
         axis.set(title=TITLES[name], xlabel='epoch', ylim=(0, None))
         axis.grid(alpha=0.3)
     figure.suptitle(title)
-    figure.savefig(path, dpi=110, format='png')
+    replace(path, lambda partial: figure.savefig(partial, dpi=110, format='png'))
 
 
 def main():
@@ -103,8 +104,7 @@ def main():
         print(f'{row["epoch"]:5}  {row["lr"]:13.6g}  {row["weight_decay"]:12.6g}  {row["image_size"]:6}  '
               f'{row["auto_augment_strength"]:11g}  {ema:>9}  {row["steps"]:6}')
     if args.json:
-        with open(args.json, 'w', encoding='utf-8') as file:
-            json.dump(rows, file, indent=1)
+        write_text(args.json, json.dumps(rows, indent=1))
     if args.plot:
         plot(rows, config.MODEL.NAME, args.plot)
 

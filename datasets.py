@@ -35,9 +35,10 @@ def read_lines(path):
     try:
         with open(path, encoding='utf-8-sig', errors='surrogateescape') as file:
             lines = file.read().rstrip().split('\n')
-    except OSError as error:
-        raise UserError(f'{path}: cannot read the list ({error.strerror}); DATA.DATA_PATH is the folder that holds '
-                        'it, see README.md or python -m tools.make_list -h') from None
+    except (OSError, ValueError) as error:  # ValueError: a NUL in the path
+        reason = getattr(error, 'strerror', error)
+        raise UserError(f'{path}: cannot read the list ({reason}); DATA.DATA_PATH is the folder that holds it, see '
+                        'README.md or python -m tools.make_list -h') from None
     if lines == ['']:
         raise UserError(f'{path}: the list is empty; write a line "path label" per image')
     return lines

@@ -12,7 +12,7 @@ import sys
 
 from config import get_config, get_parser, resolve_config, update_config
 from runtime.launcher import run_processes
-from runtime.program import join_process_group, prepare_runtime, run_program, use_device
+from runtime.program import environment_number, join_process_group, prepare_runtime, run_program, use_device
 from utils import UserError
 
 
@@ -32,12 +32,15 @@ def main():
         if count < 1 or 0 < gpus < count:
             raise UserError(f'-nproc is {count}, but must be at least 1, and at most the number of GPUs if there are '
                             f'any: {gpus}')
+        if count > 1 and sys.platform != 'linux':
+            raise UserError(f'{count} processes need Linux: give -nproc 1')
         if count > 1:
             if threads is None:
                 os.environ.pop('OMP_NUM_THREADS', None)  # chosen for one process: each of them chooses its share
-            sys.exit(run_processes([sys.executable, *sys.argv], count))
+            # not sys.argv[0], which a notebook's is its own
+            sys.exit(run_processes([sys.executable, __file__, *sys.argv[1:]], count))
     import run
-    use_device(int(os.environ.get('FLAGS_selected_gpus', '0').split(',')[0]))  # noqa: SIM112  Paddle's name
+    use_device(environment_number('FLAGS_selected_gpus', 0))
     join_process_group()
     run.run(config)
 

@@ -5,16 +5,14 @@
 
 The run's folder (-output) gets config.yaml, log.txt, log.jsonl, latest.pdparams, best.pdparams and epoch_N.pdparams.
 """
-import os
-
 from config import get_config, get_parser, update_config
-from runtime.program import prepare_runtime, run_program, use_device
+from runtime.program import environment_number, prepare_runtime, run_program, use_device
 from utils import UserError
 
 
 def main():
     config = update_config(get_config(), get_parser(__doc__).parse_args())
-    if int(os.environ.get('PADDLE_TRAINERS_NUM', 1)) > 1:
+    if environment_number('PADDLE_TRAINERS_NUM', 1) > 1:
         raise UserError('a launcher has started several processes: give it main_multi_gpu.py')
     prepare_runtime()
     import run

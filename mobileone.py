@@ -110,9 +110,12 @@ class MobileOneBlock(nn.Layer):
 
         The branches are linear in their input, so their sum is the convolution with the sum of their kernels.
         Computed in float64.
+        Raises: UserError for a branch whose layers are not a convolution and a batch norm, as quantization makes them.
         """
-        conv = self.convs[name]
-        folded = [_fold_batch_norm(branch, conv) for branch in self._branches(name)]
+        conv, branches = self.convs[name], self._branches(name)
+        for branch in branches:
+            _check_branch(branch, name)
+        folded = [_fold_batch_norm(branch, conv) for branch in branches]
         return sum_tensors([kernel for kernel, _ in folded]), sum_tensors([bias for _, bias in folded])
 
     @paddle.no_grad()
@@ -122,6 +125,8 @@ class MobileOneBlock(nn.Layer):
             return
         for name, conv in self.convs.items():
             kernel, bias = self.equivalent_kernel_bias(name)
+            # batch-norm statistics are parameters that are always frozen
+            frozen = all(tensor.stop_gradient for branch in self._branches(name) for tensor in branch.parameters())
             prefix = name[:2]
             dtype = getattr(self, f'{name}_blocks')[0].conv.weight.dtype
             for branch in (f'{prefix}_skip', f'{prefix}_1x1', f'{name}_blocks'):
@@ -130,6 +135,8 @@ class MobileOneBlock(nn.Layer):
             fused = ConvNorm(**conv, norm=False).to(dtype=dtype)
             fused.conv.weight.set_value(kernel.astype(dtype))
             fused.conv.bias.set_value(bias.astype(dtype))
+            for tensor in fused.parameters():
+                tensor.stop_gradient = frozen
             fused.training = self.training
             setattr(self, name, fused)
         self.deploy = True
@@ -141,6 +148,14 @@ def sum_tensors(tensors):
     for tensor in tensors[1:]:
         total = total + tensor
     return total
+
+
+def _check_branch(branch, name):
+    """Raises: UserError unless a branch of the layer `name` consists of what `_fold_batch_norm` can fold."""
+    for layer in (branch.conv, branch.norm) if isinstance(branch, ConvNorm) else (branch,):
+        if not isinstance(layer, (nn.Conv2D, nn.BatchNorm2D, nn.SyncBatchNorm)):
+            raise UserError(f'a branch of {name} has {type(layer).__name__}, but only Conv2D and BatchNorm2D can be '
+                            'fused: convert the network before it is quantized')
 
 
 def _fold_batch_norm(branch, conv):
@@ -183,6 +198,9 @@ class MobileOne(nn.Layer):
                  deploy=False, in_channels=3):
         super().__init__()
         widths = stage_widths(num_blocks, num_branches, channels, strides, expansions)
+        if max(*widths, num_classes) >= 2 ** 31:
+            raise UserError(f'a layer of {max(*widths, num_classes)} channels or classes, but PaddlePaddle counts them '
+                            'below 2**31: lower MODEL.CHANNELS, MODEL.EXPANSIONS or MODEL.NUM_CLASSES')
         self.stages = nn.LayerList()
         for stage, (blocks, branches, width, stride) in enumerate(zip(num_blocks, num_branches, widths, strides)):
             first_se = {3: blocks // 2, 4: 0}.get(stage, blocks) if use_se else blocks
@@ -218,9 +236,11 @@ def build_mobileone(config):
 def model_convert(model):
     """The fused network, in evaluation mode, for any layer that contains MobileOne blocks; `model` is unchanged.
 
-    Its outputs equal those of `model.eval()` up to rounding.
+    Its outputs equal those of `model.eval()` up to rounding. A fused convolution is frozen (`stop_gradient`) where all
+    its branches are. Of a paddle.DataParallel the network in it is converted.
+    Raises: UserError for a network that is prepared for quantization.
     """
-    fused = copy.deepcopy(model)
+    fused = copy.deepcopy(model._layers if isinstance(model, paddle.DataParallel) else model)
     for layer in fused.sublayers(include_self=True):
         if isinstance(layer, MobileOneBlock):
             layer.switch_to_deploy()

@@ -70,8 +70,10 @@ def misfits(expected, found):
 
 def program_name():
     """How the user called the running program: main_single_gpu.py, or tools.fuse for `python -m tools.fuse`."""
-    spec = sys.modules['__main__'].__spec__
-    return spec.name if spec else os.path.basename(sys.argv[0])
+    # under a debugger, under a profiler and in a notebook `__main__` is theirs, or has no __spec__
+    spec = getattr(sys.modules['__main__'], '__spec__', None)
+    is_module = spec and spec.origin and os.path.realpath(spec.origin) == os.path.realpath(sys.argv[0])
+    return spec.name if is_module else os.path.basename(sys.argv[0])
 
 
 def rank():

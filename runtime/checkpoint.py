@@ -2,6 +2,7 @@
 import functools
 import glob
 import hashlib
+import math
 import os
 import pathlib
 
@@ -70,10 +71,25 @@ def to_arrays(state):
 
 
 def check_exists(path, key=''):
-    """Raises: UserError if `path`, unless empty, is no file. key: the config's that names it, for the message."""
+    """Raises: UserError if `path`, unless empty, is no file, or one that is larger than the machine's memory.
+
+    key: the config's that names it, for the message.
+    """
     check_regular(path, key)
     if path and not os.path.isfile(path):
         raise UserError(f'{path}: no such weight file; check the path{f", {key}" if key else ""}')
+    if path and os.path.getsize(path) > _memory():
+        raise _too_large(path)
+
+
+def _memory():
+    """Bytes of the machine's memory; no bound where the system does not say (Windows)."""
+    return os.sysconf('SC_PHYS_PAGES') * os.sysconf('SC_PAGE_SIZE') if hasattr(os, 'sysconf') else math.inf
+
+
+def _too_large(path):
+    return UserError(f'{path}: memory does not suffice for its {os.path.getsize(path):,} bytes; check that it is the '
+                     'file that you mean, or use a machine with more of it')
 
 
 def sha256(path):
@@ -89,6 +105,13 @@ def load(path):
     Raises: UserError for an unreadable file, naming what was refused in it.
     """
     check_exists(path)
+    try:
+        return _load(path)
+    except MemoryError:
+        raise _too_large(path) from None
+
+
+def _load(path):
     with open(path, 'rb') as file:
         data = file.read()
     LOG.info(f'{path}: {len(data):,} bytes, SHA-256 {hashlib.sha256(data).hexdigest()}')
@@ -96,6 +119,8 @@ def load(path):
     read = read_pickle if is_pickle else functools.partial(_read_safetensors, _import_safetensors(path))
     try:
         return read(data)
+    except MemoryError:
+        raise
     except Exception as error:  # a broken file raises nearly every type
         raise UserError(f'{path}: not a {".pdparams" if is_pickle else SAFETENSORS} file that can be read safely '
                         f'({describe_error(error, 200)}); nothing of it was executed; get it again from its '

@@ -5,6 +5,7 @@ Importing this module does not import Paddle.
 import os
 import pathlib
 
+from runtime.program import remedy
 from utils import UserError, one_line
 
 
@@ -23,6 +24,8 @@ def replace(path, write):
 
     Raises: UserError, naming `path`, where it cannot be written, and where it is no regular file.
     """
+    if '\0' in path:
+        raise UserError(f'{path!r}: no file can have this name; choose another')
     check_regular(path)
     partial = f'{path}.partial'
     try:
@@ -31,7 +34,7 @@ def replace(path, write):
         os.replace(partial, path)
         _sync(os.path.dirname(path) or '.')
     except OSError as error:
-        raise UserError(f'{path}: cannot write ({error.strerror}); free the disk or choose another folder') from None
+        raise UserError(f'{path}: cannot write ({error.strerror}); {remedy(error)}') from None
     finally:
         if os.path.lexists(partial):
             os.remove(partial)
@@ -44,7 +47,10 @@ def write_text(path, text):
 
 def _sync(path):
     """Wait until a file, or the names in a folder, are on the disk."""
-    descriptor = os.open(path, os.O_RDONLY)
+    is_folder = os.path.isdir(path)
+    if is_folder and not hasattr(os, 'O_DIRECTORY'):
+        return  # Windows opens no folders, and syncs only what is open for writing
+    descriptor = os.open(path, os.O_RDONLY if is_folder else os.O_RDWR)
     try:
         os.fsync(descriptor)
     finally:

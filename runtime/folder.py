@@ -43,11 +43,11 @@ def locked(folder):
     Network disks have such locks or say that they have none, which is logged.
     Raises: UserError when another training has it.
     """
-    import fcntl
     with open(os.path.join(folder, 'log.txt'), 'ab') as file:
         deadline = time.monotonic() + 2
         while True:
             try:
+                import fcntl
                 fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
                 break
             except BlockingIOError:
@@ -55,8 +55,9 @@ def locked(folder):
                     raise UserError(f'{folder}: another training is writing there; wait until it has ended, or choose '
                                     'another -output') from None
                 time.sleep(0.1)  # the workers of one that was killed have it for a moment
-            except OSError as error:
-                LOG.info(f'{folder}: cannot be locked ({error.strerror}); see to it that one training uses it')
+            except (ImportError, OSError) as error:  # Windows has no fcntl
+                reason = getattr(error, 'strerror', error)
+                LOG.info(f'{folder}: cannot be locked ({reason}); see to it that one training uses it')
                 break
         yield
 

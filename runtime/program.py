@@ -4,10 +4,12 @@ Importing this module does not import Paddle.
 """
 import contextlib
 import ctypes
+import errno
 import glob
 import importlib.metadata
 import io
 import os
+import re
 import signal
 import sys
 import threading
@@ -27,8 +29,11 @@ def prepare_runtime():
 
     On a machine without a GPU, Paddle computes on all cores that the process may use.
 
-    Raises: UserError when the installed NumPy is one that the installed Paddle crashes on.
+    Raises: UserError when the installed NumPy is one that the installed Paddle crashes on, and for a launcher's
+    environment variable that is no number.
     """
+    for name in _LOWEST:
+        environment_number(name)  # Paddle would read them its own way
     if _check_versions() == 'paddlepaddle' or not glob.glob('/dev/nvidia[0-9]*'):
         _prepare_cpu()
     # Paddle (2.6.2, 3.3.1) answers SIGTERM with a stack trace, in which a data worker just forked may deadlock; and it
@@ -72,7 +77,7 @@ def _prepare_cpu():
     # a GPU build warns of the CUDA libraries that this machine lacks
     os.environ.setdefault('GLOG_minloglevel', '2')
     # Paddle computes on one thread unless told otherwise
-    processes = int(os.environ.get('PADDLE_LOCAL_SIZE', 1))
+    processes = environment_number('PADDLE_LOCAL_SIZE', 1)
     os.environ.setdefault('OMP_NUM_THREADS', str(max(1, usable_cores() // processes)))
     try:
         with open('/proc/cpuinfo', encoding='utf-8') as file:
@@ -82,6 +87,29 @@ def _prepare_cpu():
     if amd:
         # the MKL inside Paddle (2.6.2, 3.3.1) takes its slowest path on AMD; 5 is AVX2
         os.environ.setdefault('MKL_DEBUG_CPU_TYPE', '5')
+
+
+# numbers in the environment that Paddle's launcher or main_multi_gpu.py has put there, and their lowest values
+_LOWEST = {'PADDLE_TRAINERS_NUM': 1, 'PADDLE_LOCAL_SIZE': 1, 'PADDLE_TRAINER_ID': 0, 'FLAGS_selected_gpus': 0,
+           'RUN_PROCESSES_PID': 1}
+
+
+def environment_number(name, default=None):
+    """The number in one of a launcher's environment variables, of a list of GPUs the first; `default` without it.
+
+    Raises: UserError for anything else in it.
+    """
+    if name not in os.environ:
+        return default
+    text = os.environ[name]
+    try:
+        numbers = [int(part) for part in (text.split(',') if name == 'FLAGS_selected_gpus' else [text])]
+    except ValueError:
+        numbers = [-1]
+    if min(numbers) < _LOWEST[name]:
+        raise UserError(f'{name} is {text[:100]!r} in the environment, but must be a whole number from '
+                        f'{_LOWEST[name]}: unset it, or leave it to a launcher')
+    return numbers[0]
 
 
 def use_device(index=0):
@@ -100,8 +128,8 @@ def join_process_group():
     """Join the group that Paddle's launcher or main_multi_gpu.py has made of several processes, if one has."""
     import paddle
     if 'PADDLE_TRAINER_ID' in os.environ:
-        end_with_parent(int(os.environ.get('RUN_PROCESSES_PID', 0)) or None)
-    if int(os.environ.get('PADDLE_TRAINERS_NUM', 1)) == 1:
+        end_with_parent(environment_number('RUN_PROCESSES_PID'))
+    if environment_number('PADDLE_TRAINERS_NUM', 1) == 1:
         return
     if not paddle.device.cuda.device_count():
         os.environ['PADDLE_DISTRI_BACKEND'] = 'gloo'
@@ -159,9 +187,10 @@ class StopRequest:
 
 
 def run_program(main):
-    """Call a program's main(); a user's mistake ends in one line on stderr and exit status 2."""
+    """Call a program's main(); a user's mistake, or a limit of the system, ends in one line on stderr and status 2."""
     try:
-        main()
+        _prepare_streams()
+        _call(main)
     except SystemExit as error:
         # as it was asked to: who asks once more, as launchers do, gets that status too
         if error.code in (STOPPED, 128 + signal.SIGTERM):
@@ -173,10 +202,82 @@ def run_program(main):
         silence_stdout()
         sys.exit(_fail('the program that read the output has ended', 1))
     except OSError as error:
-        name = error.filename or 'a file'
-        sys.exit(_fail(f'{name}: {error.strerror or error}; check the path, its permissions and the free space', 2))
+        _drop_output()
+        name = error.filename or 'stdout or another file'
+        sys.exit(_fail(f'{name}: {error.strerror or error}; {remedy(error)}', 2))
     except KeyboardInterrupt:
         sys.exit(_fail('interrupted', 130))
+    except Exception as error:
+        if not _shortage(error):
+            raise
+        sys.exit(_fail(_shortage(error), 2))
+
+
+def _prepare_streams():
+    """Let a character that the console lacks raise nothing, and no file take the place of a stream that is closed."""
+    for number in range(3):
+        try:
+            os.fstat(number)
+        except OSError:
+            os.open(os.devnull, os.O_RDWR)  # takes the lowest number that is free
+    if sys.stdout is None:
+        raise UserError('stdout is closed: redirect it to a file or to /dev/null')
+    for stream in (sys.stdout, sys.stderr):
+        if hasattr(stream, 'reconfigure'):  # a notebook's are of another kind
+            stream.reconfigure(errors='backslashreplace')
+
+
+def _call(main):
+    """Call main(), and write what it has printed: at exit, what goes wrong with that is shown as a traceback."""
+    try:
+        main()
+    except SystemExit as error:
+        if error.code:
+            raise
+    sys.stdout.flush()
+
+
+def _drop_output():
+    """Let stdout, if that is what cannot be written, not fail once more at exit."""
+    try:
+        sys.stdout.flush()
+    except OSError:
+        silence_stdout()
+
+
+# what to do about an error of the system
+_REMEDIES = {
+    'EMFILE': 'a process may not open more files: raise that limit, `ulimit -n`',
+    'ENFILE': 'the system may not open more files: end other programs, or raise fs.file-max',
+    'EAGAIN': 'the system starts no more processes, or the output takes no more at once: raise `ulimit -u`, or write '
+              'to a file',
+    'ENOMEM': 'memory does not suffice: end other programs, or use a machine with more of it',
+    'ENOSPC': 'free the disk (`df -h`, and `df -i` for the number of files), or choose another place',
+    'EDQUOT': 'your quota is used up (`quota -s`): remove files, or choose another place',
+    'EFBIG': 'a file may not be so large: raise that limit, `ulimit -f`, or choose another file system',
+    'ENAMETOOLONG': 'a name may have 255 bytes and a path 4,096: choose a shorter one',
+    'EROFS': 'the file system is read-only: choose another place',
+    'EIO': 'the disk, or the network to it, fails: `dmesg` may say more',
+}
+
+
+def remedy(error):
+    """What a user can do about an OSError."""
+    return _REMEDIES.get(errno.errorcode.get(error.errno), 'check the path and its permissions')
+
+
+def _shortage(error):
+    """A line on the limit of the system that an exception has met; '' if it has met none."""
+    text = str(error)
+    # by its name in the traceback of a data worker, too
+    names = 'MemoryError|ResourceExhausted|bad_alloc|out of memory'
+    if isinstance(error, MemoryError) or re.search(names, text, re.IGNORECASE):
+        found = re.search('(out of memory error|fail to alloc|unable to allocate)[^\n]*', text, re.IGNORECASE)
+        detail = f' ({found[0][:150]})' if found else ''
+        return f'memory does not suffice{detail}: use smaller batches, images or networks, or a machine with more of it'
+    if "can't start new thread" in text:
+        return 'the system starts no more threads: raise that limit, `ulimit -u`, or use fewer workers'
+    return ''
 
 
 def _fail(message, status):

@@ -168,6 +168,8 @@ class Settings:
         Raises: UserError for a file that cannot be read, and as `set`.
         """
         source = one_line(str(path))
+        if '\0' in str(path):
+            raise UserError(f'{source}: no file can have this name; give one with -cfg')
         if os.path.realpath(path) in parents:
             raise UserError(f'{source}: BASE leads back to this file; remove the circle')
         tree = _read_yaml(path, source)

@@ -124,7 +124,9 @@ class _Forked(BaseException):
         self.argv = args
 
     def run(self):
-        sys.stdout.reconfigure(line_buffering=os.isatty(1))
+        # not the server's, which know what could be done with its own stdout and stderr
+        sys.stdout = open(1, 'w', 1 if os.isatty(1) else -1, closefd=False)  # noqa: SIM115
+        sys.stderr = open(2, 'w', 1, errors='backslashreplace', closefd=False)  # noqa: SIM115
         # after Python's own end, no C++ destructors: one of Paddle's (2.6.2) waits for ever for a lock that a thread of
         # the server may have held when this process was forked
         libc = ctypes.CDLL(None)

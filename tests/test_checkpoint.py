@@ -1,4 +1,5 @@
 """Weight files: what is read, what is refused, and that writing is whole or not at all."""
+import errno
 import math
 import os
 import pathlib
@@ -7,6 +8,7 @@ import unittest.mock
 import numpy as np
 import paddle
 import pytest
+from conftest import fails, options
 
 from runtime import checkpoint
 from runtime.folder import put_aside
@@ -138,3 +140,31 @@ def test_what_a_checkpoint_of_training_holds(tmp_path, monkeypatch):
     state = checkpoint.load_training(str(tmp_path / 'x.pdparams'))
     assert state.keys() == checkpoint.PARTS.keys() and state['progress']['steps'] == 2
     scaler.load_state_dict(state['amp_grad_scaler'])
+
+
+def test_a_file_that_does_not_fit_into_memory(tmp_path, monkeypatch, fashion):
+    """One larger than the machine's memory is not read; what memory does not suffice for is not called broken."""
+    path = str(tmp_path / 'sparse.pdparams')
+    with open(path, 'wb') as file:
+        file.truncate(os.sysconf('SC_PHYS_PAGES') * os.sysconf('SC_PAGE_SIZE') + 1)
+    line = fails('main_single_gpu.py', '-eval', '-pretrained', path, '-output', tmp_path / 'run', *options(fashion))
+    message = f'{path}: memory does not suffice for its {os.path.getsize(path):,} bytes; check that it is the file'
+    assert message in line and not (tmp_path / 'run').exists()
+
+    def read(data):
+        raise MemoryError
+    path = str(tmp_path / 'small.pdparams')
+    checkpoint.save({'a': np.zeros(3)}, path)
+    monkeypatch.setattr(checkpoint, 'read_pickle', read)
+    with pytest.raises(UserError, match='small.pdparams: memory does not suffice for its .* bytes'):
+        checkpoint.load(path)
+
+
+@pytest.mark.parametrize('number, message', [
+    (errno.ENOSPC, 'free the disk'), (errno.EFBIG, 'raise that limit, `ulimit -f`'), (errno.EDQUOT, 'quota'),
+    (errno.EROFS, 'the file system is read-only'), (errno.EACCES, 'check the path and its permissions')])
+def test_why_a_file_cannot_be_written(tmp_path, number, message):
+    def write(path):
+        raise OSError(number, os.strerror(number))
+    with pytest.raises(UserError, match=rf'a: cannot write \({os.strerror(number)}\); .*{message}'):
+        checkpoint.replace(str(tmp_path / 'a'), write)

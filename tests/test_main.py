@@ -15,6 +15,8 @@ from config import get_config
 from datasets import get_dataset
 from mobileone import build_mobileone
 from runtime import checkpoint
+from utils import UserError
+from weights import load_model
 
 MAIN = 'main_single_gpu.py'
 KEYS = ['epoch', 'step', 'split', 'weights', 'loss', 'acc1', 'acc5', 'n', 'seconds', 'images_per_second', 'lr',
@@ -189,6 +191,16 @@ def test_mistakes_end_in_one_line(fashion, tmp_path, args, message):
     line = fails(MAIN, '-output', tmp_path / 'run', *options(fashion), *args)
     assert line.startswith('main_single_gpu.py: error: ') and message in line
     assert not (tmp_path / 'run').exists()
+
+
+def test_a_nul_in_a_path_that_python_code_gives(config, tmp_path):
+    path = f'{tmp_path}/a\0b'
+    config.DATA.DATA_PATH = path
+    for function in (get_config, lambda path: load_model(config, path), lambda path: get_dataset(config),
+                     lambda path: checkpoint.save({'a': np.zeros(3)}, path)):
+        with pytest.raises(UserError, match='a(\0|.x00)b'):
+            function(path)
+    assert not list(tmp_path.iterdir())
 
 
 def test_a_folder_with_a_run_is_kept(trained, fashion):

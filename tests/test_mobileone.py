@@ -152,6 +152,48 @@ def test_converting_after_training_mode_matters(config):
     assert np.abs(model(images(32)).numpy() - fused(images(32)).numpy()).max() > 1e-2
 
 
+def test_what_is_frozen_stays_frozen(config):
+    model = build_mobileone(config)
+    for name, tensor in model.named_parameters():
+        # whole layers, half a layer, a classifier's bias, SE
+        if name.startswith(('stages.0.', 'stages.1.0.dw_', 'stages.2.0.pw_1x1_blocks.0.conv', 'fc.bias', 'stages.4.')):
+            tensor.stop_gradient = True
+    fused = model_convert(model)
+    frozen = {name for name, tensor in fused.named_parameters() if tensor.stop_gradient}
+    assert frozen == {name for name, _ in fused.named_parameters() if name.startswith(
+        ('stages.0.', 'stages.1.0.dw_', 'fc.bias', 'stages.4.'))}
+    assert {'stages.0.0.dw_3x3.conv.weight', 'stages.0.0.dw_3x3.conv.bias', 'stages.4.0.dw_se.expand.bias'} < frozen
+    for tensor in model.parameters():
+        tensor.stop_gradient = True
+    assert all(tensor.stop_gradient for tensor in model_convert(model).parameters())
+
+
+def test_a_network_prepared_for_quantization_is_refused(config):
+    from paddle.quantization import QAT, QuantConfig, imperative, quanters
+    quanter = quanters.FakeQuanterWithAbsMaxObserver(moving_rate=0.9)
+    networks = [QAT(QuantConfig(activation=activation, weight=weight)).quantize(build_mobileone(config))
+                for activation, weight in ((quanter, quanter), (quanter, None), (None, quanter))]
+    networks.append(build_mobileone(config))
+    imperative.ImperativeQuantAware().quantize(networks[-1])  # PaddlePaddle's older way
+    for network in networks:
+        with pytest.raises(UserError, match='a branch of dw_3x3 has .*: convert the network before it is quantized'):
+            model_convert(network)
+    # what the message asks for
+    fused = model_convert(build_mobileone(config))
+    fused.train()
+    quantized = QAT(QuantConfig(activation=quanter, weight=quanter)).quantize(fused)
+    assert quantized(images(32)).shape == model_convert(quantized)(images(32)).shape == [2, 10]
+
+
+@pytest.mark.filterwarnings('ignore:The program will return to single-card operation')
+def test_the_network_in_a_data_parallel_is_converted(config):
+    model = build_mobileone(config)
+    randomise(model)
+    fused = model_convert(paddle.DataParallel(model))
+    assert isinstance(fused, MobileOne) and not fused.training
+    np.testing.assert_allclose(fused(images(32)).numpy(), model(images(32)).numpy(), rtol=1e-4, atol=1e-4)
+
+
 @pytest.mark.parametrize('blocks', [1, 2, 5, 10])
 def test_place_of_se(blocks):
     model = MobileOne([1, 2, 2, blocks, 2], [1] * 5, [8] * 5, [2] * 5, [1.0] * 5, use_se=True)
@@ -175,6 +217,8 @@ def test_entry_0_of_branches_has_no_effect(config, entry):
     ('CHANNELS', [4, 4, 4, 4, -4], 'CHANNELS'),
     ('EXPANSIONS', [0.1, 1.0, 1.0, 1.0, 1.0], 'EXPANSIONS'),
     ('TYPE', 'ResNet', 'ResNet'),
+    ('CHANNELS', [4, 2 ** 31, 4, 4, 4], 'below 2..31'),
+    ('NUM_CLASSES', 10 ** 21, 'below 2..31'),
 ])
 def test_lists_that_describe_no_network(config, key, value, message):
     config.MODEL[key] = value

@@ -4,11 +4,12 @@ import glob
 import importlib.metadata
 import os
 import signal
+import subprocess
 import sys
 import threading
 
 import pytest
-from conftest import run
+from conftest import ROOT, fails, options, records, run
 
 from runtime import program
 from utils import UserError
@@ -107,3 +108,173 @@ print('not ended')"""
     env = {'OMP_NUM_THREADS': '2', **({'PADDLE_TRAINER_ID': '0'} if group else {})}
     process = run('-c', code, when, status=128 + signal.SIGTERM, env=env, fork=False)
     assert process.stdout == process.stderr == ''
+
+
+def shell(line, *args):
+    """Run a line of sh, "$@" being `python *args`, in a real process; returns (status, stdout, stderr)."""
+    process = subprocess.run(['sh', '-c', line, 'sh', sys.executable, *map(str, args)], cwd=ROOT, capture_output=True,
+                             text=True, stdin=subprocess.DEVNULL, timeout=100)
+    return process.returncode, process.stdout, process.stderr
+
+
+HELP = ['main_single_gpu.py', '-h']
+
+
+def test_closed_streams():
+    closed = 'main_single_gpu.py: error: stdout is closed: redirect it to a file or to /dev/null\n'
+    assert shell('"$@" >&-', *HELP) == (2, '', closed)
+    # a file that is opened later must not become what all write their errors to
+    code = 'from runtime.program import run_program; run_program(lambda: print(open("LICENSE").fileno()))'
+    assert shell('"$@" 0<&- 2>&-', '-c', code) == (0, '3\n', '')
+
+
+def test_stdout_that_cannot_be_written():
+    for length in (1, 100_000):  # more than stdout holds back until the program ends
+        code = f'from runtime.program import run_program; run_program(lambda: print("a" * {length}))'
+        status, _, error = shell('"$@" >/dev/full', '-c', code)
+        message = 'error: stdout or another file: No space left on device; free the disk'
+        assert status == 2 and message in error and error.count('\n') == 1
+
+
+@pytest.mark.parametrize('encoding, shown', [('ascii', r'\u0141\xf3d\u017a'), ('utf-8', 'Łódź')])
+def test_characters_that_the_console_lacks(encoding, shown):
+    code = ('import sys; from runtime.program import run_program; from utils import UserError\n'
+            'def main():\n    print("Łódź")\n    raise UserError("Łódź")\n'
+            'run_program(main)')
+    process = run('-c', code, status=2, env={'PYTHONIOENCODING': f'{encoding}:strict', 'PYTHONUTF8': '0'}, fork=False)
+    assert process.stdout == f'{shown}\n' and process.stderr == f'-c: error: {shown}\n'
+
+
+@pytest.mark.parametrize('name, value', [
+    ('PADDLE_TRAINERS_NUM', 'two'), ('PADDLE_TRAINERS_NUM', '0'), ('PADDLE_TRAINERS_NUM', '9' * 5000),
+    ('PADDLE_TRAINER_ID', ''), ('PADDLE_TRAINER_ID', '-1'), ('PADDLE_LOCAL_SIZE', '1.5'), ('PADDLE_LOCAL_SIZE', '0'),
+    ('FLAGS_selected_gpus', '0,x')])
+def test_numbers_in_the_environment(name, value):
+    for program_name in ('main_single_gpu.py', 'main_multi_gpu.py'):
+        error = run(program_name, status=2, env={name: value}, fork=False).stderr
+        assert f'{name} is {value[:100]!r} in the environment, but must be a whole' in error and error.count('\n') == 1
+
+
+def ends(code):
+    """The line on stderr of a program that calls `code` and ends as a user's mistake does."""
+    return fails('-c', f'import errno, os, resource, sys\nimport numpy as np\nfrom runtime import program\n'
+                 f'def main():\n    {code}\nprogram.run_program(main)')
+
+
+@pytest.mark.parametrize('code, message', [
+    ('raise MemoryError', 'memory does not suffice: use smaller batches, images or networks'),
+    ('np.empty(10 ** 15)', 'memory does not suffice (Unable to allocate 7.11 PiB for an array'),
+    ('import paddle; paddle.zeros([10 ** 7, 10 ** 7])', 'memory does not suffice (Fail to alloc memory of'),
+    # as PaddlePaddle says it of a GPU
+    (r'raise RuntimeError("C++ Traceback\n\nResourceExhaustedError: \n\nOut of memory error on GPU 0. Cannot allocate '
+     r'9GB.\n\nPlease check")', 'memory does not suffice (Out of memory error on GPU 0. Cannot allocate 9GB.): use'),
+    ('raise RuntimeError("while reading item 3: MemoryError")', 'memory does not suffice: use'),
+    ('raise RuntimeError("can\'t start new thread")', 'raise that limit, `ulimit -u`'),
+    ('resource.setrlimit(resource.RLIMIT_NOFILE, (20, 20)); files = [open(os.devnull) for _ in range(20)]',
+     '/dev/null: Too many open files; a process may not open more files: raise that limit, `ulimit -n`'),
+    ('open("a" * 300)', 'File name too long; a name may have 255 bytes'),
+    ('raise OSError(errno.EDQUOT, "Disk quota exceeded", "a.txt")', 'a.txt: Disk quota exceeded; your quota'),
+    ('raise OSError(errno.EFBIG, "File too large")', 'stdout or another file: File too large; a file may not be so '
+     'large: raise that limit, `ulimit -f`'),
+    ('raise OSError(errno.EROFS, "Read-only", "a")', 'a: Read-only; the file system is read-only'),
+    ('raise OSError(errno.ENOMEM, "Cannot allocate memory")', 'memory does not suffice'),
+    ('open("/dev/null/x")', '/dev/null/x: Not a directory; check the path and its permissions'),
+])
+def test_limits_of_the_system_are_named(code, message):
+    assert message in ends(code)
+
+
+def test_a_network_that_does_not_fit_into_memory(tmp_path, fashion):
+    line = fails('main_single_gpu.py', '-output', tmp_path / 'run', *options(
+        fashion, 'MODEL.CHANNELS', '[4,1000000,1000000,8,8]'))
+    assert 'memory does not suffice (' in line and line.endswith('or a machine with more of it')
+
+
+STARTS = {
+    'script': [*HELP],
+    'debugger': ['-m', 'pdb', '-c', 'continue', *HELP],
+    'profiler': ['-m', 'cProfile', *HELP],
+    'runpy': ['-c', 'import runpy; runpy.run_path("main_single_gpu.py", None, "__main__")', '-h'],
+    'module': ['-m', 'tools.fuse', '-h'],
+    'profiler of a module': ['-m', 'cProfile', '-m', 'tools.fuse', '-h'],
+    'debugger of a module': ['-m', 'pdb', '-c', 'continue', '-m', 'tools.fuse', '-h'],
+}
+
+
+@pytest.mark.parametrize('start', STARTS)
+def test_programs_start_under_other_programs(start):
+    status, out, error = shell('"$@"', *STARTS[start])
+    name = 'tools.fuse' if 'module' in start else 'main_single_gpu.py'
+    assert status == 0 and error == '' and 'Traceback (' not in out
+    assert f'usage: {name} [-h]' in out or (start, sys.version_info < (3, 11)) == ('debugger of a module', True)
+
+
+@pytest.mark.parametrize('name, args', [('main_single_gpu', []), ('main_multi_gpu', ['-nproc', '2'])])
+def test_programs_start_in_a_notebook(fashion, tmp_path, name, args):
+    """Whose __main__ has neither file nor spec, and whose sys.argv and sys.stdout are its own."""
+    code = f"""
+import io, sys
+import __main__
+for attribute in ('__file__', '__spec__'):
+    vars(__main__).pop(attribute, None)
+sys.argv[0], sys.stdout = '/usr/lib/ipykernel_launcher.py', io.TextIOWrapper(io.BytesIO())
+import {name}
+try:
+    {name}.main()
+except SystemExit as error:
+    assert error.code == 0"""
+    run('-c', code, *args, '-output', tmp_path / 'run', *options(fashion, 'TRAIN.NUM_EPOCHS', '1'))
+    assert [row['split'] for row in records(tmp_path / 'run')] == ['train', 'val', 'val']
+
+
+WITHOUT_LINUX = """
+import zlib, multiprocessing, os, signal, subprocess, sys
+import numpy, paddle, paddle.io, paddle.vision, tqdm, yaml, PIL.Image
+open_file, sync, writable = os.open, os.fsync, []
+
+def open_no_folder(path, flags, *more):
+    if os.path.isdir(path):
+        raise PermissionError(13, 'Permission denied', path)
+    writable.append(flags & os.O_RDWR)
+    return open_file(path, flags, *more)
+
+def sync_what_is_writable(descriptor):
+    assert writable.pop()
+    sync(descriptor)
+
+os.open, os.fsync = open_no_folder, sync_what_is_writable
+for module, names in [
+        (signal, 'pthread_sigmask sigwait SIGHUP SIGUSR1 SIGUSR2 SIGXCPU SIGXFSZ SIGALRM SIGKILL SIGCHLD SIGRTMIN'),
+        (os, 'fork sched_getaffinity sysconf O_DIRECTORY getuid register_at_fork uname killpg setsid wait')]:
+    for name in names.split():
+        delattr(module, name)
+for name in ('fcntl', 'resource', 'pwd', 'grp', 'termios'):
+    sys.modules[name] = None
+sys.platform = 'win32'
+"""
+
+
+def test_without_linux(fashion, tmp_path):
+    """What other systems lack is taken away: a network is built, saved, loaded, fused, evaluated and trained."""
+    def start(code, *args, status=0):
+        return run('-c', WITHOUT_LINUX + code, '-data_path', fashion, *options(fashion)[4:], 'TRAIN.NUM_EPOCHS', '1',
+                   *args, status=status, fork=False)
+
+    weights, fused = tmp_path / 'weights.pdparams', tmp_path / 'fused.pdparams'
+    start(f"""
+from config import get_config, get_parser, update_config
+from mobileone import build_mobileone
+from runtime import checkpoint
+import load_pytorch_weights, tools.make_list
+config = update_config(get_config(), get_parser('').parse_args())
+checkpoint.save(build_mobileone(config).state_dict(), {str(weights)!r})""")
+    fuse = 'from runtime.program import run_program; from tools import fuse; run_program(fuse.main)'
+    out = start(fuse, '-pretrained', weights, '-save', fused).stdout
+    assert '35 val images' in out and f'fused weights: {fused}' in out
+    main = 'from runtime.program import run_program; import main_single_gpu; run_program(main_single_gpu.main)'
+    start(main, '-eval', '-pretrained', fused, '-output', tmp_path / 'run')
+    assert records(tmp_path / 'run')[0]['n'] == 35
+    out = start(main, '-pretrained', weights, '-output', tmp_path / 'more').stdout
+    assert 'cannot be locked' in out and ' best top-1 ' in out
+    several = 'from runtime.program import run_program; import main_multi_gpu; run_program(main_multi_gpu.main)'
+    assert start(several, '-nproc', 2, status=2).stderr.endswith('error: 2 processes need Linux: give -nproc 1\n')

@@ -167,11 +167,22 @@ class _ConsoleHandler(logging.Handler):
                 print(f'nobody reads the output any more; it goes on in {self.log}', file=sys.stderr)
 
 
+@contextlib.contextmanager
+def naming(path):
+    """Let an OSError in it say which file it is about."""
+    try:
+        yield
+    except OSError as error:
+        error.filename = error.filename or path
+        raise
+
+
 class _FileHandler(logging.FileHandler):
     """Fails when it cannot write, where logging's own prints a traceback and goes on without a log."""
 
     def handleError(self, record):
-        raise  # logging calls this while it handles the exception
+        with naming(self.baseFilename):
+            raise  # logging calls this while it handles the exception
 
 
 def setup_logger(folder=None):

@@ -9,7 +9,7 @@ import re
 import time
 
 from runtime import checkpoint, files
-from utils import LOG, UserError, rank
+from utils import LOG, UserError, naming, rank
 
 
 def prepare_folder(save, resume, name, is_evaluation):
@@ -134,7 +134,7 @@ class RunLog:
 
     def write(self, record):
         if rank() == 0:
-            with open(self.path, 'a', encoding='utf-8') as file:
+            with naming(self.path), open(self.path, 'a', encoding='utf-8') as file:
                 file.write(json.dumps(record, allow_nan=False) + '\n')
 
     def drop_after(self, epoch):

@@ -276,6 +276,14 @@ def test_a_full_disk(whole, tmp_path, name, epoch):
     assert_same_runs(folder, output)
 
 
+@pytest.mark.parametrize('name', ['log.txt', 'log.jsonl'])
+def test_a_full_disk_under_a_log(fashion, tmp_path, name):
+    (tmp_path / 'run').mkdir()
+    (tmp_path / 'run' / name).symlink_to('/dev/full')
+    line = fails(MAIN, '-output', tmp_path / 'run', *options(fashion))
+    assert f'{tmp_path}/run/{name}: No space left on device; free the disk' in line
+
+
 def test_a_folder_that_goes_away(whole, tmp_path):
     """The error names it."""
     _, opts = whole

@@ -168,7 +168,8 @@ class Run:
         metrics = results[networks[-1][0]]
         if metrics.acc1 > self.best['acc1']:
             self.best = {'acc1': metrics.acc1, 'epoch': epoch}
-        later = sum(is_validated(config, number) for number in range(epoch + 1, config.TRAIN.NUM_EPOCHS + 1))
+        # a whole number of VALIDATE_FREQ epochs each, and the last epoch
+        later = -(-config.TRAIN.NUM_EPOCHS // config.VALIDATE_FREQ) - epoch // config.VALIDATE_FREQ
         training.evaluation_seconds = later * metrics.seconds
 
     def end(self):

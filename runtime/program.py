@@ -275,6 +275,8 @@ def _shortage(error):
         found = re.search('(out of memory error|fail to alloc|unable to allocate)[^\n]*', text, re.IGNORECASE)
         detail = f' ({found[0][:150]})' if found else ''
         return f'memory does not suffice{detail}: use smaller batches, images or networks, or a machine with more of it'
+    if isinstance(error, OverflowError):
+        return f'a number is larger than can be computed with ({text[:150]}): lower it, in the config or its flag'
     if "can't start new thread" in text:
         return 'the system starts no more threads: raise that limit, `ulimit -u`, or use fewer workers'
     return ''

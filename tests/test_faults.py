@@ -1,4 +1,5 @@
 """Faults while a run goes on: kills, signals, disks that are full. What docs/reliability.md promises."""
+import contextlib
 import os
 import random
 import re
@@ -68,23 +69,27 @@ def test_killed_at_a_chosen_point(whole, tmp_path, faults):
     assert not list((tmp_path / 'run').glob('*.partial'))
 
 
-def test_killed_at_random(whole, tmp_path, long):
-    """Again and again, until the run is done; in seconds, for what lies between the chosen points."""
-    folder, opts = whole
-    command = [MAIN, '-resume', 'auto', *opts, '-output']
-    for chain in range(5 if long else 1):
+@pytest.mark.parametrize('count', [1, 2, 3])
+def test_killed_at_random(fashion, tmp_path, long, count):
+    """Again and again, until the run is done: the parent, a rank or a data worker, between the chosen points too."""
+    command = ['main_multi_gpu.py', '-nproc', count, '-resume', 'auto', *options(
+        fashion, *RUN, 'DATA.BATCH_SIZE', 6 // count, 'REPORT_FREQ', '2'), '-output']
+    run(*command, tmp_path / 'whole')
+    for chain in range(25 if long else 1):
         chance = random.Random(chain)
         output = tmp_path / str(chain)
-        for _ in range(4 if long else 3):
-            process = Program([*command, output])
+        for _ in range(4 if long else 3 if count == 1 else 1):
+            process = Program([*command, output], start_new_session=True)
             # from the first file of the run on: before, there is nothing to lose
             while not (output / 'log.txt').exists():
                 time.sleep(0.01)
             time.sleep(chance.uniform(0, 3))
-            process.kill()
-            process.wait()
+            with contextlib.suppress(ProcessLookupError, IndexError):
+                os.kill(chance.choice(sorted(members(process))), signal.SIGKILL)
+            process.wait(60)
+            wait_until(lambda: not members(process))  # noqa: B023  called here
         run(*command, output)
-        assert_same_runs(folder, output)
+        assert_same_runs(tmp_path / 'whole', output)
 
 
 @pytest.mark.parametrize('fault, number, where', [

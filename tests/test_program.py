@@ -169,6 +169,7 @@ def ends(code):
     (r'raise RuntimeError("C++ Traceback\n\nResourceExhaustedError: \n\nOut of memory error on GPU 0. Cannot allocate '
      r'9GB.\n\nPlease check")', 'memory does not suffice (Out of memory error on GPU 0. Cannot allocate 9GB.): use'),
     ('raise RuntimeError("while reading item 3: MemoryError")', 'memory does not suffice: use'),
+    ('bytearray(10 ** 30)', 'a number is larger than can be computed with (cannot fit'),
     ('raise RuntimeError("can\'t start new thread")', 'raise that limit, `ulimit -u`'),
     ('resource.setrlimit(resource.RLIMIT_NOFILE, (20, 20)); files = [open(os.devnull) for _ in range(20)]',
      '/dev/null: Too many open files; a process may not open more files: raise that limit, `ulimit -n`'),

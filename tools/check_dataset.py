@@ -61,6 +61,8 @@ def _start_worker(parent):
 @contextlib.contextmanager
 def start_workers():
     """A pool of a process for each core, which are ended at once when the block is left, however that happens."""
+    if 'fork' not in multiprocessing.get_all_start_methods():
+        raise UserError('tools.check_dataset forks its processes, which this system cannot: run it on Linux or macOS')
     # forked, they share the memory of what is imported; not multiprocessing.Pool, which waits for one that was killed
     context = multiprocessing.get_context('fork')
     parent = os.getpid()

@@ -24,7 +24,7 @@ def replace(path, write):
 
     Raises: UserError, naming `path`, where it cannot be written, and where it is no regular file.
     """
-    if '\0' in path:
+    if '\0' in str(path):
         raise UserError(f'{path!r}: no file can have this name; choose another')
     check_regular(path)
     partial = f'{path}.partial'

@@ -12,6 +12,7 @@ from runtime.program import prepare_runtime
 
 os.environ.setdefault('OMP_NUM_THREADS', '1')  # a worker of pytest-xdist for every core
 signal.signal(signal.SIGINT, signal.default_int_handler)  # which a shell ignores for what runs in its background
+signal.signal(signal.SIGHUP, signal.SIG_DFL)  # which nohup ignores
 prepare_runtime()
 
 import forked  # noqa: E402

@@ -10,6 +10,7 @@ import contextlib
 import ctypes
 import functools
 import gc
+import io
 import json
 import os
 import pathlib
@@ -126,7 +127,7 @@ class _Forked(BaseException):
     def run(self):
         # not the server's, which know what could be done with its own stdout and stderr
         sys.stdout = open(1, 'w', 1 if os.isatty(1) else -1, closefd=False)  # noqa: SIM115
-        sys.stderr = open(2, 'w', 1, errors='backslashreplace', closefd=False)  # noqa: SIM115
+        sys.stderr = io.TextIOWrapper(open(2, 'wb', 0, closefd=False), errors='backslashreplace', write_through=True)  # noqa: SIM115
         # after Python's own end, no C++ destructors: one of Paddle's (2.6.2) waits for ever for a lock that a thread of
         # the server may have held when this process was forked
         libc = ctypes.CDLL(None)

@@ -99,8 +99,9 @@ class Run:
     resumed_optimizer: dict = field(default_factory=dict)
     # the best evaluation so far, by the EMA weights if there are any
     best: dict = field(default_factory=lambda: {'acc1': -1.0, 'epoch': 0})
-    # the newest checkpoint of this run, for the error that ends it
+    # the newest checkpoint of this run, for the error that ends it, and its part of an epoch
     last_checkpoint: str = ''
+    saved_part: Optional[engine.EpochPart] = None
     stop: StopRequest = field(default_factory=StopRequest)
 
     def train(self, train_loader, val_loader):
@@ -138,8 +139,7 @@ class Run:
         try:
             yield
         except StoppedWaiting:
-            is_new = self.part.steps and not self.last_checkpoint.endswith(f'step {self.part.steps})')
-            if world_size() == 1 and is_new:
+            if world_size() == 1 and self.part.steps and self.part is not self.saved_part:
                 self.save()
             self.end()
 
@@ -211,7 +211,7 @@ class Run:
         # all wait for it: none may end the run before it is written
         from_main(lambda: folder.write_checkpoints(config.SAVE, checkpoint.to_arrays(state), config.SAVE_FREQ,
                                                    config.KEEP_CHECKPOINTS))
-        self.last_checkpoint = f'{os.path.join(config.SAVE, checkpoint.LATEST)} ({when})'
+        self.last_checkpoint, self.saved_part = f'{os.path.join(config.SAVE, checkpoint.LATEST)} ({when})', part
 
 
 def write_record(config, schedule, epoch, split, weights, metrics):

@@ -18,7 +18,7 @@ import numpy as np
 import paddle
 from paddle.io import DataLoader, Dataset, get_worker_info
 
-from runtime.program import STOP_SIGNALS, end_with_parent
+from runtime.program import STOP_SIGNALS, end_with_parent, environment_number
 from utils import LOG, UserError, blocked
 
 # seconds of waiting for a batch after which it is said, and again
@@ -114,7 +114,7 @@ def shared_memory(num_workers, batch_bytes, kept=1):
     if not num_workers or not os.path.isdir('/dev/shm'):
         return 0, 0
     space = os.statvfs('/dev/shm')
-    processes = int(os.environ.get('PADDLE_LOCAL_SIZE', 1))
+    processes = environment_number('PADDLE_LOCAL_SIZE', 1)
     return processes * (2 * num_workers + kept) * batch_bytes, space.f_bavail * space.f_frsize
 
 

@@ -208,9 +208,10 @@ def run_program(main):
     except KeyboardInterrupt:
         sys.exit(_fail('interrupted', 130))
     except Exception as error:
-        if not _shortage(error):
+        shortage = _shortage(error)
+        if not shortage:
             raise
-        sys.exit(_fail(_shortage(error), 2))
+        sys.exit(_fail(shortage, 2))
 
 
 def _prepare_streams():

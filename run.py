@@ -142,6 +142,11 @@ class Run:
             if world_size() == 1 and self.part.steps and self.part is not self.saved_part:
                 self.save()
             self.end()
+        except RuntimeError:
+            # if the others are asked too, one that has ended by now fails what this one waits for
+            if world_size() == 1 or not self.should_stop():
+                raise
+            self.end()
 
     def after_step(self, part, stopping):
         """Save where it is time to; end the program where a rank is asked to stop."""

@@ -54,15 +54,17 @@ def run_processes(command, count):
                  'FLAGS_selected_gpus': rank, 'RUN_PROCESSES_PID': os.getpid()}
         ranks.append(Rank(command, {**os.environ, **{name: str(value) for name, value in group.items()}}))
     answer(signal.default_int_handler)  # which raises KeyboardInterrupt
-    shown = ranks[0]
+    shown, asked = ranks[0], False
     try:
         failed = wait_for(ranks)
         shown = ranks[failed or 0]
     except KeyboardInterrupt:
-        failed = 0
+        failed, asked = 0, True
         answer(signal.SIG_IGN)  # the processes answer, those of a second Ctrl-C too
     finally:
         end(ranks, shown)
+    if asked and STOPPED in [rank.process.returncode for rank in ranks]:
+        return STOPPED  # gloo aborts one that waits for another that has ended
     if failed is None:
         for rank in ranks:
             rank.show()

@@ -120,6 +120,10 @@ def shared_memory(num_workers, batch_bytes, kept=1):
 
 def _end_at_once(batches):
     """End an iterator of Paddle's loader (2.6.2, 3.3.1) that is not read to its end: its own thread keeps it alive."""
+    if not hasattr(batches, '_workers'):
+        batches._shutdown = True  # or it would wait, at exit too, for its thread, which may read from a dead disk
+        batches._exit_thread_expectedly()
+        return
     batches._exit_thread_expectedly()
     workers = batches._workers
     for worker in workers:
@@ -178,7 +182,8 @@ class Loader:
             signal.signal(signal.SIGCHLD, _name_the_dead(signal.getsignal(signal.SIGCHLD)))
         requests, results = queue.SimpleQueue(), queue.SimpleQueue()
         place = paddle.framework._current_expected_place()
-        threading.Thread(target=_fetch, args=[batches, place, requests, results], daemon=True).start()
+        thread = threading.Thread(target=_fetch, args=[batches, place, requests, results], daemon=True)
+        thread.start()
         try:
             while True:
                 start = time.perf_counter()
@@ -195,8 +200,10 @@ class Loader:
                 yield images, labels
         finally:
             requests.put(None)
-            if self.loader.num_workers and not batches._shutdown:
+            if not batches._shutdown:
                 _end_at_once(batches)
+            if self.loader.num_workers:
+                thread.join(1)  # it may be waiting for the workers' end too, of which only one of two waits learns
 
     def _wait(self, results):
         """What is put into results next. Says after a minute at which items the workers are."""

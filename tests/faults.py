@@ -59,6 +59,13 @@ def send(name):
     return lambda *args: os.kill(os.getpid(), getattr(signal, name))
 
 
+def terminate_all(*args):
+    """All processes of a group, when the others have got as far as they can without this one."""
+    time.sleep(2)
+    os.kill(os.getppid(), signal.SIGTERM)
+    time.sleep(1)
+
+
 def raise_error(*args):
     raise RuntimeError('boom')
 
@@ -78,6 +85,8 @@ FAULTS = {
     'interrupt': lambda number: on_call(engine, 'train_step', number, send('SIGINT')),
     'terminate_evaluation': lambda number: on_call(engine, 'batch_sums', number, send('SIGTERM'),
                                                    lambda *args: not paddle.is_grad_enabled()),
+    'terminate_all_in_evaluation': lambda number: on_call(engine, 'batch_sums', number, terminate_all,
+                                                          lambda *args: not paddle.is_grad_enabled()),
     # each step takes NUMBER seconds more
     'slow': lambda number: slow_down(engine, 'train_step', number),
     'raise': lambda number: on_call(engine, 'train_step', number, raise_error),

@@ -380,6 +380,14 @@ def test_a_parent_and_its_processes_are_asked_to_stop(fashion, tmp_path):
     assert members(process) == []
 
 
+def test_all_are_asked_to_stop_while_they_wait_for_one(fashion, tmp_path):
+    """At the end of an evaluation, which that one leaves."""
+    process = run(*FAULTY_TWO, 'terminate_all_in_evaluation', 4, TWO[0], '-output', tmp_path / 'run', *options(
+        fashion, *RUN, *BOTH), status=STOPPED, env=PATHS)
+    assert 'stopped by SIGTERM; -resume auto goes on from ' in process.stdout
+    assert process.stderr == 'asked to stop: a checkpoint comes first; Ctrl-C again stops at once\n'
+
+
 def test_slow_steps_do_not_delay_a_stop(fashion, tmp_path):
     """Of several processes: log lines are a minute apart, and their parent kills them after half of one."""
     process = start([*FAULTY_TWO, 'slow', '1', TWO[0], '-output', tmp_path / 'run', *options(

@@ -31,3 +31,23 @@ sys.exit(2)
     (tmp_path / 'go').touch()
     assert process.wait(20) == 2
     assert sorted((tmp_path / 'errors').read_text().splitlines()) == ['a mistake', 'a warning of 0', 'a warning of 1']
+
+
+def test_a_group_that_is_asked_to_stop_ends_as_one_of_it_does(tmp_path):
+    """Gloo aborts a process that waits for another which has stopped."""
+    script = tmp_path / 'script.py'
+    script.write_text("""
+import os, pathlib, signal, sys, time
+rank, folder = int(os.environ['PADDLE_TRAINER_ID']), pathlib.Path(sys.argv[1])
+signal.signal(signal.SIGTERM, lambda number, frame: sys.exit(75) if rank else os.abort())
+(folder / f'ready {rank}').touch()
+time.sleep(60)
+""")
+    process = Program(['-c', GROUP, script, tmp_path], env={**os.environ, 'PYTHONPATH': f'{ROOT}:{ROOT / "tests"}'})
+    deadline = time.monotonic() + 20
+    while len(list(tmp_path.glob('ready *'))) < 2:
+        assert time.monotonic() < deadline and process.poll() is None
+        time.sleep(0.05)
+    process.terminate()
+    process.communicate(timeout=20)
+    assert process.returncode == 75

@@ -156,3 +156,18 @@ def test_a_wait_for_a_batch_says_where_the_workers_are_and_ends(workers, monkeyp
     with pytest.raises(StoppedWaiting):
         next(iter(loader))
     assert time.monotonic() - began < 3.5 and multiprocessing.active_children() == []
+
+
+@pytest.mark.parametrize('workers', [0, 2])
+def test_a_program_ends_while_an_image_is_read(workers):
+    code = f"""
+import time
+import test_loader
+loader = test_loader.Loader(test_loader.Images(1000), [[7], [8]], {workers})
+loader.should_stop = lambda: True
+try:
+    next(iter(loader))
+except test_loader.StoppedWaiting:
+    print(time.time())"""
+    stopped = float(run('-c', code, env={'PYTHONPATH': f'{ROOT}:{ROOT / "tests"}'}).stdout)
+    assert time.time() - stopped < 5

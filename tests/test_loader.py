@@ -142,6 +142,7 @@ def test_a_small_dev_shm_is_said_before_the_first_batch(fashion, tmp_path, count
 def test_a_wait_for_a_batch_says_where_the_workers_are_and_ends(workers, monkeypatch, caplog):
     monkeypatch.setattr(runtime.loader, 'PATIENCE', 0.5)
     monkeypatch.setattr(LOG, 'propagate', True)
+    caplog.set_level('INFO', LOG.name)
     places = ', '.join(f'worker {worker} is at image {7 + worker}' for worker in range(max(1, workers)))
     loader = Loader(Images(1000), [[7], [8]], workers, timeout=2)
     began = time.monotonic()

@@ -162,9 +162,11 @@ def _read(path, function):
     except Exception as error:  # Pillow's readers raise nearly every type on a broken file
         if isinstance(error, UnidentifiedImageError):
             reason = 'no image in a format that Pillow knows'
+        elif isinstance(error, MemoryError):
+            reason = 'memory does not suffice'
         else:
             reason = getattr(error, 'strerror', None) or one_line(str(error)) or type(error).__name__
-        too_large = isinstance(error, Image.DecompressionBombError)
+        too_large = isinstance(error, (Image.DecompressionBombError, MemoryError))
         remedy = 'scale it down' if too_large else 'fix the file or its line in the list'
         raise UserError(f'{path}: cannot read the image ({reason}); {remedy}') from None
 

@@ -29,6 +29,8 @@ def read_pytorch(path):
         raise UserError(f'{path}: no such checkpoint; give a .pth.tar file')
     try:
         state_dict = torch.load(path, map_location='cpu', weights_only=True)
+    except MemoryError:
+        raise
     except Exception as error:  # a broken or hostile file raises nearly every type
         # without PyTorch's own words, which recommend the unsafe way
         raise UserError(f'{path}: not a PyTorch state dict that can be read safely ({type(error).__name__}); download '

@@ -377,7 +377,7 @@ def test_a_script_that_is_ended_ends_python(fashion, tmp_path):
         assert process.poll() is None
         time.sleep(0.1)
     assert len(command_lines(tmp_path)) >= 3  # main_multi_gpu.py in the shell's place, and two ranks
-    process.terminate()
+    process.send_signal(signal.SIGUSR1)
     assert process.wait(60) == STOPPED
     assert 'stopped by SIGTERM; -resume auto goes on' in (tmp_path / 'run/log.txt').read_text()
     deadline = time.monotonic() + 30

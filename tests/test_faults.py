@@ -369,10 +369,11 @@ def test_one_of_two_processes_is_asked_to_stop_in_an_evaluation(whole_of_two, tm
     assert_same_runs(folder, tmp_path / 'run')
 
 
-def test_a_parent_and_its_processes_are_asked_to_stop(fashion, tmp_path):
+@pytest.mark.parametrize('number', [signal.SIGTERM, signal.SIGUSR1])
+def test_a_parent_and_its_processes_are_asked_to_stop(fashion, tmp_path, number):
     process = start([*TWO, '-output', tmp_path / 'run', *options(fashion, *LONG)], tmp_path / 'run')
     began = time.monotonic()
-    process.terminate()
+    process.send_signal(number)
     out, error = process.communicate(timeout=30)
     assert process.returncode == STOPPED and time.monotonic() - began < 20
     assert out.splitlines()[-1].endswith(')') and 'stopped by SIGTERM; -resume auto goes on from ' in out

@@ -223,11 +223,15 @@ def test_what_cannot_be_read_is_named(content, message, tmp_path):
     assert '\n' not in str(error.value) and '()' not in str(error.value)
 
 
-def test_an_error_without_a_message_has_a_reason(monkeypatch):
+@pytest.mark.parametrize('error, message', [
+    (EOFError, 'EOFError); fix the file or its line in the list'),
+    (MemoryError, 'memory does not suffice); scale it down'),
+])
+def test_an_error_without_a_message_has_a_reason(monkeypatch, error, message):
     def fail(path):
-        raise MemoryError
+        raise error
     monkeypatch.setattr(Image, 'open', fail)
-    with pytest.raises(UserError, match=r'x: cannot read the image \(MemoryError\)'):
+    with pytest.raises(UserError, match=re.escape(f'x: cannot read the image ({message}')):
         read_image('x')
 
 

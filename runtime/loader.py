@@ -7,6 +7,7 @@ import multiprocessing
 import os
 import pickle
 import queue
+import re
 import signal
 import sys
 import threading
@@ -17,6 +18,7 @@ import weakref
 import numpy as np
 import paddle
 from paddle.io import DataLoader, Dataset, get_worker_info
+from paddle.io.dataloader.dataloader_iter import _set_SIGCHLD_handler
 
 from runtime.program import STOP_SIGNALS, end_with_parent, environment_number
 from utils import LOG, UserError, blocked
@@ -87,23 +89,31 @@ def _end_workers():
             os.kill(process.pid, _END)
 
 
-def _name_the_dead(paddles_handler):
-    """A handler of SIGCHLD which, where Paddle's says that a worker has died, names it and what may be the cause."""
+def _death(pid, name):
+    """The error that a worker was ended by the signal of this name, and what may be the cause."""
     causes = {'SIGKILL': 'memory may not suffice: use fewer data workers or smaller batches',
               'SIGBUS': '/dev/shm may be full: use fewer data workers, or start the container with a larger --shm-size'}
+    return UserError(f'data worker {pid} was ended by {name}; {causes.get(name, "see what sent it")}')
+
+
+def _name_the_dead():
+    """Let Paddle's handler of SIGCHLD, which raises when a worker has died, name it (2.6.2, 3.3.1)."""
+    _set_SIGCHLD_handler()
+    paddles_handler = signal.getsignal(signal.SIGCHLD)
+    if hasattr(paddles_handler, 'is_ours'):
+        return
+    names = {signal.strsignal(number): number.name for number in signal.Signals}
 
     def handler(number, frame):
         try:
             paddles_handler(number, frame)
         except Exception as error:
-            for worker in list(_WORKERS):
-                if worker.exitcode and worker.exitcode < 0:
-                    name = signal.Signals(-worker.exitcode).name
-                    raise UserError(f'data worker {worker.pid} was ended by {name}; '
-                                    f'{causes.get(name, "see what sent it")}') from None
-            raise error
+            found = re.search(r'pid (\d+)\) exited is killed by signal: ([^.]+)', str(error))
+            if found and found[2] in names:
+                raise _death(found[1], names[found[2]]) from None
+            raise
     handler.is_ours = True
-    return handler
+    signal.signal(signal.SIGCHLD, handler)
 
 
 def shared_memory(num_workers, batch_bytes, kept=1):
@@ -175,11 +185,13 @@ class Loader:
 
     def __iter__(self):
         others = set(multiprocessing.active_children())
-        with blocked([*STOP_SIGNALS, _END]):  # in the workers too, until each has said what it does about them
-            batches = iter(self.loader)
-        _WORKERS.update(set(multiprocessing.active_children()) - others)
-        if self.loader.num_workers and not hasattr(signal.getsignal(signal.SIGCHLD), 'is_ours'):
-            signal.signal(signal.SIGCHLD, _name_the_dead(signal.getsignal(signal.SIGCHLD)))
+        if self.loader.num_workers:
+            _name_the_dead()
+        try:
+            with blocked([*STOP_SIGNALS, _END]):  # in the workers too, until each has said what it does about them
+                batches = iter(self.loader)
+        finally:  # one may have died by now
+            _WORKERS.update(set(multiprocessing.active_children()) - others)
         requests, results = queue.SimpleQueue(), queue.SimpleQueue()
         place = paddle.framework._current_expected_place()
         thread = threading.Thread(target=_fetch, args=[batches, place, requests, results], daemon=True)
@@ -193,6 +205,10 @@ class Loader:
                 if batch is None:
                     return
                 if isinstance(batch, Exception):
+                    # of a worker that dies before Paddle knows its number there is no signal
+                    for worker in getattr(batches, '_workers', []):
+                        if worker.exitcode and worker.exitcode < 0:
+                            raise _death(worker.pid, signal.Signals(-worker.exitcode).name) from None
                     raise batch
                 images, labels = batch
                 if images.ndim == 1:

@@ -120,7 +120,7 @@ def test_signals_before_a_machine_is_taken_away(whole, tmp_path, name):
     assert checkpoint.load_training(str(tmp_path / 'run/latest.pdparams'))['step'] == 3
 
 
-@pytest.mark.parametrize('fault', ['worker', 'worker_evaluation'])
+@pytest.mark.parametrize('fault', ['worker', 'worker_evaluation', 'worker_that_starts', 'worker_that_is_hardly_there'])
 @pytest.mark.parametrize('count', [1, 2])
 def test_a_data_worker_that_is_killed_ends_all(fashion, tmp_path, fault, count):
     """By the out-of-memory killer, for example, and with more workers than batches."""

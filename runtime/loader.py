@@ -18,7 +18,7 @@ import weakref
 import numpy as np
 import paddle
 from paddle.io import DataLoader, Dataset, get_worker_info
-from paddle.io.dataloader.dataloader_iter import _set_SIGCHLD_handler
+from paddle.io.dataloader.dataloader_iter import _DataLoaderIterMultiProcess, _set_SIGCHLD_handler
 
 from runtime.program import STOP_SIGNALS, end_with_parent, environment_number
 from utils import LOG, UserError, blocked
@@ -76,6 +76,8 @@ def _start_worker(parent, worker):
     signal.pthread_sigmask(signal.SIG_UNBLOCK, [*STOP_SIGNALS, _END])
 
 
+# one that fails while it is made has nothing to shut down that `_end_workers` does not end; 2.6.2 asks nevertheless
+_DataLoaderIterMultiProcess._shutdown = True
 # what ends a worker: a signal that nobody else sends. Windows has none, nor workers that are forked
 _END = getattr(signal, 'SIGRTMIN', None)
 _WORKERS = weakref.WeakSet()  # of the loaders of this process

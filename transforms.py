@@ -1,7 +1,8 @@
 """What is done to an image (crop, flip, augmentation; resize and centre crop in evaluation) and, on the device, to a
 batch (normalisation, erasing).
 
-What is random takes a NumPy generator, so that the caller decides what the randomness depends on.
+What is random takes a NumPy generator, so that the caller decides what the randomness depends on. Paddle is imported
+where something happens on the device: other engines predict without it.
 """
 import functools
 import math
@@ -9,7 +10,6 @@ from dataclasses import dataclass
 from typing import Callable
 
 import numpy as np
-import paddle
 from PIL import Image, ImageEnhance, ImageOps
 
 from utils import UserError
@@ -262,6 +262,7 @@ class Normalize:
     """uint8 [N, H, W, C] on the device -> float32 [N, C, H, W], (pixel / 255 - mean) / std per channel."""
 
     def __init__(self, mean, std):
+        import paddle
         self.shift = 255 * paddle.to_tensor(mean, dtype='float32').reshape([1, -1, 1, 1])
         self.scale = 1 / (255 * paddle.to_tensor(std, dtype='float32').reshape([1, -1, 1, 1]))
 
@@ -274,6 +275,7 @@ def box_mask(boxes, height, width):
 
     boxes: int array [N, 4], (top, bottom, left, right) in pixels; four numbers an image go to the device, not a mask.
     """
+    import paddle
     top, bottom, left, right = paddle.to_tensor(boxes.T.reshape([4, len(boxes), 1, 1, 1]))
     rows, columns = paddle.arange(height).reshape([1, 1, -1, 1]), paddle.arange(width).reshape([1, 1, 1, -1])
     return (top <= rows) & (rows < bottom) & (left <= columns) & (columns < right)
@@ -306,6 +308,7 @@ class RandomErase:
         return np.stack([starts[0], starts[0] + sides[0], starts[1], starts[1] + sides[1]], axis=-1)
 
     def __call__(self, images, rng):
+        import paddle
         n, channels, height, width = images.shape
         for boxes in self.draw(n, height, width, rng):
             if self.mode == 'const':

@@ -11,7 +11,8 @@ from conftest import fails, options, run, with_lists, write_images
 from test_tools import idx
 
 from config import get_config
-from datasets import read_image, read_lines
+from datasets import read_lines
+from images import read_image
 from runtime import checkpoint, files
 from utils import UserError
 

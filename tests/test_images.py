@@ -15,7 +15,8 @@ from hypothesis import strategies as st
 from PIL import Image
 
 import transforms
-from datasets import get_dataloader, get_dataset, read_image, read_list, read_range
+from datasets import get_dataloader, get_dataset, read_list
+from images import read_image, read_range
 from transforms import EvalTransform, TrainTransform
 from utils import UserError
 
@@ -296,7 +297,7 @@ from utils import UserError
 prepare_runtime()
 import numpy as np
 from PIL import Image
-from datasets import read_image
+from images import read_image
 from transforms import AutoAugment, ColorJitter, EvalTransform, RandAugment, TrainTransform
 
 def peak():

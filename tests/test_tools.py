@@ -405,13 +405,13 @@ STUCK = '''
 import pathlib, runpy, time
 from runtime.program import prepare_runtime
 prepare_runtime()
-import datasets
+import images
 
 def read_image(path, *args):
     pathlib.Path(f'{path}.read').touch()
     time.sleep(1000)
 
-datasets.read_image = read_image
+images.read_image = read_image
 runpy.run_module('tools.check_dataset', run_name='__main__', alter_sys=True)
 '''
 

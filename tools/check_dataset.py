@@ -32,7 +32,8 @@ def check_line(line, config):
 
     Raises: UserError that says what is wrong with the line or its image.
     """
-    from datasets import parse_line, read_image, read_range
+    from datasets import parse_line
+    from images import read_image, read_range
     data, num_classes = config.DATA, config.MODEL.NUM_CLASSES
     name, label = parse_line(line)
     if label >= num_classes:

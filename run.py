@@ -6,6 +6,7 @@ the same on every rank.
 import contextlib
 import os
 import re
+import shutil
 import sys
 from dataclasses import dataclass, field
 from typing import Optional
@@ -290,7 +291,8 @@ def resume_run(config, loader, path, state):
 def save_config(config):
     """Write the config of a run to its folder; an evaluation in the folder of a training does not replace that one's.
 
-    Says in which keys the run differs from the one that it goes on with.
+    The names of a training's classes come with it, for predictions. Says in which keys the run differs from the one
+    that it goes on with.
     """
     path = os.path.join(config.SAVE, 'config.yaml')
     if config.EVAL and os.path.exists(path):
@@ -304,6 +306,9 @@ def save_config(config):
         except UserError as error:  # a key of an earlier version, for example
             LOG.info(f'not compared with this run: {error}')
     files.write_text(path, saved.dump(default_flow_style=None))
+    names = os.path.join(config.DATA.DATA_PATH, 'class_names.txt')
+    if os.path.isfile(names) and not config.EVAL:
+        files.replace(os.path.join(config.SAVE, 'class_names.txt'), lambda partial: shutil.copyfile(names, partial))
 
 
 def take_over(config, resumed):

@@ -1,0 +1,1 @@
+"""What comes after training: prediction, and the files that other engines run."""

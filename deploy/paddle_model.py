@@ -1,0 +1,91 @@
+"""A fused MobileOne as files of Paddle Inference, with the inference.yml that PaddleX 3 and PaddleClas read."""
+import contextlib
+import copy
+import io
+import os
+
+import paddle
+import paddle.nn as nn
+import yaml
+from paddle.static import InputSpec
+
+from deploy.predictor import CARD
+from mobileone import ConvNorm
+
+
+class _Exported(nn.Layer):
+    """[N, 3, H, W] as `spec.pixels` says -> logits, or probabilities where spec.softmax says so."""
+
+    def __init__(self, model, spec):
+        super().__init__()
+        self.model, self.spec = model, spec
+        self.shift, self.scale = map(paddle.to_tensor, spec.shift_and_scale())
+
+    def forward(self, image):
+        if self.spec.pixels != 'normalized':
+            image = (image.astype('float32') - self.shift) * self.scale
+        logits = self.model(image)
+        return nn.functional.softmax(logits) if self.spec.softmax else logits
+
+
+def with_batch_norms(model):
+    """A fused network whose biases are those of batch norms that do nothing else.
+
+    oneDNN in PaddlePaddle 2.6.2 computes a convolution's bias apart from it, but takes in a batch norm.
+    """
+    model = copy.deepcopy(model)
+    for layer in model.sublayers():
+        if isinstance(layer, ConvNorm):
+            norm = nn.BatchNorm2D(layer.conv.weight.shape[0], epsilon=0.0)
+            norm.bias.set_value(layer.conv.bias)
+            layer.conv.bias = None
+            layer.add_sublayer('norm', norm)
+    model.eval()
+    return model
+
+
+def write_paddle(model, spec, folder):
+    """Write a fused network to `folder`: inference.pdiparams, inference.yml and the program.
+
+    That is inference.pdmodel, which every PaddlePaddle reads, and on 3.x inference.json too.
+    Returns: names of the programs.
+    """
+    is_old = paddle.__version__.startswith('2.')
+    layer = _Exported(with_batch_norms(model) if is_old else model, spec)
+    layer.eval()
+    size = [spec.batch, 3, spec.image_size, spec.image_size]
+    inputs = [InputSpec(size, 'uint8' if spec.pixels == 'uint8' else 'float32', 'image')]
+    path = os.path.join(folder, 'inference')
+    names = ['inference.pdmodel'] if is_old else ['inference.pdmodel', 'inference.json']
+    for name in names:
+        # both share their parameters: it writes the same ones twice
+        with _old_programs(name.endswith('.pdmodel') and not is_old), contextlib.redirect_stderr(io.StringIO()):
+            paddle.jit.save(paddle.jit.to_static(layer, input_spec=inputs), path)
+    with contextlib.suppress(FileNotFoundError):
+        os.remove(f'{path}.pdiparams.info')
+    with open(os.path.join(folder, CARD), 'w', encoding='utf-8') as file:
+        yaml.safe_dump(describe(spec), file, sort_keys=False, allow_unicode=True)
+    return names
+
+
+@contextlib.contextmanager
+def _old_programs(wanted):
+    """While it is open, PaddlePaddle 3 writes programs as 2.x does."""
+    if not wanted:
+        yield
+        return
+    with paddle.pir_utils.OldIrGuard(), paddle.base.dygraph.guard():
+        yield
+
+
+def describe(spec):
+    """inference.yml: what PaddleX does to an image and with the result, and the Spec."""
+    names = list(spec.class_names)
+    steps = [{'ResizeImage': {'resize_short': int(spec.image_size / spec.crop_pct), 'backend': 'pil',
+                              'interpolation': spec.interpolation.upper()}},
+             {'CropImage': {'size': spec.image_size}},
+             {'NormalizeImage': {'mean': list(spec.mean), 'std': list(spec.std), 'scale': 1 / 255, 'order': '',
+                                 'channel_num': 3}},
+             {'ToCHWImage': None}]
+    return {'Global': {'model_name': spec.name}, 'PreProcess': {'transform_ops': steps},
+            'PostProcess': {'Topk': {'topk': 5, 'label_list': names}}, 'MobileOne': spec.to_metadata()}

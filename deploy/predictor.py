@@ -1,0 +1,316 @@
+"""Predict classes of images with trained weights, an exported folder or an ONNX file, each by an engine that runs it.
+
+Importing this module does not import Paddle, and neither do predictions of ONNX files.
+"""
+import dataclasses
+import importlib.util
+import json
+import os
+import sys
+from typing import NamedTuple, Optional
+
+import numpy as np
+import yaml
+from PIL import Image
+
+from images import convert, read_image
+from runtime.files import check_regular
+from transforms import EvalTransform
+from utils import UserError, describe_error, one_line
+
+# engine -> the package that it needs, and how to get it
+ENGINES = {
+    'paddle': ('paddle', 'pip install paddlepaddle==3.3.1'),
+    'inference': ('paddle', 'pip install paddlepaddle==3.3.1'),
+    'onnxruntime': ('onnxruntime', 'pip install onnxruntime'),
+    'openvino': ('openvino', 'pip install openvino'),
+}
+WEIGHTS = ('.pdparams', '.safetensors')
+ONNX = 'model.onnx'
+# files of Paddle Inference, the fastest first
+PROGRAMS = ('inference.pdmodel', 'inference.json')
+PARAMS, CARD = 'inference.pdiparams', 'inference.yml'
+# images that are computed at a time
+BATCH = 32
+
+
+@dataclasses.dataclass(frozen=True)
+class Spec:
+    """What a network's input and output mean: how an image becomes its input, and what the classes are called."""
+    name: str
+    image_size: int
+    crop_pct: float
+    interpolation: str
+    mean: tuple
+    std: tuple
+    exif_transpose: bool
+    bit_depth: int
+    class_names: tuple
+    # what it takes: floats that are 'normalized', 'uint8' pixels, or pixels from 0 to 1 ('unit')
+    pixels: str = 'normalized'
+    # whether it gives probabilities, not logits
+    softmax: bool = False
+    # images that it takes at a time; None: any number
+    batch: Optional[int] = None
+
+    @classmethod
+    def of_config(cls, config, class_names):
+        data = config.DATA
+        return cls(config.MODEL.NAME, data.IMAGE_SIZE, data.CROP_PCT, data.INTERPOLATION.lower(),
+                   tuple(data.IMAGENET_MEAN), tuple(data.IMAGENET_STD), data.EXIF_TRANSPOSE, data.BIT_DEPTH,
+                   tuple(class_names))
+
+    def to_metadata(self):
+        """{name: JSON}, as ONNX files and exported folders hold it."""
+        return {name: json.dumps(value) for name, value in dataclasses.asdict(self).items()}
+
+    @classmethod
+    def of_metadata(cls, metadata, path):
+        """Raises: UserError for a model that is not one of ours."""
+        try:
+            values = {field.name: json.loads(metadata[field.name]) for field in dataclasses.fields(cls)}
+            return cls(**{name: tuple(value) if isinstance(value, list) else value for name, value in values.items()})
+        except (KeyError, TypeError, ValueError) as error:
+            raise UserError(f'{path}: does not say how images become its input ({describe_error(error, 80)}): export '
+                            'it with python -m tools.export_model') from None
+
+    def shift_and_scale(self):
+        """Float32 arrays [3, 1, 1]: normalised = (pixel - shift) * scale, as `transforms.Normalize` computes it."""
+        mean, std = (np.array(values, 'float32').reshape(-1, 1, 1) for values in (self.mean, self.std))
+        largest = np.float32(1 if self.pixels == 'unit' else 255)
+        return largest * mean, 1 / (largest * std)
+
+    def to_input(self, pixels):
+        """uint8 [N, H, W, 3] -> what the network takes, [N, 3, H, W]."""
+        pixels = np.ascontiguousarray(pixels.transpose(0, 3, 1, 2))
+        if self.pixels == 'uint8':
+            return pixels
+        if self.pixels == 'unit':
+            return pixels.astype('float32') / np.float32(255)
+        shift, scale = self.shift_and_scale()
+        return (pixels.astype('float32') - shift) * scale
+
+
+class Prediction(NamedTuple):
+    """The classes of an image that are the most probable, the first one first."""
+    ids: list
+    names: list
+    probabilities: list
+
+
+class Predictor:
+    """Classes of images.
+
+    path: weights of ours (.pdparams or .safetensors, fused or not), an .onnx file or a folder that tools.export_model
+        has written.
+    config: of the weights; None: the config.yaml beside them. An export needs none.
+    engine: one of ENGINES; 'auto': the fastest that is installed and runs what is there.
+    threads: of the engine, on a CPU; None: as it chooses.
+    Raises: UserError for a file that no engine runs, an engine that is missing, and weights that do not fit.
+    """
+
+    def __init__(self, path, config=None, engine='auto', threads=None):
+        self.path = os.fspath(path)
+        self.engine = find_engine(self.path, engine)
+        self.spec, self.run = _LOADERS[self.engine](self.path, config, threads)
+        self.transform = EvalTransform(self.spec.image_size, self.spec.crop_pct, self.spec.interpolation)
+
+    def __call__(self, images, top=5):
+        """The `top` most probable classes of each image, a Prediction each.
+
+        images: a list of paths, Pillow images or uint8 arrays [H, W, 3], mixed as may be; or one of them.
+        Raises: UserError for a file that cannot be read, naming it, and for anything else among the images.
+        """
+        if not isinstance(images, (list, tuple)):
+            images = [images]
+        predictions = []
+        for start in range(0, len(images), BATCH):
+            pixels = np.stack([self.pixels(image) for image in images[start:start + BATCH]])
+            predictions += [self._prediction(row, top) for row in self.probabilities(pixels)]
+        return predictions
+
+    def pixels(self, image):
+        """uint8 [size, size, 3] of an image, those of evaluation."""
+        spec = self.spec
+        if isinstance(image, (str, os.PathLike)):
+            return self.transform(read_image(image, spec.exif_transpose, spec.bit_depth))
+        if isinstance(image, np.ndarray) and image.dtype == np.uint8 and image.ndim == 3 and image.shape[2] == 3:
+            image = Image.fromarray(image)
+        if not isinstance(image, Image.Image):
+            kind = f'{image.dtype} {list(image.shape)}' if isinstance(image, np.ndarray) else type(image).__name__
+            raise UserError(f'an image is {kind}, but must be a path, a Pillow image or a uint8 array [H, W, 3]')
+        try:
+            return self.transform(convert(image, spec.exif_transpose, spec.bit_depth))
+        except (ValueError, OSError) as error:
+            raise UserError(f'an image cannot be read ({one_line(str(error))})') from None
+
+    def outputs(self, pixels):
+        """uint8 [N, size, size, 3] -> float32 [N, classes]: logits, or probabilities where spec.softmax says so."""
+        size = self.spec.batch or len(pixels)
+        rows = []
+        for start in range(0, len(pixels), size):
+            images = pixels[start:start + size]
+            missing = np.zeros([size - len(images), *images.shape[1:]], 'uint8')
+            rows.append(self.run(self.spec.to_input(np.concatenate([images, missing])))[:len(images)])
+        return np.concatenate(rows)
+
+    def probabilities(self, pixels):
+        """uint8 [N, size, size, 3] -> float [N, classes]."""
+        outputs = self.outputs(pixels)
+        if self.spec.softmax:
+            return outputs
+        powers = np.exp(outputs.astype('float64') - outputs.max(axis=1, keepdims=True))
+        return powers / powers.sum(axis=1, keepdims=True)
+
+    def _prediction(self, probabilities, top):
+        ids = np.argsort(-probabilities, kind='stable')[:top].tolist()
+        names = [self.spec.class_names[number] if self.spec.class_names else str(number) for number in ids]
+        return Prediction(ids, names, probabilities[ids].tolist())
+
+
+def find_class_names(path, num_classes):
+    """The names in the class_names.txt beside weights; ImageNet's for its 1000 classes without one; else none.
+
+    Raises: UserError for as many names as there are not classes.
+    """
+    names = os.path.join(os.path.dirname(path), 'class_names.txt')
+    if not os.path.exists(names):
+        if num_classes != 1000:
+            return ()
+        names = os.path.join(os.path.dirname(os.path.dirname(os.path.abspath(__file__))), 'configs',
+                             'imagenet_classes.txt')
+    check_regular(names)
+    with open(names, encoding='utf-8', errors='replace') as file:
+        found = tuple(file.read().rstrip('\n').split('\n'))
+    if len(found) != num_classes:
+        raise UserError(f'{names}: {len(found)} names, but the network has {num_classes} classes: write a line for '
+                        'each')
+    return found
+
+
+def find_engine(path, engine='auto'):
+    """The engine that is to run what is at a path. Raises: as `Predictor`."""
+    if os.path.isdir(path):
+        files = os.listdir(path)
+        able = (['onnxruntime', 'openvino'] if ONNX in files else []) + (
+            ['inference'] if set(PROGRAMS) & set(files) else [])
+    elif not os.path.exists(path):
+        raise UserError(f'{path}: no such file; give weights, an .onnx file or a folder of tools.export_model')
+    else:
+        able = {'.onnx': ['onnxruntime', 'openvino']}.get(os.path.splitext(path)[1], [])
+        able = ['paddle'] if path.endswith(WEIGHTS) else able
+    if not able:
+        raise UserError(f'{path}: neither weights ({", ".join(WEIGHTS)}), nor an .onnx file, nor a folder of '
+                        'tools.export_model')
+    if engine == 'auto':
+        engine = next((name for name in able if importlib.util.find_spec(ENGINES[name][0])), able[0])
+    if engine not in able:
+        raise UserError(f'{path}: runs by {" or ".join(able)}, not by {engine!r}; export other formats with python -m '
+                        'tools.export_model')
+    package, remedy = ENGINES[engine]
+    if not importlib.util.find_spec(package):
+        raise UserError(f'{path}: the engine {engine} is not installed: {remedy}')
+    return engine
+
+
+def _load_paddle(path, config, threads):
+    """PaddlePaddle itself, on the current device."""
+    from config import get_config, resolve_config, with_values
+    if config is None:
+        beside = os.path.join(os.path.dirname(path), 'config.yaml')
+        if not os.path.exists(beside):
+            raise UserError(f'{path}: weights need the config of their network, and there is no {beside}: give -cfg')
+        config = get_config(beside)
+    config = resolve_config(with_values(config, {'EVAL': True, 'MODEL.DEPLOY': True, 'MODEL.PRETRAINED': path,
+                                                 'MODEL.RESUME': ''}))
+    if threads and 'paddle' not in sys.modules:
+        os.environ['OMP_NUM_THREADS'] = str(threads)
+    import paddle
+
+    from weights import load_model
+    if threads:
+        paddle.base.core.set_num_threads(threads)
+    model, _ = load_model(config, path)
+    model.eval()
+
+    def run(images):
+        with paddle.no_grad():
+            return model(paddle.to_tensor(images)).numpy()
+    return Spec.of_config(config, find_class_names(path, config.MODEL.NUM_CLASSES)), run
+
+
+def _load_inference(path, config, threads):
+    """Paddle Inference: on a CPU by the OpenVINO that PaddlePaddle 3's wheel has in it, which reads .pdmodel alone."""
+    program = next(os.path.join(path, name) for name in PROGRAMS if os.path.exists(os.path.join(path, name)))
+    card = os.path.join(path, CARD)
+    try:
+        with open(card, encoding='utf-8') as file:
+            spec = Spec.of_metadata(yaml.safe_load(file)['MobileOne'], card)
+    except (OSError, yaml.YAMLError, KeyError, TypeError) as error:
+        raise UserError(f'{card}: cannot be read ({describe_error(error, 80)}): export again') from None
+    return spec, load_program(program, threads)
+
+
+def load_program(program, threads=None, bfloat16=False, engine='openvino'):
+    """run(images) of a program of Paddle Inference, by its OpenVINO where it has it and else by oneDNN."""
+    from paddle import device, inference
+    config = inference.Config(program, os.path.join(os.path.dirname(program), PARAMS))
+    config.disable_glog_info()
+    if threads:
+        config.set_cpu_math_library_num_threads(threads)
+    if device.cuda.device_count():
+        config.enable_use_gpu(256, 0)  # MB of memory to begin with; not measured
+    elif engine == 'openvino' and program.endswith('.pdmodel') and hasattr(config, 'enable_openvino_engine'):
+        config.enable_openvino_engine(inference.PrecisionType.Bfloat16 if bfloat16 else
+                                      inference.PrecisionType.Float32)
+    else:
+        config.enable_mkldnn()
+    predictor = inference.create_predictor(config)
+    source, = map(predictor.get_input_handle, predictor.get_input_names())
+    target, = map(predictor.get_output_handle, predictor.get_output_names())
+
+    def run(images):
+        source.copy_from_cpu(images)
+        predictor.run()
+        return target.copy_to_cpu()
+    return run
+
+
+def _onnx_file(path):
+    return os.path.join(path, ONNX) if os.path.isdir(path) else path
+
+
+def _load_onnxruntime(path, config, threads):
+    import onnxruntime
+    path = _onnx_file(path)
+    options = onnxruntime.SessionOptions()
+    options.intra_op_num_threads = threads or 0
+    try:
+        # a GPU's is there in another package of ONNX Runtime; not measured
+        providers = [name for name in ('CUDAExecutionProvider', 'CPUExecutionProvider')
+                     if name in onnxruntime.get_available_providers()]
+        session = onnxruntime.InferenceSession(path, options, providers=providers)
+    except Exception as error:  # of a broken file, of its own types
+        raise UserError(f'{path}: ONNX Runtime cannot read it ({describe_error(error)}): export again') from None
+    return (Spec.of_metadata(session.get_modelmeta().custom_metadata_map, path),
+            lambda images: session.run(None, {'image': images})[0])
+
+
+def _load_openvino(path, config, threads, precision='f32'):
+    import openvino
+    path = _onnx_file(path)
+    options = {'INFERENCE_PRECISION_HINT': precision, 'PERFORMANCE_HINT': 'LATENCY'}
+    try:
+        core = openvino.Core()
+        model = core.read_model(path)
+        request = core.compile_model(model, 'CPU', {
+            **options, **({'INFERENCE_NUM_THREADS': threads} if threads else {})}).create_infer_request()
+    except RuntimeError as error:
+        raise UserError(f'{path}: OpenVINO cannot read it ({describe_error(error)}): export again') from None
+    names = [field.name for field in dataclasses.fields(Spec) if model.has_rt_info(['framework', field.name])]
+    metadata = {name: model.get_rt_info(['framework', name]).value for name in names}
+    return Spec.of_metadata(metadata, path), lambda images: next(iter(request.infer({'image': images}).values())).copy()
+
+
+_LOADERS = {'paddle': _load_paddle, 'inference': _load_inference, 'onnxruntime': _load_onnxruntime,
+            'openvino': _load_openvino}

@@ -1,0 +1,123 @@
+"""Print the most probable classes of images.
+
+  python -m tools.predict photo.jpg -model exported
+  python -m tools.predict photos/ 'more/*.png' -model mobileone_s0.pdparams -cfg configs/mobileone_s0.yaml -json
+
+-model is a folder that tools.export_model has written, an .onnx file of it, or weights, whose config is -cfg or the
+config.yaml beside them. IMAGE is a file, a folder or a pattern. A file that cannot be read is reported, the rest goes
+on, and the exit status is 1. docs/deployment.md has more.
+"""
+import glob
+import json
+import os
+import sys
+
+from config import get_config
+from deploy.predictor import ENGINES, Predictor, find_engine
+from runtime.files import replace
+from runtime.program import prepare_runtime, run_program, use_device
+from runtime.settings import ArgumentParser
+from tools import import_pyplot
+from utils import UserError, program_name
+
+# images in a picture of -plot
+ROWS = 20
+
+
+def find_images(names):
+    """The files that are meant by files, folders and patterns, in order. Raises: UserError for a folder of none."""
+    from PIL import Image
+    extensions = {extension for extension, kind in Image.registered_extensions().items() if kind in Image.OPEN}
+    paths = []
+    for name in names:
+        if os.path.isdir(name):
+            found = [os.path.join(name, file) for file in sorted(os.listdir(name))
+                     if os.path.splitext(file)[1].lower() in extensions and not file.startswith('.')]
+            if not found:
+                raise UserError(f'{name}: no images in this folder (its own folders are not searched: give them too)')
+            paths += found
+        else:
+            # a file that is called like a pattern is that file
+            paths += [name] if os.path.lexists(name) else sorted(glob.glob(name, recursive=True)) or [name]
+    return paths
+
+
+def predict(predictor, paths, top):
+    """Yields (path, Prediction, or the UserError for a file that cannot be read)."""
+    for path in paths:
+        try:
+            yield path, predictor(path, top)[0]
+        except UserError as error:
+            yield path, error
+
+
+def show(path, result, as_json):
+    """Print a result of `predict`."""
+    if isinstance(result, UserError):
+        if as_json:
+            print(json.dumps({'image': path, 'error': str(result)}))
+        else:
+            sys.stdout.flush()
+            print(f'{program_name()}: error: {result}', file=sys.stderr)
+    elif as_json:
+        rows = zip(result.ids, result.names, result.probabilities)
+        print(json.dumps({'image': path, 'top': [
+            {'id': number, 'name': name, 'probability': probability} for number, name, probability in rows]}))
+    else:
+        print(path)
+        for number, name, probability in zip(*result):
+            print(f'  {probability:7.2%}  {number}' + (f' {name}' if name != str(number) else ''))
+
+
+def plot(results, path):
+    """Draw images with bars of their classes, a row each. results: [(path, Prediction)]."""
+    from images import read_image
+    pyplot = import_pyplot()
+    figure, axes = pyplot.subplots(len(results), 2, figsize=(8, 2.4 * len(results)), squeeze=False)
+    for (name, result), (left, right) in zip(results, axes):
+        left.imshow(read_image(name))
+        left.set_axis_off()
+        right.barh(result.names[::-1], result.probabilities[::-1])
+        right.set_xlim(0, 1)
+    figure.tight_layout()
+    extension = os.path.splitext(path)[1][1:] or 'png'
+    replace(path, lambda partial: figure.savefig(partial, dpi=120, format=extension))
+
+
+def main():
+    parser = ArgumentParser(description=__doc__)
+    parser.add_argument('images', metavar='IMAGE', nargs='+', help='files, folders, patterns')
+    parser.add_argument('-model', metavar='PATH', required=True, help='exported folder, .onnx file, or weights')
+    parser.add_argument('-cfg', metavar='FILE', help="config of the weights' network")
+    parser.add_argument('-top', metavar='N', type=int, default=5, help='classes per image (default: 5)')
+    parser.add_argument('-json', action='store_true', help='print a JSON object per line and image')
+    parser.add_argument('-engine', default='auto', choices=['auto', *ENGINES],
+                        help='(default: the fastest that is installed and runs the model)')
+    parser.add_argument('-threads', metavar='N', type=int, help="threads of a CPU (default: the engine's choice)")
+    parser.add_argument('-plot', metavar='FILE', help=f'draw the first {ROWS} images with their classes')
+    args = parser.parse_args()
+    for name in ('top', 'threads'):
+        if getattr(args, name) is not None and getattr(args, name) < 1:
+            raise UserError(f'-{name} is {getattr(args, name)}, but must be at least 1')
+    if args.plot:
+        import_pyplot()
+    paths = find_images(args.images)
+    if ENGINES[find_engine(args.model, args.engine)][0] == 'paddle':
+        if args.threads:
+            os.environ['OMP_NUM_THREADS'] = str(args.threads)
+        prepare_runtime()
+        use_device()
+    predictor = Predictor(args.model, get_config(args.cfg) if args.cfg else None, args.engine, args.threads)
+    drawn, failed = [], False
+    for path, result in predict(predictor, paths, args.top):
+        show(path, result, args.json)
+        failed |= isinstance(result, UserError)
+        if not isinstance(result, UserError) and len(drawn) < ROWS:
+            drawn.append((path, result))
+    if args.plot and drawn:
+        plot(drawn, args.plot)
+    sys.exit(int(failed))
+
+
+if __name__ == '__main__':
+    run_program(main)

@@ -31,7 +31,7 @@ def _declared_depth(image):
 
 def _is_cut(image):
     """Whether Pillow gives only the upper 8 of 16 bits: colored images, or with transparency. Asked before it loads."""
-    return not image.mode.startswith('I') and bool(re.search(';16[BLN]', str(image.tile)))
+    return not image.mode.startswith('I') and bool(re.search(';16[BLN]', str(getattr(image, 'tile', ''))))
 
 
 def _to_eight_bits(image, bit_depth):

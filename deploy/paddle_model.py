@@ -7,10 +7,11 @@ import os
 import paddle
 import paddle.nn as nn
 import yaml
+from paddle.base.layer_helper import LayerHelper
 from paddle.static import InputSpec
 
 from deploy.predictor import CARD
-from mobileone import ConvNorm
+from mobileone import ConvNorm, SEBlock
 
 
 class _Exported(nn.Layer):
@@ -44,38 +45,49 @@ def with_batch_norms(model):
     return model
 
 
+class _OldSigmoid(nn.Layer):
+    """The sigmoid, where PaddlePaddle 3 writes programs as 2.x does: its own (3.3.1) raises there."""
+
+    def forward(self, x):
+        helper = LayerHelper('sigmoid')
+        y = helper.create_variable_for_type_inference(x.dtype)
+        helper.append_op(type='sigmoid', inputs={'X': [x]}, outputs={'Out': [y]})
+        return y
+
+
+def _with_old_sigmoids(model):
+    model = copy.deepcopy(model)
+    for layer in model.sublayers():
+        if isinstance(layer, SEBlock):
+            layer.sigmoid = _OldSigmoid()
+    return model
+
+
 def write_paddle(model, spec, folder):
     """Write a fused network to `folder`: inference.pdiparams, inference.yml and the program.
 
     That is inference.pdmodel, which every PaddlePaddle reads, and on 3.x inference.json too.
     Returns: names of the programs.
     """
-    is_old = paddle.__version__.startswith('2.')
-    layer = _Exported(with_batch_norms(model) if is_old else model, spec)
-    layer.eval()
     size = [spec.batch, 3, spec.image_size, spec.image_size]
     inputs = [InputSpec(size, 'uint8' if spec.pixels == 'uint8' else 'float32', 'image')]
     path = os.path.join(folder, 'inference')
-    names = ['inference.pdmodel'] if is_old else ['inference.pdmodel', 'inference.json']
-    for name in names:
-        # both share their parameters: it writes the same ones twice
-        with _old_programs(name.endswith('.pdmodel') and not is_old), contextlib.redirect_stderr(io.StringIO()):
+    if paddle.__version__.startswith('2.'):
+        programs = {'inference.pdmodel': (with_batch_norms(model), contextlib.nullcontext)}
+    else:
+        programs = {'inference.pdmodel': (_with_old_sigmoids(model), paddle.pir_utils.OldIrGuard),
+                    'inference.json': (model, contextlib.nullcontext)}
+    for network, context in programs.values():
+        layer = _Exported(network, spec)
+        layer.eval()
+        # both programs share their parameters: the same ones are written twice
+        with context(), contextlib.redirect_stderr(io.StringIO()):
             paddle.jit.save(paddle.jit.to_static(layer, input_spec=inputs), path)
     with contextlib.suppress(FileNotFoundError):
         os.remove(f'{path}.pdiparams.info')
     with open(os.path.join(folder, CARD), 'w', encoding='utf-8') as file:
         yaml.safe_dump(describe(spec), file, sort_keys=False, allow_unicode=True)
-    return names
-
-
-@contextlib.contextmanager
-def _old_programs(wanted):
-    """While it is open, PaddlePaddle 3 writes programs as 2.x does."""
-    if not wanted:
-        yield
-        return
-    with paddle.pir_utils.OldIrGuard(), paddle.base.dygraph.guard():
-        yield
+    return list(programs)
 
 
 def describe(spec):

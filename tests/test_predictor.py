@@ -276,6 +276,7 @@ def test_predict_program(trained, exported, tmp_path):
                   status=1)
     assert process.stdout.splitlines() == out and process.stderr.startswith('tools.predict: error: ')
     assert '-top is 0, but must be at least 1' in fails(*command, 'x', '-top', '0')
-    assert 'no images in this folder' in fails(*command, tmp_path)
+    (tmp_path / 'empty').mkdir()
+    assert 'no images in this folder' in fails(*command, tmp_path / 'empty')
     other = run('-m', 'tools.predict', '-model', trained[0] / 'best.pdparams', '-top', '2', tmp_path / 'photos').stdout
     assert [line[9:] for line in other.splitlines() if '%' in line] == [line[9:] for line in out if '%' in line]

@@ -24,10 +24,12 @@ TOLERANCE = 3e-4
 
 def read_images(config, count=16):
     """{what they are: uint8 [N, size, size, 3]}: random ones, and some of the val list, if there is one."""
-    size = config.DATA.IMAGE_SIZE
-    rng = np.random.default_rng(config.SEED)
-    images = {'random images': rng.integers(0, 256, [count // 2, size, size, 3], 'uint8')}
-    if os.path.exists(os.path.join(config.DATA.DATA_PATH, 'val_list.txt')):
+    data, rng = config.DATA, np.random.default_rng(config.SEED)
+    shape = [count // 2, data.IMAGE_SIZE, data.IMAGE_SIZE, 3]
+    # pixels as those of photographs: some networks are chaotic beyond them
+    pixels = rng.normal(255 * np.array(data.IMAGENET_MEAN), 255 * np.array(data.IMAGENET_STD), shape)
+    images = {'random images': pixels.clip(0, 255).astype('uint8')}
+    if os.path.exists(os.path.join(data.DATA_PATH, 'val_list.txt')):
         from datasets import get_dataset
         dataset = get_dataset(config, False)
         chosen = np.unique(np.linspace(0, len(dataset) - 1, count).astype(int))

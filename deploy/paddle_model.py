@@ -1,4 +1,4 @@
-"""A fused MobileOne as files of Paddle Inference, with the inference.yml that PaddleX 3 and PaddleClas read."""
+"""A fused MobileOne as files of Paddle Inference, with the inference.yml that PaddleX 3 reads."""
 import contextlib
 import copy
 import io
@@ -91,13 +91,19 @@ def write_paddle(model, spec, folder):
 
 
 def describe(spec):
-    """inference.yml: what PaddleX does to an image and with the result, and the Spec."""
-    names = list(spec.class_names)
+    """inference.yml: what PaddleX does to an image and with the result, and the Spec.
+
+    PaddleX rounds sizes in its own way: it resizes the longer side to the nearest number of pixels, where evaluation
+    rounds down, and may crop a pixel beside evaluation's.
+    """
+    mean, std = ([0.0] * 3, [1.0] * 3) if spec.pixels != 'normalized' else (list(spec.mean), list(spec.std))
+    filters = {'lanczos': 'LANCZOS4'}
     steps = [{'ResizeImage': {'resize_short': int(spec.image_size / spec.crop_pct), 'backend': 'pil',
-                              'interpolation': spec.interpolation.upper()}},
+                              'interpolation': filters.get(spec.interpolation, spec.interpolation.upper())}},
              {'CropImage': {'size': spec.image_size}},
-             {'NormalizeImage': {'mean': list(spec.mean), 'std': list(spec.std), 'scale': 1 / 255, 'order': '',
-                                 'channel_num': 3}},
+             {'NormalizeImage': {'mean': mean, 'std': std, 'scale': 1.0 if spec.pixels == 'uint8' else 1 / 255,
+                                 'order': '', 'channel_num': 3}},
              {'ToCHWImage': None}]
     return {'Global': {'model_name': spec.name}, 'PreProcess': {'transform_ops': steps},
-            'PostProcess': {'Topk': {'topk': 5, 'label_list': names}}, 'MobileOne': spec.to_metadata()}
+            'PostProcess': {'Topk': {'topk': 5, 'label_list': list(spec.class_names)}},
+            'MobileOne': spec.to_metadata()}

@@ -7,6 +7,7 @@ import importlib.util
 import json
 import os
 import sys
+import tempfile
 from typing import NamedTuple, Optional
 
 import numpy as np
@@ -265,7 +266,9 @@ def load_program(program, threads=None, bfloat16=False, engine='openvino'):
                                       inference.PrecisionType.Float32)
     else:
         config.enable_mkldnn()
-    predictor = inference.create_predictor(config)
+    with tempfile.TemporaryDirectory() as cache:  # OpenVINO's, otherwise __cache__ in the current folder
+        config.set_optim_cache_dir(cache)
+        predictor = inference.create_predictor(config)
     source, = map(predictor.get_input_handle, predictor.get_input_names())
     target, = map(predictor.get_output_handle, predictor.get_output_names())
 

@@ -1,4 +1,5 @@
 """From trained weights to predictions: every engine, what is exported, and the programs for it."""
+import dataclasses
 import hashlib
 import json
 import os
@@ -15,7 +16,7 @@ from test_mobileone import randomise
 import tools.export_model as export_model
 from datasets import get_dataset
 from deploy.onnx_graph import build_onnx
-from deploy.paddle_model import with_batch_norms
+from deploy.paddle_model import describe, with_batch_norms
 from deploy.predictor import Predictor, Spec, find_class_names
 from mobileone import build_mobileone, model_convert
 from runtime import checkpoint
@@ -59,6 +60,7 @@ def exported(trained, tmp_path_factory):
     assert len([line for line in out.splitlines() if line.endswith(('e-07', 'e-06'))]) == 2 + 2 * programs
     assert set(os.listdir(output)) == {'model.onnx', 'inference.pdmodel', 'inference.pdiparams', 'inference.yml',
                                        *['inference.json'] * (programs - 1)}
+    assert not (ROOT / '__cache__').exists()  # of OpenVINO in PaddlePaddle
     return output
 
 
@@ -136,6 +138,21 @@ def with_size(trained, args):
     config = trained[2].clone()
     config.DATA.IMAGE_SIZE = 32 if '-image_size' in args else 48
     return config
+
+
+@pytest.mark.parametrize('pixels, mean, std, scale', [
+    ('normalized', [0.485, 0.456, 0.406], [0.229, 0.224, 0.225], 1 / 255), ('uint8', [0] * 3, [1] * 3, 1),
+    ('unit', [0] * 3, [1] * 3, 1 / 255)])
+def test_inference_yml_is_as_paddlex_reads_it(pixels, mean, std, scale):
+    config = variant_config('s0')
+    config.DATA.INTERPOLATION = 'lanczos'
+    content = describe(dataclasses.replace(Spec.of_config(config, ['a']), pixels=pixels))
+    resize, crop, normalize, transpose = content['PreProcess']['transform_ops']
+    assert resize == {'ResizeImage': {'resize_short': 256, 'backend': 'pil', 'interpolation': 'LANCZOS4'}}
+    assert crop == {'CropImage': {'size': 224}} and transpose == {'ToCHWImage': None}
+    assert normalize == {'NormalizeImage': {'mean': mean, 'std': std, 'scale': scale, 'order': '', 'channel_num': 3}}
+    assert content['Global'] == {'model_name': 'mobileone_s0'}
+    assert content['PostProcess'] == {'Topk': {'topk': 5, 'label_list': ['a']}}
 
 
 def test_an_onnx_file_takes_images_of_any_size(trained, exported):

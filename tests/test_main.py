@@ -35,8 +35,8 @@ def trained(fashion, tmp_path_factory):
 def test_folder_of_a_run(trained):
     folder, process = trained
     assert sorted(path.name for path in folder.iterdir()) == [
-        'best.pdparams', 'config.yaml', 'epoch_3.pdparams', 'epoch_4.pdparams', 'latest.pdparams', 'log.jsonl',
-        'log.txt']
+        'best.pdparams', 'class_names.txt', 'config.yaml', 'epoch_3.pdparams', 'epoch_4.pdparams', 'latest.pdparams',
+        'log.jsonl', 'log.txt']
     config = get_config(str(folder / 'config.yaml'))
     assert config.DATA.BATCH_SIZE == 16 and config.SAVE == str(folder) and config.TRAIN.NUM_EPOCHS == 4
     assert process.stderr == ''

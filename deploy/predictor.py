@@ -198,6 +198,7 @@ def find_engine(path, engine='auto'):
     elif not os.path.exists(path):
         raise UserError(f'{path}: no such file; give weights, an .onnx file or a folder of tools.export_model')
     else:
+        check_regular(path)
         able = {'.onnx': ['onnxruntime', 'openvino']}.get(os.path.splitext(path)[1], [])
         able = ['paddle'] if path.endswith(WEIGHTS) else able
     if not able:
@@ -253,9 +254,17 @@ def _load_inference(path, config, threads):
 
 
 def load_program(program, threads=None, bfloat16=False, engine='openvino'):
-    """run(images) of a program of Paddle Inference, by its OpenVINO where it has it and else by oneDNN."""
-    from paddle import device, inference
-    config = inference.Config(program, os.path.join(os.path.dirname(program), PARAMS))
+    """run(images) of a program of Paddle Inference, by its OpenVINO where it has it and else by oneDNN.
+
+    Raises: UserError for a program that it cannot read.
+    """
+    from paddle import __version__, device, inference
+    params = os.path.join(os.path.dirname(program), PARAMS)
+    if not os.path.isfile(params):  # PaddlePaddle 3.3.1 would compute with any numbers
+        raise UserError(f'{params}: no such file, but {os.path.basename(program)} needs it: export again')
+    if program.endswith('.json') and __version__.startswith('2.'):  # which would crash
+        raise UserError(f'{program}: PaddlePaddle {__version__} cannot read it: export again with this PaddlePaddle')
+    config = inference.Config(program, params)
     config.disable_glog_info()
     if threads:
         config.set_cpu_math_library_num_threads(threads)
@@ -268,7 +277,11 @@ def load_program(program, threads=None, bfloat16=False, engine='openvino'):
         config.enable_mkldnn()
     with tempfile.TemporaryDirectory() as cache:  # OpenVINO's, otherwise __cache__ in the current folder
         config.set_optim_cache_dir(cache)
-        predictor = inference.create_predictor(config)
+        try:
+            predictor = inference.create_predictor(config)
+        except Exception as error:  # of many types
+            raise UserError(f'{program}: Paddle Inference cannot read it, or {PARAMS} ({describe_error(error, 100)}): '
+                            'export again') from None
     source, = map(predictor.get_input_handle, predictor.get_input_names())
     target, = map(predictor.get_output_handle, predictor.get_output_names())
 

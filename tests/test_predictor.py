@@ -263,6 +263,29 @@ def test_files_that_no_engine_runs(trained, exported, tmp_path):
         Predictor(tmp_path / 'w.pdparams')
 
 
+@pytest.mark.parametrize('name, length, message', [
+    ('inference.pdmodel', 1000, 'inference.pdmodel: Paddle Inference cannot read it'),
+    ('inference.json', 1000, 'inference.json: Paddle Inference cannot read it'),
+    ('inference.pdiparams', 1000, 'inference.pdmodel: Paddle Inference cannot read it, or inference.pdiparams'),
+    ('inference.pdiparams', None, 'inference.pdiparams: no such file'),
+    ('inference.yml', 10, 'inference.yml: cannot be read'), ('inference.yml', None, 'inference.yml: cannot be read'),
+    ('inference.yml', 0, 'inference.yml: cannot be read')])
+def test_files_of_paddle_inference_that_are_broken(name, length, message, exported, tmp_path):
+    for path in exported.glob('inference.*'):
+        (tmp_path / path.name).write_bytes(path.read_bytes())
+    if name == 'inference.json':
+        if paddle.__version__.startswith('2.'):
+            (tmp_path / name).touch()
+            message = 'inference.json: PaddlePaddle 2.6.2 cannot read it'
+        (tmp_path / 'inference.pdmodel').unlink()
+    if length is None:
+        (tmp_path / name).unlink()
+    else:
+        os.truncate(tmp_path / name, length)
+    with pytest.raises(UserError, match=message):
+        Predictor(tmp_path, engine='inference')
+
+
 def test_class_names(tmp_path):
     imagenet = find_class_names(str(tmp_path / 'w.pdparams'), 1000)
     assert len(set(imagenet)) == 1000 and imagenet[0] == 'tench' and imagenet[-1] == 'toilet tissue'

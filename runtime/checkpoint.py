@@ -29,6 +29,9 @@ PARTS_OF = {
 SAFETENSORS = '.safetensors'
 # bytes of the header of such a file: that of a network of a thousand tensors has 0.1 million
 _LONGEST_HEADER = 1_000_000
+# its data types; NumPy has no bfloat16, whose bits Paddle keeps as uint16
+_DTYPES = {'F64': '<f8', 'F32': '<f4', 'F16': '<f2', 'BF16': '<u2', 'I64': '<i8', 'I32': '<i4', 'I16': '<i2',
+           'I8': 'i1', 'U64': '<u8', 'U32': '<u4', 'U8': 'u1', 'BOOL': '?'}
 
 
 def save(state, path):
@@ -44,7 +47,7 @@ def save(state, path):
         if others:
             raise UserError(f'{path}: holds only arrays, not {type(arrays[others[0]]).__name__} under {others[0]!r}; '
                             'save it as .pdparams')
-        replace(path, lambda partial: pathlib.Path(partial).write_bytes(safetensors.save(arrays)))
+        replace(path, lambda partial: pathlib.Path(partial).write_bytes(safetensors.numpy.save(arrays)))
     else:
         replace(path, lambda partial: paddle.save(arrays, partial))
 
@@ -54,13 +57,14 @@ def _import_safetensors(path):
         import safetensors.numpy
     except ImportError:
         raise UserError(f'{path}: needs safetensors: pip install safetensors') from None
-    return safetensors.numpy
+    return safetensors
 
 
 def _read_safetensors(safetensors, data):
     if int.from_bytes(data[:8], 'little') > _LONGEST_HEADER:
         raise ValueError(f'its header is longer than {_LONGEST_HEADER:,} bytes, which no weights need')
-    return {check_key(name): array for name, array in safetensors.load(data).items()}
+    return {check_key(name): np.frombuffer(tensor['data'], _DTYPES[tensor['dtype']]).reshape(tensor['shape'])
+            for name, tensor in safetensors.deserialize(data)}
 
 
 def to_arrays(state):

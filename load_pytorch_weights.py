@@ -1,21 +1,31 @@
-"""Convert an official PyTorch checkpoint of MobileOne (mobileone_s0.pth.tar, mobileone_s0_unfused.pth.tar, ...).
+"""Convert a PyTorch checkpoint of MobileOne, official or timm's, to a weight file of this project.
 
-  python load_pytorch_weights.py -cfg configs/mobileone_s0.yaml mobileone_s0_unfused.pth.tar mobileone_s0.pdparams
+  python load_pytorch_weights.py mobileone_s0_unfused.pth.tar mobileone_s0.pdparams -cfg configs/mobileone_s0.yaml
 
-Fused and unfused checkpoints are told apart by their tensors' names. Reading one needs PyTorch (pip install torch);
-every tensor must be there and fit the network of the config.
+The names of its tensors tell whose it is, fused or not, in a larger network or alone. Every tensor of MobileOne must be
+there and fit the network of -cfg and -opts. A .safetensors is read without PyTorch, anything else with it (pip install
+torch).
 """
+import argparse
 import os
 
-from config import get_config
+from config import SETTINGS, get_config, get_parser, update_config
 from runtime.files import check_regular
 from runtime.program import prepare_runtime, run_program
-from runtime.settings import ArgumentParser
-from utils import UserError
+from runtime.safe_pickle import check_key
+from utils import UserError, one_line
+
+# what checkpoints of training keep weights under; an average of them goes before the weights themselves
+WRAPPERS = ('model_ema', 'state_dict_ema', 'state_dict', 'model')
 
 
 def read_pytorch(path):
-    """The tensors of a PyTorch file as arrays, read without running code from it. Raises: UserError."""
+    """The tensors of a PyTorch file, read without running code from it.
+
+    Returns: ({name: array}, the WRAPPERS that they are in, outermost first). The arrays are views, so that an expanded
+        tensor takes no memory; bfloat16 is uint16, as Paddle keeps it.
+    Raises: UserError for a file that holds no tensors or cannot be read safely.
+    """
     try:
         import torch
     except ImportError:
@@ -26,34 +36,70 @@ def read_pytorch(path):
                         'install "torch>=2.6"')
     check_regular(path)
     if not os.path.isfile(path):
-        raise UserError(f'{path}: no such checkpoint; give a .pth.tar file')
+        raise UserError(f'{path}: no such checkpoint; give a .pth, .pth.tar or .safetensors file')
     try:
-        state_dict = torch.load(path, map_location='cpu', weights_only=True)
+        with torch.serialization.safe_globals([argparse.Namespace]):  # timm keeps its arguments beside the weights
+            state, wrappers = unwrap(torch.load(path, map_location='cpu', weights_only=True))
+        names = list(state) if isinstance(state, dict) else []
+        tensors = {check_key(name): state[name] for name in names if isinstance(state[name], torch.Tensor)}
     except MemoryError:
         raise
     except Exception as error:  # a broken or hostile file raises nearly every type
         # without PyTorch's own words, which recommend the unsafe way
         raise UserError(f'{path}: not a PyTorch state dict that can be read safely ({type(error).__name__}); download '
-                        'it again from its publisher') from None
-    if not isinstance(state_dict, dict) or not all(hasattr(value, 'numpy') for value in state_dict.values()):
-        raise UserError(f'{path}: holds no flat dictionary of tensors, as the official checkpoints are')
-    return {name: tensor.numpy() for name, tensor in state_dict.items()}
+                        'it again from its publisher, or save the state dict alone') from None
+    if not tensors:
+        raise UserError(f'{path}: holds no dictionary of tensors, alone or under {", ".join(WRAPPERS)}, but '
+                        f'{type(state).__name__} {one_line(str(names), 100)}; save the state dict alone')
+    return {name: to_array(tensor, name, path) for name, tensor in tensors.items()}, wrappers
+
+
+def unwrap(state):
+    """(the innermost dictionary in WRAPPERS, their names from the outermost on); one that is empty is passed over."""
+    wrappers = []
+    while len(wrappers) < 4:  # a dictionary may hold itself
+        inner = [name for name in WRAPPERS if isinstance(state, dict) and state.get(name)
+                 and isinstance(state[name], dict)]
+        if not inner:
+            break
+        wrappers.append(inner[0])
+        state = state[inner[0]]
+    return state, wrappers
+
+
+def to_array(tensor, name, path):
+    """A PyTorch tensor as an array that shares its memory; the bits of bfloat16 as uint16. Raises: UserError."""
+    import torch
+    try:
+        if tensor.dtype == torch.bfloat16:
+            return tensor.detach().view(torch.int16).numpy().view('uint16')
+        return tensor.detach().numpy()
+    except (TypeError, RuntimeError):  # a quantized or a sparse one, for example
+        raise UserError(f'{path}: {name} is a tensor of {tensor.dtype} ({tensor.layout}), which NumPy does not have; '
+                        'save it as dense float32') from None
 
 
 def main():
-    parser = ArgumentParser(description=__doc__)
-    parser.add_argument('-cfg', metavar='FILE', required=True, help='YAML config of the variant, as for training')
-    parser.add_argument('input', help='official checkpoint (.pth.tar)')
+    parser = get_parser(__doc__, flags=())
+    parser.add_argument('input', help='checkpoint to convert (.pth, .pth.tar, .safetensors)')
     parser.add_argument('output', help='weight file to write (.pdparams or .safetensors)')
     args = parser.parse_args()
+    if not args.cfg:
+        raise UserError('-cfg is needed: the YAML config of the variant, as for training')
     if os.path.realpath(args.input) == os.path.realpath(args.output):
         raise UserError(f'{args.output}: is the input too; give the converted weights a name of their own')
-    config = get_config(args.cfg)
-    state_dict = read_pytorch(args.input)  # before Paddle: both bring an OpenMP runtime
+    config = SETTINGS.checked(update_config(get_config(), args))
+    state_dict, wrappers = None, []
+    if not args.input.endswith('.safetensors'):
+        state_dict, wrappers = read_pytorch(args.input)  # before Paddle: both bring an OpenMP runtime
     prepare_runtime()
     from runtime import checkpoint
-    from weights import convert_state_dict, is_fused
+    from weights import convert_state_dict, find_layout, is_fused
+    if state_dict is None:
+        state_dict = checkpoint.load(args.input)
     print(f'{args.input}: SHA-256 {checkpoint.sha256(args.input)}')
+    place = f'in {".".join(wrappers)}: ' if wrappers else ''
+    print(f'{args.input}: {place}{find_layout(state_dict).description}')
     converted = convert_state_dict(state_dict, config)
     checkpoint.save(converted, args.output)
     kind = 'fused' if is_fused(converted) else 'unfused'

@@ -1,4 +1,6 @@
 """MobileOne's weight files: which network their keys ask for, strict loading, the names of other projects."""
+from typing import NamedTuple
+
 import numpy as np
 
 from config import with_values
@@ -44,16 +46,17 @@ def load_weights(path):
     if not isinstance(state, dict):
         raise UserError(f'{path}: holds {type(state).__name__}, not a dictionary of weights')
     state = {key: value for key, value in state.items() if key != 'StructuredToParameterName@@'}
-    if not any(key.startswith('stages.') for key in state):
-        raise UserError(f'{path}: holds no MobileOne weights (no key starts with "stages."); official PyTorch files '
-                        'are converted by load_pytorch_weights.py')
+    # timm's stages are called `stages.`, too, but its stem is not one of them
+    if not any(key.startswith('stages.') for key in state) or any(key.startswith('stem.') for key in state):
+        raise UserError(f'{path}: holds no MobileOne weights under the names of this project (stages.0.0.dw_...); '
+                        "official PyTorch files and timm's are converted by load_pytorch_weights.py")
     checkpoint.check_floats(state, path)
     return state, is_ema
 
 
 def is_fused(names):
-    """Whether tensors of these names, ours or the official ones, are those of a fused network."""
-    return not any('_blocks.' in name or 'rbr_conv' in name for name in names)
+    """Whether tensors of these names are those of a fused network."""
+    return not any('_blocks.' in name for name in names)
 
 
 def build_network(config, fused):
@@ -86,33 +89,76 @@ def load_into(model, weights, path, allow_other_classifier=False):
     return left_out
 
 
-def convert_state_dict(state_dict, config):
-    """Rename an official PyTorch state dict to the Paddle network of a config.
+class Layout(NamedTuple):
+    """How a PyTorch file names the tensors of its MobileOne."""
+    name: str  # of LAYOUTS
+    fused: bool
+    prefix: str  # of the MobileOne in a larger network: '', 'module.', 'backbone.'
+    description: str  # of the file, for people
 
-    state_dict: {official name: tensor or array}, fused or unfused.
-    Returns: {Paddle name: ndarray}, in the order of the network's own state dict.
-    Raises: UserError that names missing, unexpected and misshapen tensors.
+
+def find_layout(state_dict):
+    """The Layout of a PyTorch state dict, seen from the names of its tensors. Raises: UserError unless there is one."""
+    # the stem's convolution is there whatever the config says
+    stems = {(name, fused): function(f'stages.0.0.dw_3x3{"" if fused else "_blocks.0"}.conv.weight')
+             for name, function in LAYOUTS.items() for fused in (True, False)}
+    found = [_describe(state_dict, name, fused, key[:-len(stem)]) for (name, fused), stem in stems.items()
+             for key in state_dict if f'.{key}'.endswith(f'.{stem}')]
+    if not found:
+        raise UserError(f'the checkpoint holds no MobileOne under the official names or timm\'s (no tensor is called '
+                        f'{" or ".join(stems.values())}), but {first_few(list(state_dict)) or "nothing"}; give a '
+                        'checkpoint of a MobileOne')
+    if len(found) > 1:
+        raise UserError(f'the checkpoint holds {len(found)} MobileOnes: '
+                        f'{first_few([layout.description for layout in found])}; save one of them alone')
+    return found[0]
+
+
+def _describe(state_dict, name, fused, prefix):
+    classifier = state_dict.get(prefix + LAYOUTS[name]('fc.weight'))
+    others = sum(not key.startswith(prefix) for key in state_dict)
+    return Layout(name, fused, prefix, ''.join([
+        f'{name} names, {"fused" if fused else "unfused"}', f", under the prefix '{prefix}'" if prefix else '',
+        ', no classifier' if classifier is None else f', a classifier of {list(classifier.shape)}',
+        f', beside {others} other tensors' if others else '']))
+
+
+def convert_state_dict(state_dict, config):
+    """Rename the MobileOne in a PyTorch state dict, official or timm's, to the Paddle network of a config.
+
+    state_dict: {name: float array, or uint16 array of a bfloat16's bits}, as `find_layout` describes. Tensors beside
+        the prefix are left out; arrays are copied only once their shapes fit.
+    Returns: {Paddle name: float32 array}, in the order of the network's own state dict.
+    Raises: UserError that names missing, unexpected and misshapen tensors, and says what the state dict looks like.
     """
-    converted, used, problems = {}, set(), []
-    for name, target in build_network(config, is_fused(state_dict)).state_dict().items():
-        official = official_name(name)
-        used.add(official)
-        if official not in state_dict:
-            problems.append(f'missing {official}')
-            continue
-        value = np.asarray(state_dict[official])
-        value = value.T if name == 'fc.weight' else value  # PyTorch keeps [out, in], Paddle [in, out]
-        if list(value.shape) != list(target.shape):
-            problems.append(f'{official} is {list(state_dict[official].shape)}, which does not fit {name} '
-                            f'{list(target.shape)}')
-        converted[name] = np.ascontiguousarray(value)
+    layout = find_layout(state_dict)
+    tensors = {name[len(layout.prefix):]: value for name, value in state_dict.items() if name.startswith(layout.prefix)}
+    network = build_network(config, layout.fused).state_dict()
+    names = {name: LAYOUTS[layout.name](name) for name in network}
+    if not any(names[name] in tensors for name in CLASSIFIER):
+        raise UserError(f'the checkpoint ({layout.description}) lacks the classifier that weight files have: add '
+                        f'{" and ".join(layout.prefix + names[name] for name in CLASSIFIER)} to it; random values do '
+                        'for fine-tuning')
+    # PyTorch keeps fc.weight as [out, in], Paddle as [in, out]
+    expected = {names[name]: list(tensor.shape)[::-1 if name == 'fc.weight' else 1] for name, tensor in network.items()}
     # the batch counters of PyTorch's batch norms have no counterpart; each belongs to a batch norm that is used
-    counters = {name.replace('running_mean', 'num_batches_tracked') for name in used if 'running_mean' in name}
-    problems += [f'unexpected {name}' for name in state_dict if name not in used | counters]
+    counters = {name.replace('running_mean', 'num_batches_tracked') for name in expected if 'running_mean' in name}
+    tensors = {name: value for name, value in tensors.items() if name not in counters}
+    problems = misfits(expected, {name: list(value.shape) for name, value in tensors.items()})
     if problems:
-        raise UserError(f'the checkpoint does not fit the network of the config: {first_few(problems)}; '
-                        'give the -cfg of its variant')
-    return converted
+        raise UserError(f'the checkpoint ({layout.description}) does not fit the network of the config: '
+                        f'{first_few(problems)}; give the -cfg of its variant, and what differs from it with -opts, '
+                        'MODEL.NUM_CLASSES for example')
+    tensors = {name: _from_bfloat16(value) for name, value in tensors.items()}
+    checkpoint.check_floats(tensors, 'the checkpoint')
+    converted = {name: tensors[names[name]] for name in network}
+    converted['fc.weight'] = converted['fc.weight'].T
+    return {name: np.ascontiguousarray(value, 'float32') for name, value in converted.items()}
+
+
+def _from_bfloat16(array):
+    """Bits of bfloat16, which are the upper half of a float32's, as float32; other arrays as they are."""
+    return (array.astype('uint32') << 16).view('float32') if array.dtype == 'uint16' else array
 
 
 def official_name(name):
@@ -132,3 +178,20 @@ def official_name(name):
     branch = {'skip': 'rbr_skip', '1x1': 'rbr_scale'}.get(part, 'rbr_conv')
     rest = rest.replace('norm.', 'bn.').replace('_mean', 'running_mean').replace('_variance', 'running_var')
     return f'{prefix}.{branch}.{rest}'
+
+
+def timm_name(name):
+    """timm's name of a Paddle name, e.g. stages.1.0.pw_skip._mean -> stages.0.1.identity.running_mean.
+
+    Its stem is no stage, so that its stages count from 0; otherwise it names the same tensors as the official network.
+    """
+    place, rest = official_name(name).split('.', 1)
+    place = {'linear': 'head.fc', 'stage0': 'stem'}.get(place) or f'stages.{int(place[-1]) - 1}'
+    for official, own in (('rbr_conv', 'conv_kxk'), ('rbr_scale', 'conv_scale'), ('rbr_skip', 'identity'),
+                          ('se.reduce', 'attn.fc1'), ('se.expand', 'attn.fc2')):
+        rest = rest.replace(official, own)
+    return f'{place}.{rest}'
+
+
+# whose names the tensors of a PyTorch file have -> their name of a Paddle name
+LAYOUTS = {'official': official_name, 'timm': timm_name}

@@ -101,6 +101,8 @@ def test_only_a_classifier_of_another_size_may_be_left_out(model, config):
     (pickle.dumps({1: np.zeros(3)}, protocol=4), 'a key in it is int, not a short text'),
     (pickle.dumps({'stages.0': [[1], [1, 2]]}, protocol=4), 'stages.0 is .*, not an array of floats'),
     (pickle.dumps({'stage0.rbr_conv.0.conv.weight': np.zeros(3)}, protocol=4), 'load_pytorch_weights.py'),
+    (pickle.dumps({'stem.conv_scale.conv.weight': np.zeros(3), 'stages.0.0.conv_scale.conv.weight': np.zeros(3)},
+                  protocol=4), 'load_pytorch_weights.py'),
 ])
 def test_files_that_hold_no_weights(tmp_path, content, message):
     path = tmp_path / 'w.pdparams'

@@ -250,6 +250,7 @@ def test_command_line(tmp_path, env):
 def test_wrapped_state_dicts(convert, tmp_path):
     """The innermost one is taken, of an average before the weights, whatever lies beside it."""
     state = {name: value.astype('float16') for name, value in numbered(KEYS['timm']['s1']['fused']).items()}
+    half = {name: bfloat16(value) for name, value in state.items()}
     other = {name: value + 1 for name, value in state.items()}
     averaged = {'n_averaged': np.array(7), **{f'module.{name}': value for name, value in state.items()}}
     expected = convert_state_dict(state, variant_config('s1'))
@@ -257,7 +258,7 @@ def test_wrapped_state_dicts(convert, tmp_path):
             ({'state_dict': state, 'epoch': 3, 'arch': 'mobileone_s1', 'optimizer': {'state': {}}}, 'in state_dict: '),
             ({'model': averaged, 'model_ema': {}, 'state_dict_ema': None}, 'in model: timm names, fused, under the '
                                                                          "prefix 'module.'"),
-            ({'model': {'state_dict': state}}, 'in model.state_dict: '),
+            ({'model': {'state_dict': half}}, 'in model.state_dict: '),
             ({'model': other, 'model_ema': averaged}, 'in model_ema: '),
             ({'state_dict': other, 'state_dict_ema': state}, 'in state_dict_ema: ')):
         assert f'in.pth: {place}' in convert(wrapped, run).stdout

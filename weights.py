@@ -120,7 +120,7 @@ def _describe(state_dict, name, fused, prefix):
     return Layout(name, fused, prefix, ''.join([
         f'{name} names, {"fused" if fused else "unfused"}', f", under the prefix '{prefix}'" if prefix else '',
         ', no classifier' if classifier is None else f', a classifier of {list(classifier.shape)}',
-        f', beside {others} other tensors' if others else '']))
+        f', other tensors left out: {others}' if others else '']))
 
 
 def convert_state_dict(state_dict, config):

@@ -120,13 +120,13 @@ def test_a_network_in_a_larger_one(arrays, config, prefix, layout):
     assert find_layout(tensors).description == (
         f"{layout} names, unfused, under the prefix '{prefix}', a classifier of [10, 8]")
     tensors.update({'n_averaged': np.array(3), 'neck.conv.weight': np.broadcast_to(np.float32(0), [2 ** 20] * 2)})
-    assert find_layout(tensors).description.endswith('a classifier of [10, 8], beside 2 other tensors')
+    assert find_layout(tensors).description.endswith('a classifier of [10, 8], other tensors left out: 2')
     assert_same(convert_state_dict(tensors, config), arrays)
     with pytest.raises(UserError, match='unexpected stem2.weight'):
         convert_state_dict({**tensors, f'{prefix}stem2.weight': np.zeros(3, 'float32')}, config)
     for name in CLASSIFIER:
         del tensors[prefix + LAYOUTS[layout](name)]
-    with pytest.raises(UserError, match=f'prefix .{prefix}., no classifier, beside 2 .*: add '
+    with pytest.raises(UserError, match=f'prefix .{prefix}., no classifier, other tensors left out: 2.*: add '
                                         f'{prefix}{LAYOUTS[layout]("fc.weight")} and'):
         convert_state_dict(tensors, config)
 

@@ -11,15 +11,15 @@ from utils import LOG, UserError, first_few, misfits
 CLASSIFIER = ('fc.weight', 'fc.bias')
 
 
-def load_model(config, path, allow_other_classifier=False):
+def load_model(config, path, allow_other_classifier=False, raw=False):
     """The network of a config with the weights in a file: the fused network if they are those of one.
 
     With MODEL.DEPLOY, unfused weights are fused after they are loaded. Nothing of the file is executed.
-    allow_other_classifier: a classifier of another size stays random.
+    allow_other_classifier: a classifier of another size stays random; raw: as in `load_weights`.
     Returns: (model, whether the weights are a checkpoint's EMA).
     Raises: UserError for a file that cannot be read, and for tensors that do not fit.
     """
-    weights, is_ema = load_weights(path)
+    weights, is_ema = load_weights(path, raw)
     fused = is_fused(weights)
     model = build_network(config, fused)
     left_out = load_into(model, weights, path, allow_other_classifier)
@@ -33,15 +33,16 @@ def load_model(config, path, allow_other_classifier=False):
     return model, is_ema
 
 
-def load_weights(path):
+def load_weights(path, raw=False):
     """The weights in a released .pdparams or .safetensors, or in a checkpoint of training.
 
-    Returns: ({name: array}, whether they are a checkpoint's EMA, which goes before its raw weights).
+    raw: take a checkpoint's raw weights, before which its EMA goes otherwise.
+    Returns: ({name: array}, whether they are a checkpoint's EMA).
     Raises: UserError for a file that holds neither.
     """
     state, is_ema = checkpoint.load(path), False
     if isinstance(state, dict) and isinstance(state.get('model'), dict):
-        is_ema = isinstance(state.get('model_ema'), dict) and bool(state['model_ema'])
+        is_ema = not raw and isinstance(state.get('model_ema'), dict) and bool(state['model_ema'])
         state = state['model_ema'] if is_ema else state['model']
     if not isinstance(state, dict):
         raise UserError(f'{path}: holds {type(state).__name__}, not a dictionary of weights')

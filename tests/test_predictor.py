@@ -134,6 +134,21 @@ def test_export_options(args, trained, fashion, tmp_path):
             assert prediction.probabilities == pytest.approx(other.probabilities, abs=1e-5)
 
 
+def test_raw_and_ema_weights(trained, fashion, tmp_path):
+    folder, model, config = trained
+    ema = {name: value.numpy() * (1 if '.norm.' in name else 1.5) for name, value in model.state_dict().items()}
+    path = str(tmp_path / 'checkpoint.pdparams')
+    checkpoint.save({'model': model.state_dict(), 'model_ema': ema}, path)
+    image = next(fashion.glob('val/*/*.png'))
+    answers = []
+    for name, args in (('ema', []), ('raw', ['-raw'])):
+        run('-m', 'tools.export_model', '-cfg', folder / 'config.yaml', '-pretrained', path, '-output', tmp_path / name,
+            '-format', 'onnx', *args)
+        answers += Predictor(tmp_path / name)(image)[0].probabilities[:1]
+    raw = Predictor(folder / 'best.pdparams')(image)[0].probabilities[0]
+    assert answers[1] == pytest.approx(raw, abs=1e-5) and abs(answers[0] - raw) > 1e-3
+
+
 def with_size(trained, args):
     config = trained[2].clone()
     config.DATA.IMAGE_SIZE = 32 if '-image_size' in args else 48

@@ -51,6 +51,8 @@ def test_ema_weights_come_first(model, tmp_path):
     checkpoint.save({'model': model.state_dict(), 'model_ema': ema, 'epoch': 3}, path)
     weights, is_ema = load_weights(path)
     assert is_ema and all(np.array_equal(weights[name], ema[name]) for name in ema)
+    weights, is_ema = load_weights(path, raw=True)
+    assert not is_ema and np.array_equal(weights['fc.weight'], model.fc.weight.numpy())
     paddle.save({'model': model.state_dict(), 'epoch': 3}, path)  # nested tensors, as the ancestor's checkpoints
     weights, is_ema = load_weights(path)
     assert not is_ema and np.array_equal(weights['fc.weight'], model.fc.weight.numpy())

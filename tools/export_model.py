@@ -123,7 +123,7 @@ def main():
     from transforms import Normalize
     from weights import load_model
     setup_logger()
-    model, _ = load_model(config, config.MODEL.PRETRAINED)
+    model, _ = load_model(config, config.MODEL.PRETRAINED, raw=args.raw)
     model.eval()
     spec = dataclasses.replace(
         Spec.of_config(config, find_class_names(config.MODEL.PRETRAINED, config.MODEL.NUM_CLASSES)),

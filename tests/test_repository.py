@@ -86,7 +86,7 @@ def test_environment_script_names_the_mistake(tmp_path):
 
 def project_imports():
     """{module: those of the project's modules that it imports, anywhere in it}, without the tests."""
-    paths = [*ROOT.glob('*.py'), *ROOT.glob('runtime/*.py'), *ROOT.glob('tools/*.py')]
+    paths = [path for folder in ('', 'runtime/', 'deploy/', 'tools/', 'tools/*/') for path in ROOT.glob(f'{folder}*.py')]
     names = {'.'.join(path.relative_to(ROOT).with_suffix('').parts).replace('.__init__', ''): path for path in paths}
     imports = {}
     for name, path in names.items():
@@ -97,7 +97,7 @@ def project_imports():
             elif isinstance(node, ast.ImportFrom):
                 assert node.level == 0, f'{path}: {ast.unparse(node)}'
                 found |= {node.module, *(f'{node.module}.{alias.name}' for alias in node.names)}
-        imports[name] = found & set(names) - {'runtime'}
+        imports[name] = found & set(names) - {'runtime', 'deploy'}
     return imports
 
 
@@ -109,6 +109,10 @@ def test_nothing_imports_upward_or_in_a_circle():
             assert all(other == 'utils' or other.startswith('runtime.') for other in found), name
         if not name.startswith('tools'):
             assert not any(other.startswith('tools') for other in found), name
+        if name.startswith('deploy'):
+            assert not {'run', 'engine'} & found, name
+        elif not name.startswith('tools'):
+            assert not any(other.startswith('deploy') for other in found), name
     assert imports['utils'] == set() and 'run' not in imports['engine']
     list(graphlib.TopologicalSorter(imports).static_order())  # raises CycleError
     assert not any('mobileone' in path.read_text().lower() for path in ROOT.glob('runtime/[a-z]*.py'))

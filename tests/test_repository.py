@@ -86,7 +86,8 @@ def test_environment_script_names_the_mistake(tmp_path):
 
 def project_imports():
     """{module: those of the project's modules that it imports, anywhere in it}, without the tests."""
-    paths = [path for folder in ('', 'runtime/', 'deploy/', 'tools/', 'tools/*/') for path in ROOT.glob(f'{folder}*.py')]
+    paths = [path for folder in ('', 'runtime/', 'deploy/', 'tools/', 'tools/*/')
+             for path in ROOT.glob(f'{folder}*.py')]
     names = {'.'.join(path.relative_to(ROOT).with_suffix('').parts).replace('.__init__', ''): path for path in paths}
     imports = {}
     for name, path in names.items():

@@ -119,6 +119,20 @@ def assert_same(first, second, path=''):
         assert first == second, path
 
 
+@pytest.fixture
+def call_main(monkeypatch, capsys):
+    """Calls main() of a tool, and forks what it runs with Python; returns the lines on stdout. stderr is empty."""
+    def call(tool, *args):
+        monkeypatch.setattr(tool, 'subprocess', forked)
+        monkeypatch.setattr(sys, 'argv', [tool.__name__, *map(str, args)])
+        capsys.readouterr()  # what this process has logged
+        tool.main()
+        out, error = capsys.readouterr()
+        assert error == ''
+        return out.splitlines()
+    return call
+
+
 def with_lists(fashion, folder, **lists):
     """A data set of the images of `fashion` and other list files: split -> lines."""
     folder.mkdir()

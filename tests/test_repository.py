@@ -28,7 +28,8 @@ def test_sizes_in_the_readme():
 
 def test_files_named_in_the_readme_exist():
     names = set(re.findall(r'\b((?:tools/|configs/|tests/|docs/)?[\w]+\.(?:py|sh|yaml|png|md))\b', README))
-    names |= {f'tools/{name}.py' for name in re.findall(r'python -m tools\.(\w+)', README)}
+    names |= {f'tools/{name}/__main__.py' if (ROOT / 'tools' / name).is_dir() else f'tools/{name}.py'
+              for name in re.findall(r'python -m tools\.(\w+)', README)}
     made = {'config.yaml', 'curves.png', 'compare.png', 'recipe.png'}  # by the commands there
     assert len(names) > 10
     assert [name for name in names - made if not (ROOT / name).exists()] == []

@@ -8,7 +8,6 @@ import re
 import shutil
 import signal
 import struct
-import sys
 import termios
 import time
 
@@ -20,15 +19,17 @@ from PIL import Image
 
 from config import get_config
 from runtime import checkpoint
+from tools.benchmark.__main__ import COMMANDS
 
-PROGRAMS = [['main_single_gpu.py'], ['main_multi_gpu.py'], ['load_pytorch_weights.py']] + [
-    ['-m', f'tools.{path.stem}'] for path in sorted((ROOT / 'tools').glob('[a-z]*.py'))]
+PROGRAMS = [['main_single_gpu.py'], ['main_multi_gpu.py'], ['load_pytorch_weights.py'],
+            *(['-m', 'tools.benchmark', command] for command in COMMANDS),
+            *(['-m', f'tools.{path.stem}'] for path in sorted((ROOT / 'tools').glob('[a-z]*.py')))]
 
 
-@pytest.mark.parametrize('program', PROGRAMS, ids=lambda program: program[-1])
+@pytest.mark.parametrize('program', PROGRAMS, ids=' '.join)
 def test_help_is_complete(program):
     out = run(*program, '-h', fork=False).stdout
-    name = program[-1]
+    name = ' '.join(program).replace('-m ', '')
     assert out.startswith(f'usage: {name}') and f'python {" ".join(program)}' in out
     flags = set(re.findall(r'(?<=[\[ ])-[a-z_]+', out.split('\n\n')[0])) - {'-h'}
     assert len(flags) == {'main_single_gpu.py': 15, 'main_multi_gpu.py': 16}.get(name, len(flags)) > 0
@@ -177,34 +178,6 @@ def test_picture(tmp_path):
     run('-m', 'tools.draw_block', '-save', tmp_path / 'x.png')
     assert Image.open(tmp_path / 'x.png').size[0] == pytest.approx(Image.open(ROOT / 'mobileone.png').size[0], rel=0.1)
     assert '/dev/null/x.png' in fails('-m', 'tools.draw_block', '-save', '/dev/null/x.png')
-
-
-@pytest.fixture
-def call_main(monkeypatch, capsys):
-    """Calls main() of a tool, and forks what it runs with Python; returns the lines on stdout. stderr is empty."""
-    def call(tool, *args):
-        monkeypatch.setattr(tool, 'subprocess', forked)
-        monkeypatch.setattr(sys, 'argv', [tool.__name__, *map(str, args)])
-        capsys.readouterr()  # what this process has logged
-        tool.main()
-        out, error = capsys.readouterr()
-        assert error == ''
-        return out.splitlines()
-    return call
-
-
-def test_benchmark_of_processes(fashion, call_main):
-    from tools import benchmark_ddp
-
-    args = ['-data_path', fashion, '-batch_size', '4', '-steps', '2', '-repeats', '1', '-opts', *NARROW,
-            'MODEL.NUM_CLASSES', '10']
-    rows = [line.split() for line in call_main(benchmark_ddp, *args)[2:]]
-    assert [row[0] for row in rows] == ['1', '2'] and all(float(row[1]) > 0 for row in rows)
-    assert rows[0][5] == '100.0%'
-    assert '-steps and -repeats must be at least 1' in fails('-m', 'tools.benchmark_ddp', *args, '-repeats', '0')
-    # in processes of their own
-    assert '-nproc 1: main_multi_gpu.py: error: ' in fails('-m', 'tools.benchmark_ddp', *args, 'TRAIN.ACCUM_ITER',
-                                                           '1000')
 
 
 def test_plot_log(fashion, tmp_path):

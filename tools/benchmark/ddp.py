@@ -1,7 +1,7 @@
 """Measure how training speeds up with processes: images per second of 1, 2, ... of them, each with the same batch.
 
-  python -m tools.benchmark_ddp -cfg configs/demo.yaml -data_path data/fashion_mnist_demo
-  python -m tools.benchmark_ddp -cfg configs/mobileone_s0.yaml -data_path /dataset/imagenet -amp -nproc 1 2 4 8
+  python -m tools.benchmark ddp -cfg configs/demo.yaml -data_path data/fashion_mnist_demo
+  python -m tools.benchmark ddp -cfg configs/mobileone_s0.yaml -data_path /dataset/imagenet -amp -nproc 1 2 4 8
 
 A run is two epochs of STEPS steps, of which the second counts. The numbers of processes take turns, REPEATS times;
 printed are medians, and the efficiency: images per second and process, relative to the first number. On a CPU each
@@ -16,10 +16,10 @@ import sys
 import tempfile
 
 from config import get_config, get_parser, resolve_config, update_config, with_values
-from runtime.program import prepare_runtime, run_program
+from runtime.program import prepare_runtime
 from utils import UserError
 
-MAIN = os.path.join(os.path.dirname(os.path.dirname(os.path.abspath(__file__))), 'main_multi_gpu.py')
+MAIN = os.path.abspath(os.path.join(os.path.dirname(__file__), '..', '..', 'main_multi_gpu.py'))
 
 
 def write_run(folder, config, images, count, steps):
@@ -85,7 +85,3 @@ def main():
         low, high = min(speeds[count]), max(speeds[count])
         print(f'{count:9}  {statistics.median(speeds[count]):8.1f} ({low:.1f} to {high:.1f})'.ljust(39) +
               f'{statistics.median(ratios):.1%} ({min(ratios):.1%} to {max(ratios):.1%})')
-
-
-if __name__ == '__main__':
-    run_program(main)

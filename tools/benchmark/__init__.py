@@ -1,0 +1,1 @@
+"""What networks and training cost in time: a module per subcommand of `python -m tools.benchmark`."""

@@ -63,17 +63,18 @@ def _with_old_sigmoids(model):
     return model
 
 
-def write_paddle(model, spec, folder):
+def write_paddle(model, spec, folder, plain=False):
     """Write a fused network to `folder`: inference.pdiparams, inference.yml and the program.
 
     That is inference.pdmodel, which every PaddlePaddle reads, and on 3.x inference.json too.
+    plain: leave out the batch norms that make it faster on 2.x, to measure what they do.
     Returns: names of the programs.
     """
     size = [spec.batch, 3, spec.image_size, spec.image_size]
     inputs = [InputSpec(size, 'uint8' if spec.pixels == 'uint8' else 'float32', 'image')]
     path = os.path.join(folder, 'inference')
     if paddle.__version__.startswith('2.'):
-        programs = {'inference.pdmodel': (with_batch_norms(model), contextlib.nullcontext)}
+        programs = {'inference.pdmodel': (model if plain else with_batch_norms(model), contextlib.nullcontext)}
     else:
         programs = {'inference.pdmodel': (_with_old_sigmoids(model), paddle.pir_utils.OldIrGuard),
                     'inference.json': (model, contextlib.nullcontext)}

@@ -113,7 +113,7 @@ class Predictor:
     def __init__(self, path, config=None, engine='auto', threads=None):
         self.path = os.fspath(path)
         self.engine = find_engine(self.path, engine)
-        self.spec, self.run = _LOADERS[self.engine](self.path, config, threads)
+        self.spec, self.run = LOADERS[self.engine](self.path, config, threads)
         self.transform = EvalTransform(self.spec.image_size, self.spec.crop_pct, self.spec.interpolation)
 
     def __call__(self, images, top=5):
@@ -215,7 +215,7 @@ def find_engine(path, engine='auto'):
     return engine
 
 
-def _load_paddle(path, config, threads):
+def _load_paddle(path, config, threads, fused=True):
     """PaddlePaddle itself, on the current device."""
     from config import get_config, resolve_config, with_values
     if config is None:
@@ -223,7 +223,7 @@ def _load_paddle(path, config, threads):
         if not os.path.exists(beside):
             raise UserError(f'{path}: weights need the config of their network, and there is no {beside}: give -cfg')
         config = get_config(beside)
-    config = resolve_config(with_values(config, {'EVAL': True, 'MODEL.DEPLOY': True, 'MODEL.PRETRAINED': path,
+    config = resolve_config(with_values(config, {'EVAL': True, 'MODEL.DEPLOY': fused, 'MODEL.PRETRAINED': path,
                                                  'MODEL.RESUME': ''}))
     if threads and 'paddle' not in sys.modules:
         os.environ['OMP_NUM_THREADS'] = str(threads)
@@ -328,5 +328,6 @@ def _load_openvino(path, config, threads, precision='f32'):
     return Spec.of_metadata(metadata, path), lambda images: next(iter(request.infer({'image': images}).values())).copy()
 
 
-_LOADERS = {'paddle': _load_paddle, 'inference': _load_inference, 'onnxruntime': _load_onnxruntime,
-            'openvino': _load_openvino}
+# engine -> (path, config, threads) -> Spec, run(images); what some take beyond that is for tools.benchmark
+LOADERS = {'paddle': _load_paddle, 'inference': _load_inference, 'onnxruntime': _load_onnxruntime,
+           'openvino': _load_openvino}

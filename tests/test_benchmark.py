@@ -1,5 +1,16 @@
 """tools.benchmark: what it prints, not how fast anything is."""
-from conftest import NARROW, fails
+import importlib.util
+import json
+
+import paddle
+import pytest
+from conftest import NARROW, ROOT, fails, run
+from PIL import Image
+
+from runtime import checkpoint
+from tools.benchmark.latency import ACCURACY, Worker
+from utils import UserError
+from weights import build_network
 
 
 def test_unknown_subcommands():
@@ -21,3 +32,107 @@ def test_processes(fashion, call_main):
         *program, *args, '-repeats', '0')
     # in processes of their own
     assert '-nproc 1: main_multi_gpu.py: error: ' in fails(*program, *args, 'TRAIN.ACCUM_ITER', '1000')
+
+
+@pytest.fixture
+def latency(config, tmp_path):
+    """Runs tools.benchmark latency on a narrow network; returns the process."""
+    (tmp_path / 'narrow.yaml').write_text(config.dump())
+    config.MODEL.NAME = 'wide'
+    (tmp_path / 'wide.yaml').write_text(config.dump())
+
+    def call(*args, names=('narrow',), start=run, **more):
+        return start('-m', 'tools.benchmark', 'latency', '-cfg', *(tmp_path / f'{name}.yaml' for name in names),
+                     '-threads', '1', '-turns', '2', '-seconds', '0.05', *args, **more)
+    return call
+
+
+def test_latency_of_every_engine(latency):
+    rows = [json.loads(line) for line in latency('-batch', '2', '-json').stdout.splitlines()]
+    old = paddle.__version__.startswith('2.')
+    expected = {'paddle', 'paddle-unfused', 'inference-pdmodel', 'onnxruntime', 'openvino',
+                *(['inference-plain'] if old else ['inference-openvino', 'inference-json'])}
+    rows = [row for row in rows if row['engine'] != 'timm']  # which has no such network
+    floats = [row for row in rows if row['precision'] == 'float32']
+    assert {row['engine'] for row in floats} == {row['engine'] for row in rows} == expected
+    assert min(floats, key=lambda row: row['milliseconds'])['ratio'] == 1
+    for row in rows:
+        assert len(row['turns']) == 2 and min(row['turns']) <= row['milliseconds'] <= max(row['turns'])
+        assert row['ratio'] > 0 and (row['batch'], row['threads'], row['weights']) == (2, 1, 'random weights')
+        assert row['cpu'] and any(name.startswith('paddlepaddle') for name in row['versions'])
+
+
+def test_latency_of_weights(latency, config, tmp_path):
+    """An engine that cannot do it says why, and the others go on."""
+    weights = str(tmp_path / 'fused.pdparams')
+    checkpoint.save(build_network(config, fused=True).state_dict(), weights)
+    lines = latency('-engines', 'paddle', 'paddle-unfused', '-pretrained', weights).stdout.splitlines()
+    assert '; given weights; 2 turns of 0.05 s' in lines[0]
+    assert lines[2].endswith('1.00') and lines[3].endswith('float32   the weights are fused; give unfused ones')
+
+
+def test_latency_by_timm(latency, tmp_path):
+    """By a stand-in for it, which the tests do not install."""
+    for name, code in STAND_INS.items():
+        path = tmp_path / 'fake' / name
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_text(code)
+    env = {'PYTHONPATH': f'{tmp_path}/fake:{ROOT}'}
+    rows = latency('-engines', 'timm', '-batch', '1', '3', env=env, fork=False).stdout.splitlines()[2:]
+    assert [row.split()[1:5] for row in rows] == [[batch, '1', 'timm', 'float32'] for batch in '13']
+    assert all(row.endswith('1.00') for row in rows)
+
+
+STAND_INS = {
+    'torch.py': '''
+import contextlib
+inference_mode = contextlib.nullcontext
+set_num_threads = from_numpy = lambda value: value
+''',
+    'timm/__init__.py': '''
+import numpy
+class Network:
+    def eval(self): return self
+    def __call__(self, images):
+        assert images.shape in [(1, 3, 32, 32), (3, 3, 32, 32)] and images.dtype == "float32"
+        return self
+    def numpy(self): return numpy.zeros([1, 10])
+def create_model(name, num_classes):
+    assert num_classes == 10
+    return Network()
+''',
+    'timm/utils.py': 'reparameterize_model = lambda model: model',
+}
+
+
+def test_plot_of_latency(latency, tmp_path):
+    pytest.importorskip('matplotlib', reason='drawing is an optional extra')
+    latency('-engines', 'paddle', '-plot', tmp_path / 'latency.png', names=('narrow', 'wide'))
+    with Image.open(tmp_path / 'latency.png') as image:
+        assert image.size[0] > 500
+    text = (ROOT / 'README.md').read_text()
+    assert all(f'| {name} | {accuracy} |' in text for name, accuracy in ACCURACY.items()) and len(ACCURACY) == 5
+
+
+def test_a_worker_that_ends_says_why(tmp_path):
+    row = {'engine': 'paddle', 'precision': 'float32', 'batch': 1, 'threads': 1}
+    with Worker(row, str(tmp_path)) as worker, pytest.raises(UserError, match='config.yaml: cannot read the config'):
+        worker.milliseconds(0)
+    with Worker(row, str(tmp_path)) as worker:
+        worker.process.kill()
+        with pytest.raises(UserError, match='its process ended with status -9'):
+            worker.milliseconds(0)
+
+
+@pytest.mark.parametrize('args, message', [
+    (['-engines', 'tensorrt'], "argument -engines: invalid choice: 'tensorrt'"),
+    (['-engines', 'timm'], '-engines timm: needs torch and timm: install it'),
+    (['-turns', '0'], '-threads, -batch and -turns must be at least 1'),
+    (['-seconds', 'nan'], '-seconds above 0'),
+    (['-pretrained', 'a', 'b'], '-pretrained has 2 files for 1 configs: give one for each'),
+    (['-pretrained', 'nowhere.pdparams'], 'nowhere.pdparams'),
+])
+def test_mistakes_with_latency(latency, args, message):
+    if args[-1] == 'timm' and importlib.util.find_spec('timm'):
+        pytest.skip('timm is installed')
+    assert message in latency(*args, start=fails)

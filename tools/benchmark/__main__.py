@@ -1,8 +1,9 @@
-"""Measure how fast training is.
+"""Measure how fast networks and training are.
 
   python -m tools.benchmark ddp -h
+  python -m tools.benchmark latency -h
 
-ddp: how training speeds up with processes.
+ddp: how training speeds up with processes. latency: how long a network takes, by every engine that is installed.
 """
 import importlib
 import sys
@@ -10,7 +11,7 @@ import sys
 from runtime.program import run_program
 from runtime.settings import ArgumentParser
 
-COMMANDS = ('ddp',)
+COMMANDS = ('ddp', 'latency')
 
 
 def main():

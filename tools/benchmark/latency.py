@@ -1,0 +1,292 @@
+"""Measure how long a fused network takes on this CPU, by every engine that is installed.
+
+  python -m tools.benchmark latency -cfg configs/mobileone_s0.yaml
+  python -m tools.benchmark latency -cfg configs/mobileone_s*.yaml -threads 1 2 -batch 1 8 -plot latency.png
+
+A time is that of a call, from a NumPy array of images to one of logits: the median of TURNS turns, each the median of
+calls for SECONDS seconds, with the range of the turns. The ratio is to the float32 row of the smallest median, turn by
+turn, and its median. Each engine has a process of its own, for in one the waiting threads of an engine slow the next
+one down; they take turns with a pause. Where the CPU computes in bfloat16, so do the engines that can. Engines:
+
+  paddle              PaddlePaddle; paddle-unfused: with all branches, as in training
+  inference-openvino  Paddle Inference by the OpenVINO in PaddlePaddle 3, inference.pdmodel
+  inference-pdmodel   Paddle Inference by oneDNN; on PaddlePaddle 2 its biases are those of batch norms
+  inference-plain     (PaddlePaddle 2) the same without these batch norms
+  inference-json      (PaddlePaddle 3) the same, inference.json
+  onnxruntime         ONNX Runtime, model.onnx
+  openvino            OpenVINO, model.onnx
+  timm                PyTorch: timm's network of that name, reparameterized, random weights
+"""
+import contextlib
+import importlib.metadata
+import importlib.util
+import io
+import itertools
+import json
+import os
+import platform
+import re
+import statistics
+import subprocess
+import sys
+import tempfile
+import time
+
+from config import get_config, resolve_config, with_values
+from runtime.files import replace, write_text
+from runtime.program import prepare_runtime, usable_cores
+from runtime.settings import ArgumentParser
+from tools import import_pyplot
+from utils import UserError, one_line
+
+# engine -> the packages that it needs; of Paddle perhaps a major version
+ENGINES = {
+    'paddle': ('paddle',), 'paddle-unfused': ('paddle',), 'inference-openvino': ('paddle 3',),
+    'inference-pdmodel': ('paddle',), 'inference-plain': ('paddle 2',), 'inference-json': ('paddle 3',),
+    'onnxruntime': ('onnx', 'onnxruntime'), 'openvino': ('onnx', 'openvino'), 'timm': ('torch', 'timm'),
+}
+BFLOAT16 = ('inference-openvino', 'openvino')
+DISTRIBUTIONS = ('paddlepaddle', 'paddlepaddle-gpu', 'onnxruntime', 'onnxruntime-gpu', 'openvino', 'torch', 'timm')
+# seconds before a turn; threads of OpenMP go on waiting for 0.2 s after their work
+PAUSE = 0.3
+# top-1 accuracy at 224 pixels, of the README's table
+ACCURACY = {'mobileone_s0': 71.14, 'mobileone_s1': 75.65, 'mobileone_s2': 77.22, 'mobileone_s3': 77.74,
+            'mobileone_s4': 79.07}
+
+
+def missing(engine):
+    """The packages that an engine needs and that are not here."""
+    import paddle
+    major = '2' if paddle.__version__.startswith('2.') else '3'
+    return [need for need in ENGINES[engine]
+            if not importlib.util.find_spec(need.split()[0]) or need.split()[1:] not in ([], [major])]
+
+
+def choose_engines(names):
+    """The engines of these names, or those that are here without any. Raises: UserError for one that is not."""
+    for name in names or []:
+        if missing(name):
+            raise UserError(f'-engines {name}: needs {" and ".join(missing(name))}: install it, or leave it out')
+    return names or [name for name in ENGINES if not missing(name)]
+
+
+def describe_machine():
+    """The CPU's name, whether it computes in bfloat16, and {package: version} of the engines."""
+    text = ''
+    with contextlib.suppress(OSError), open('/proc/cpuinfo', encoding='utf-8') as file:
+        text = file.read()
+    name = re.search(r'^model name\s*: (.*)', text, re.M)
+    versions = {}
+    for package in DISTRIBUTIONS:
+        with contextlib.suppress(importlib.metadata.PackageNotFoundError):
+            versions[package] = importlib.metadata.version(package)
+    return (name[1] if name else platform.processor() or platform.machine(),
+            bool(re.search(r'\b(avx512_bf16|amx_bf16)\b', text)), versions)
+
+
+def read_config(path, weights):
+    """The config of a network with these weights, or with random ones."""
+    return resolve_config(with_values(get_config(path), {
+        'EVAL': bool(weights), 'MODEL.DEPLOY': False, 'MODEL.PRETRAINED': weights, 'MODEL.RESUME': ''}))
+
+
+def export(config, folder, onnx):
+    """Write a network to a folder in all forms that engines read. onnx: whether model.onnx is one of them.
+
+    These are config.yaml with fused.pdparams and, if the weights are not fused, unfused.pdparams; what
+    tools.export_model writes; and on PaddlePaddle 2 plain/, the program without batch norms.
+    """
+    import paddle
+
+    from deploy.paddle_model import write_paddle
+    from deploy.predictor import Spec
+    from mobileone import model_convert
+    from runtime import checkpoint
+    from tools.export_model import write
+    from weights import build_network, is_fused, load_model
+    paddle.seed(config.SEED)
+    weights = config.MODEL.PRETRAINED
+    model = load_model(config, weights)[0] if weights else build_network(config, fused=False)
+    fused, spec = model_convert(model), Spec.of_config(config, ())
+    write_text(os.path.join(folder, 'config.yaml'), config.dump())
+    checkpoint.save(fused.state_dict(), os.path.join(folder, 'fused.pdparams'))
+    if not is_fused(model.state_dict()):
+        checkpoint.save(model.state_dict(), os.path.join(folder, 'unfused.pdparams'))
+    write(fused, spec, folder, ['paddle', 'onnx'] if onnx else ['paddle'])
+    if not missing('inference-plain'):
+        os.mkdir(os.path.join(folder, 'plain'))
+        write_paddle(fused, spec, os.path.join(folder, 'plain'), plain=True)
+
+
+class Worker:
+    """A process of worker.py for a row, which ends with this `with`."""
+
+    def __init__(self, row, folder):
+        self.errors = tempfile.TemporaryFile()  # noqa: SIM115  open until the end
+        self.process = subprocess.Popen(
+            [sys.executable, '-m', 'tools.benchmark.worker', json.dumps([row, folder, os.getpid()])], bufsize=0,
+            stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=self.errors,
+            env={**os.environ, 'OMP_NUM_THREADS': str(row['threads'])})
+
+    def __enter__(self):
+        return self
+
+    def __exit__(self, *_):
+        with self.errors, self.process:
+            pass
+
+    def milliseconds(self, seconds):
+        """Of a call, measured for some seconds. Raises: UserError that says why the process has ended."""
+        with contextlib.suppress(BrokenPipeError):
+            self.process.stdin.write(f'{seconds}\n'.encode())
+        line = self.process.stdout.readline()
+        if line:
+            return float(line)
+        status = self.process.wait()
+        self.errors.seek(0)
+        last = one_line(self.errors.read().decode(errors='replace').strip().rpartition('\n')[2])
+        # its own words, unless it has crashed or was killed
+        raise UserError(last.partition(': error: ')[2] or f'its process ended with status {status} {last}'.strip())
+
+
+def measure(rows, folder, turns, seconds):
+    """Add 'turns' to each row, milliseconds of as many turns, or 'error', what its engine cannot do."""
+    times = [[] for _ in rows]
+    with contextlib.ExitStack() as stack:
+        workers = [stack.enter_context(Worker(row, folder)) for row in rows]
+        for _ in range(1 + turns):
+            for row, worker, measured in zip(rows, workers, times):
+                if 'error' not in row:
+                    time.sleep(PAUSE)
+                    try:
+                        measured.append(worker.milliseconds(seconds))
+                    except UserError as error:
+                        row['error'] = str(error)
+    for row, measured in zip(rows, times):
+        if 'error' not in row:
+            row['turns'] = measured[1:]  # the first one warms up
+
+
+def compare(rows):
+    """Add the median 'milliseconds' of its turns to each row that has some, and the 'ratio' to the best float32 row.
+
+    The ratio, median of those within a turn, is None where no float32 row has turns.
+    """
+    measured = [row for row in rows if 'turns' in row]
+    for row in measured:
+        row['milliseconds'] = statistics.median(row['turns'])
+    best = fastest(measured)
+    for row in measured:
+        row['ratio'] = best and statistics.median(own / other for own, other in zip(row['turns'], best['turns']))
+
+
+def fastest(rows):
+    """The float32 row of the smallest median; None without one."""
+    return min((row for row in rows if row['precision'] == 'float32' and 'milliseconds' in row),
+               key=lambda row: row['milliseconds'], default=None)
+
+
+def show(row, as_json):
+    """Print a row as JSON, or as a line of the table."""
+    if as_json:
+        text = json.dumps(row)
+    else:
+        text = (f'{row["network"]:14}{row["batch"]:5}{row["threads"]:9}  {row["engine"]:20}{row["precision"]:10}' +
+                (row.get('error') or describe_times(row)))
+    print(text, flush=True)
+
+
+def describe_times(row):
+    spread = f'{row["milliseconds"]:10.2f} ({min(row["turns"]):.2f} to {max(row["turns"]):.2f})'
+    return f'{spread:32}{row["ratio"]:.2f}' if row['ratio'] else spread
+
+
+def plot(rows, configs, path):
+    """Draw accuracy against the latency of the best float32 row, as the paper's figure 1 does, into a PNG.
+
+    Of networks whose accuracy was not published, all of them have FLOPs instead.
+    """
+    pyplot = import_pyplot()
+    known = all(config.MODEL.NAME in ACCURACY and config.DATA.IMAGE_SIZE == 224 for config in configs)
+    heights = {config.MODEL.NAME: ACCURACY[config.MODEL.NAME] if known else count_flops(config) / 1e6
+               for config in configs}
+    figure, axis = pyplot.subplots(figsize=(7, 5), layout='constrained')
+    for batch, threads in dict.fromkeys((row['batch'], row['threads']) for row in rows):
+        chosen = [row for row in rows if (row['batch'], row['threads']) == (batch, threads)]
+        best = filter(None, (fastest(row for row in chosen if row['network'] == name) for name in heights))
+        points = [(row['milliseconds'], heights[row['network']], row['network']) for row in best]
+        axis.plot([x for x, _, _ in points], [y for _, y, _ in points], marker='o',
+                  label=f'batch {batch}, threads {threads}')
+        for x, y, name in points:
+            axis.annotate(name, (x, y), xytext=(5, -10), textcoords='offset points', fontsize='small')
+    axis.set(xlabel='latency of the fastest float32 engine (ms)',
+             ylabel='published top-1 accuracy (%)' if known else 'FLOPs, fused (millions of multiply-adds)')
+    axis.margins(0.15)  # for the names
+    axis.grid(alpha=0.3)
+    axis.legend()
+    replace(path, lambda partial: figure.savefig(partial, dpi=120, format='png'))
+
+
+def count_flops(config):
+    """Multiply-adds of the fused network for an image."""
+    import paddle
+
+    from weights import build_network
+    size = config.DATA.IMAGE_SIZE
+    with contextlib.redirect_stdout(io.StringIO()):
+        return paddle.flops(build_network(config, fused=True), [1, 3, size, size])
+
+
+def parse_args():
+    """The command line. Raises: UserError for values that cannot be."""
+    parser = ArgumentParser(description=__doc__)
+    parser.add_argument('-cfg', metavar='FILE', nargs='+', required=True, help='configs of the networks, see configs/')
+    parser.add_argument('-pretrained', metavar='FILE', nargs='+', help='weights, a file for each config (default: '
+                        'random ones)')
+    parser.add_argument('-engines', metavar='NAME', nargs='+', choices=ENGINES, help='engines to measure (default: all '
+                        'that are installed)')
+    parser.add_argument('-threads', metavar='N', nargs='+', type=int, default=[usable_cores()],
+                        help='numbers of threads (default: as many as cores)')
+    parser.add_argument('-batch', metavar='N', nargs='+', type=int, default=[1], help='images per call (default: 1)')
+    parser.add_argument('-turns', metavar='N', type=int, default=5, help='turns of each engine (default: 5)')
+    parser.add_argument('-seconds', metavar='S', type=float, default=1, help='length of a turn (default: 1)')
+    parser.add_argument('-json', action='store_true', help='print a JSON object per row instead of the table')
+    parser.add_argument('-plot', metavar='FILE', help='draw accuracy or FLOPs against latency into this PNG')
+    args = parser.parse_args()
+    if min(*args.threads, *args.batch, args.turns) < 1 or not 0 < args.seconds < float('inf'):
+        raise UserError('-threads, -batch and -turns must be at least 1, and -seconds above 0')
+    args.weights = args.pretrained or [''] * len(args.cfg)
+    if len(args.weights) != len(args.cfg):
+        raise UserError(f'-pretrained has {len(args.weights)} files for {len(args.cfg)} configs: give one for each')
+    if args.plot:
+        import_pyplot()
+    return args
+
+
+def main():
+    args = parse_args()
+    configs = list(map(read_config, args.cfg, args.weights))
+    os.environ['CUDA_VISIBLE_DEVICES'] = ''  # the workers' too
+    prepare_runtime()
+    engines = choose_engines(args.engines)
+    cpu, has_bfloat16, versions = describe_machine()
+    precisions = [(engine, precision) for engine in engines for precision in ('float32', 'bfloat16')
+                  if precision == 'float32' or has_bfloat16 and engine in BFLOAT16]
+    kind = 'given weights' if args.pretrained else 'random weights'
+    if not args.json:
+        print(f'{cpu}; {", ".join(map(" ".join, versions.items()))}; {kind}; {args.turns} turns of {args.seconds:g} s')
+        print('network       batch  threads  engine              precision ms per call (range)           ratio')
+    rows = []
+    for config in configs:
+        with tempfile.TemporaryDirectory() as folder:
+            export(config, folder, bool({'onnxruntime', 'openvino'} & set(engines)))
+            for batch, threads in itertools.product(args.batch, args.threads):
+                group = [{'network': config.MODEL.NAME, 'batch': batch, 'threads': threads, 'engine': engine,
+                          'precision': precision} for engine, precision in precisions]
+                measure(group, folder, args.turns, args.seconds)
+                compare(group)
+                for row in group:
+                    show({**row, 'cpu': cpu, 'versions': versions, 'weights': kind}, args.json)
+                rows += group
+    if args.plot:
+        plot(rows, configs, args.plot)

@@ -1,0 +1,89 @@
+"""One engine of tools.benchmark.latency, in a process of its own."""
+import json
+import os
+import statistics
+import sys
+import time
+
+import numpy as np
+
+from config import get_config
+from deploy.predictor import LOADERS, load_program
+from runtime.program import end_with_parent, prepare_runtime, run_program
+from utils import UserError, describe_error
+
+# engine -> its program, and what Paddle Inference runs it by
+PROGRAMS = {
+    'inference-openvino': ('inference.pdmodel', 'openvino'),
+    'inference-pdmodel': ('inference.pdmodel', 'onednn'),
+    'inference-json': ('inference.json', 'onednn'),
+    'inference-plain': ('plain/inference.pdmodel', 'onednn'),
+}
+
+
+def load(engine, folder, config, threads, bfloat16):
+    """run(images) of an engine: float32 [N, 3, H, W] -> float32 [N, classes]. folder: as `latency.export` writes it."""
+    if engine == 'timm':
+        return load_timm(config.MODEL.NAME, config.MODEL.NUM_CLASSES, threads)
+    if engine == 'onnxruntime':
+        return LOADERS[engine](folder, None, threads)[1]
+    if engine == 'openvino':
+        return LOADERS[engine](folder, None, threads, precision='bf16' if bfloat16 else 'f32')[1]
+    prepare_runtime()
+    if engine in PROGRAMS:
+        name, by = PROGRAMS[engine]
+        return load_program(os.path.join(folder, name), threads, bfloat16, by)
+    fused = engine == 'paddle'
+    path = os.path.join(folder, 'fused.pdparams' if fused else 'unfused.pdparams')
+    if not os.path.exists(path):
+        raise UserError('the weights are fused; give unfused ones')
+    return LOADERS['paddle'](path, None, threads, fused=fused)[1]
+
+
+def load_timm(name, classes, threads):
+    """timm's network of this name, with random weights, reparameterized."""
+    import timm
+    import torch
+    from timm.utils import reparameterize_model
+    torch.set_num_threads(threads)
+    model = reparameterize_model(timm.create_model(name, num_classes=classes).eval())
+
+    def run(images):
+        with torch.inference_mode():
+            return model(torch.from_numpy(images)).numpy()
+    return run
+
+
+def milliseconds(run, images, seconds):
+    """Median of calls for some seconds, at least one. The first one, slow after a pause, does not count."""
+    run(images)
+    times, end = [], time.perf_counter() + seconds
+    while not times or time.perf_counter() < end:
+        start = time.perf_counter()
+        run(images)
+        times.append(time.perf_counter() - start)
+    return 1000 * statistics.median(times)
+
+
+def main():
+    """Answer each line on stdin, seconds to measure for, with a line of milliseconds. argv: row, folder, parent's PID.
+    """
+    row, folder, parent = json.loads(sys.argv[1])
+    end_with_parent(parent)
+    answers = os.fdopen(os.dup(1), 'w', buffering=1)
+    os.dup2(2, 1)  # what an engine prints is no answer
+    config = get_config(os.path.join(folder, 'config.yaml'))
+    size = config.DATA.IMAGE_SIZE
+    images = np.random.default_rng(0).standard_normal([row['batch'], 3, size, size], 'float32')
+    try:
+        run = load(row['engine'], folder, config, row['threads'], row['precision'] == 'bfloat16')
+        for line in sys.stdin:
+            print(milliseconds(run, images, float(line)), file=answers)
+    except UserError:
+        raise
+    except Exception as error:  # of an engine, of its own types
+        raise UserError(describe_error(error)) from None
+
+
+if __name__ == '__main__':
+    run_program(main)

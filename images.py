@@ -85,8 +85,8 @@ def _read(path, function):
         else:
             reason = getattr(error, 'strerror', None) or one_line(str(error)) or type(error).__name__
         too_large = isinstance(error, (Image.DecompressionBombError, MemoryError))
-        remedy = 'scale it down' if too_large else 'fix the file or its line in the list'
-        raise UserError(f'{path}: cannot read the image ({reason}); {remedy}') from None
+        remedy = 'scale it down' if too_large else 'fix the file, or leave it out'
+        raise UserError(f'{one_line(str(path))}: cannot read the image ({reason}); {remedy}') from None
 
 
 def read_image(path, exif_transpose=False, bit_depth=0):

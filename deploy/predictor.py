@@ -8,6 +8,7 @@ import json
 import os
 import sys
 import tempfile
+import threading
 from typing import NamedTuple, Optional
 
 import numpy as np
@@ -33,6 +34,7 @@ PROGRAMS = ('inference.pdmodel', 'inference.json')
 PARAMS, CARD = 'inference.pdiparams', 'inference.yml'
 # images that are computed at a time
 BATCH = 32
+MOST_THREADS = 1024
 
 
 @dataclasses.dataclass(frozen=True)
@@ -107,21 +109,31 @@ class Predictor:
     config: of the weights; None: the config.yaml beside them. An export needs none.
     engine: one of ENGINES; 'auto': the fastest that is installed and runs what is there.
     threads: of the engine, on a CPU; None: as it chooses.
+    Threads of a program may share one; they take turns.
     Raises: UserError for a file that no engine runs, an engine that is missing, and weights that do not fit.
     """
 
     def __init__(self, path, config=None, engine='auto', threads=None):
+        if threads is not None and (type(threads) is not int or not 1 <= threads <= MOST_THREADS):
+            raise UserError(f'threads is {threads!r}, but must be a whole number from 1 to {MOST_THREADS}, or None')
+        self.lock = threading.Lock()
         self.path = os.fspath(path)
         self.engine = find_engine(self.path, engine)
-        self.spec, self.run = LOADERS[self.engine](self.path, config, threads)
+        try:
+            self.spec, self.run = LOADERS[self.engine](self.path, config, threads)
+        except ImportError as error:
+            raise UserError(f'{self.path}: the engine {self.engine} cannot be imported ({describe_error(error)}); '
+                            f'install it again: {ENGINES[self.engine][1]}') from None
         self.transform = EvalTransform(self.spec.image_size, self.spec.crop_pct, self.spec.interpolation)
 
     def __call__(self, images, top=5):
         """The `top` most probable classes of each image, a Prediction each.
 
-        images: a list of paths, Pillow images or uint8 arrays [H, W, 3], mixed as may be; or one of them.
+        images: a list of paths, Pillow images and uint8 arrays [H, W, 3], or one of them.
         Raises: UserError for a file that cannot be read, naming it, and for anything else among the images.
         """
+        if type(top) is not int or top < 1:
+            raise UserError(f'top is {top!r}, but must be a whole number from 1')
         if not isinstance(images, (list, tuple)):
             images = [images]
         predictions = []
@@ -135,9 +147,9 @@ class Predictor:
         spec = self.spec
         if isinstance(image, (str, os.PathLike)):
             return self.transform(read_image(image, spec.exif_transpose, spec.bit_depth))
-        if isinstance(image, np.ndarray) and image.dtype == np.uint8 and image.ndim == 3 and image.shape[2] == 3:
+        if isinstance(image, np.ndarray) and image.dtype == 'uint8' and image.shape[2:] == (3,) and image.size:
             image = Image.fromarray(image)
-        if not isinstance(image, Image.Image):
+        if not isinstance(image, Image.Image) or min(image.size) < 1:
             kind = f'{image.dtype} {list(image.shape)}' if isinstance(image, np.ndarray) else type(image).__name__
             raise UserError(f'an image is {kind}, but must be a path, a Pillow image or a uint8 array [H, W, 3]')
         try:
@@ -146,14 +158,15 @@ class Predictor:
             raise UserError(f'an image cannot be read ({one_line(str(error))})') from None
 
     def outputs(self, pixels):
-        """uint8 [N, size, size, 3] -> float32 [N, classes]: logits, or probabilities where spec.softmax says so."""
-        size = self.spec.batch or len(pixels)
-        rows = []
-        for start in range(0, len(pixels), size):
-            images = pixels[start:start + size]
-            missing = np.zeros([size - len(images), *images.shape[1:]], 'uint8')
-            rows.append(self.run(self.spec.to_input(np.concatenate([images, missing])))[:len(images)])
-        return np.concatenate(rows)
+        """uint8 [N, size, size, 3] -> float32 [N, classes]: logits, or probabilities where spec.softmax says so.
+
+        Raises: UserError for numbers that are not finite.
+        """
+        with self.lock:  # Paddle Inference and OpenVINO compute for one thread at a time
+            outputs = run_batches(self.run, self.spec, pixels)
+        if not np.isfinite(outputs).all():
+            raise UserError(f'{self.path}: gives numbers that are not finite; its weights are broken')
+        return outputs
 
     def probabilities(self, pixels):
         """uint8 [N, size, size, 3] -> float [N, classes]."""
@@ -169,49 +182,61 @@ class Predictor:
         return Prediction(ids, names, probabilities[ids].tolist())
 
 
+def run_batches(run, spec, pixels):
+    """The outputs of an engine's run(input), called with as many images at a time as it takes."""
+    size, rows = spec.batch or len(pixels), []
+    for start in range(0, len(pixels), size):
+        images = pixels[start:start + size]
+        missing = np.zeros([size - len(images), *images.shape[1:]], 'uint8')
+        rows.append(run(spec.to_input(np.concatenate([images, missing])))[:len(images)])
+    return np.concatenate(rows)
+
+
 def find_class_names(path, num_classes):
     """The names in the class_names.txt beside weights; ImageNet's for its 1000 classes without one; else none.
 
-    Raises: UserError for as many names as there are not classes.
+    Raises: UserError for a file that is not a line of UTF-8 text for each class.
     """
     names = os.path.join(os.path.dirname(path), 'class_names.txt')
-    if not os.path.exists(names):
+    if not os.path.lexists(names):
         if num_classes != 1000:
             return ()
         names = os.path.join(os.path.dirname(os.path.dirname(os.path.abspath(__file__))), 'configs',
                              'imagenet_classes.txt')
     check_regular(names)
-    with open(names, encoding='utf-8', errors='replace') as file:
-        found = tuple(file.read().rstrip('\n').split('\n'))
-    if len(found) != num_classes:
-        raise UserError(f'{names}: {len(found)} names, but the network has {num_classes} classes: write a line for '
+    try:
+        with open(names, encoding='utf-8-sig') as file:
+            found = tuple(file.read().rstrip().split('\n'))
+    except (OSError, UnicodeDecodeError) as error:
+        raise UserError(f'{names}: cannot be read ({describe_error(error, 80)}); save it as UTF-8') from None
+    if len(found) != num_classes or not all(map(str.strip, found)):
+        raise UserError(f'{names}: {len(found)} lines, but the network has {num_classes} classes: write a name for '
                         'each')
     return found
 
 
 def find_engine(path, engine='auto'):
     """The engine that is to run what is at a path. Raises: as `Predictor`."""
-    if os.path.isdir(path):
-        files = os.listdir(path)
-        able = (['onnxruntime', 'openvino'] if ONNX in files else []) + (
-            ['inference'] if set(PROGRAMS) & set(files) else [])
-    elif not os.path.exists(path):
+    if engine not in ('auto', *ENGINES):
+        raise UserError(f'engine is {engine!r}, but must be one of auto, {", ".join(ENGINES)}')
+    if not os.path.exists(path):
         raise UserError(f'{path}: no such file; give weights, an .onnx file or a folder of tools.export_model')
-    else:
+    files = os.listdir(path) if os.path.isdir(path) else [os.path.basename(path)]
+    if not os.path.isdir(path):
         check_regular(path)
-        able = {'.onnx': ['onnxruntime', 'openvino']}.get(os.path.splitext(path)[1], [])
-        able = ['paddle'] if path.endswith(WEIGHTS) else able
+    able = ['onnxruntime', 'openvino'] * any(file.lower().endswith('.onnx') for file in files)
+    able += ['inference'] * (os.path.isdir(path) and bool(set(PROGRAMS) & set(files)))
+    able += ['paddle'] * (not os.path.isdir(path) and files[0].endswith(WEIGHTS))
     if not able:
         raise UserError(f'{path}: neither weights ({", ".join(WEIGHTS)}), nor an .onnx file, nor a folder of '
                         'tools.export_model')
     if engine == 'auto':
         engine = next((name for name in able if importlib.util.find_spec(ENGINES[name][0])), able[0])
     if engine not in able:
-        raise UserError(f'{path}: runs by {" or ".join(able)}, not by {engine!r}; export other formats with python -m '
+        raise UserError(f'{path}: can be run by {" or ".join(able)}, not by {engine}; export it with python -m '
                         'tools.export_model')
-    package, remedy = ENGINES[engine]
-    if not importlib.util.find_spec(package):
-        raise UserError(f'{path}: the engine {engine} is not installed: {remedy}')
+    if not importlib.util.find_spec(ENGINES[engine][0]):
+        raise UserError(f'{path}: the engine {engine} is not installed: {ENGINES[engine][1]}')
     return engine
 
 
@@ -232,7 +257,9 @@ def _load_paddle(path, config, threads, fused=True):
     from weights import load_model
     if threads:
         paddle.base.core.set_num_threads(threads)
+    state = paddle.get_rng_state()
     model, _ = load_model(config, path)
+    paddle.set_rng_state(state)  # the network was made with random weights
     model.eval()
 
     def run(images):
@@ -269,7 +296,8 @@ def load_program(program, threads=None, bfloat16=False, engine='openvino'):
     if threads:
         config.set_cpu_math_library_num_threads(threads)
     if device.cuda.device_count():
-        config.enable_use_gpu(256, 0)  # MB of memory to begin with; not measured
+        # MB of memory to begin with, and the current GPU; not measured
+        config.enable_use_gpu(256, int(device.get_device().partition(':')[2] or 0))
     elif engine == 'openvino' and program.endswith('.pdmodel') and hasattr(config, 'enable_openvino_engine'):
         config.enable_openvino_engine(inference.PrecisionType.Bfloat16 if bfloat16 else
                                       inference.PrecisionType.Float32)

@@ -30,9 +30,9 @@ def replace(path, write):
     partial = f'{path}.partial'
     try:
         write(partial)
-        _sync(partial)
+        sync(partial)
         os.replace(partial, path)
-        _sync(os.path.dirname(path) or '.')
+        sync(os.path.dirname(path) or '.')
     except OSError as error:
         raise UserError(f'{path}: cannot write ({error.strerror}); {remedy(error)}') from None
     finally:
@@ -45,7 +45,7 @@ def write_text(path, text):
     replace(path, lambda partial: pathlib.Path(partial).write_text(text, 'utf-8'))
 
 
-def _sync(path):
+def sync(path):
     """Wait until a file, or the names in a folder, are on the disk."""
     is_folder = os.path.isdir(path)
     if is_folder and not hasattr(os, 'O_DIRECTORY'):

@@ -37,8 +37,9 @@ def prepare_runtime():
     if _check_versions() == 'paddlepaddle' or not glob.glob('/dev/nvidia[0-9]*'):
         _prepare_cpu()
     # Paddle (2.6.2, 3.3.1) answers SIGTERM with a stack trace, in which a data worker just forked may deadlock; and it
-    # leaves its batches in shared memory, unless Python ends in order. So the signal waits until it can be answered
-    with blocked([signal.SIGTERM]):
+    # leaves its batches in shared memory, unless Python ends in order. So the signal waits until it can be answered,
+    # and Ctrl-C, which would look like a failure of the import
+    with blocked([signal.SIGTERM, signal.SIGINT]):
         _import_paddle()
         signal.signal(signal.SIGTERM, lambda number, frame: sys.exit(128 + number))
     # said at every start of a training, of what batch norms do anyway

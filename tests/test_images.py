@@ -200,7 +200,7 @@ PNG = encoded(Image.fromarray(COLORS), 'PNG')
 
 
 @pytest.mark.parametrize('content, message', [
-    (None, r'No such file or directory\); fix the file or its line in the list'),
+    (None, r'No such file or directory\); fix the file, or leave it out'),
     (b'', 'no image in a format that Pillow knows'),
     (b'%!PS-Adobe-3.0 EPSF-3.0\n%%BoundingBox: 0 0 9 9\n%%EndComments\nshowpage\n', 'EPS, a program'),
     (b'not an image', 'no image in a format that Pillow knows'),
@@ -225,7 +225,7 @@ def test_what_cannot_be_read_is_named(content, message, tmp_path):
 
 
 @pytest.mark.parametrize('error, message', [
-    (EOFError, 'EOFError); fix the file or its line in the list'),
+    (EOFError, 'EOFError); fix the file, or leave it out'),
     (MemoryError, 'memory does not suffice); scale it down'),
 ])
 def test_an_error_without_a_message_has_a_reason(monkeypatch, error, message):

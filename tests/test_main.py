@@ -115,6 +115,7 @@ def test_evaluation_of_checkpoints_fused_and_not(trained, fashion, tmp_path):
     out = run('-m', 'tools.fuse', '-cfg', folder / 'config.yaml', '-pretrained', folder / 'latest.pdparams',
               '-save', fused).stdout
     assert 'top-1 accuracy' in out and 'latency, batch 1' in out and '35 val images' in out
+    assert (tmp_path / 'class_names.txt').read_text() == (folder / 'class_names.txt').read_text()
     difference = float(out.split('largest logit difference ')[1].split()[0])
     assert 0 < difference < 1e-4
     counts = [int(x.replace(',', '')) for x in
@@ -263,7 +264,7 @@ def test_an_unreadable_image_is_named(fashion, tmp_path, workers):
     line = fails(MAIN, '-output', tmp_path / 'run', *options(fashion, 'TRAIN.NUM_EPOCHS', '1', 'DATA.NUM_WORKERS',
                                                             workers)[2:], '-data_path', data)
     assert line == (f'main_single_gpu.py: error: {data}/val/no such.png: cannot read the image (No such file or '
-                    'directory); fix the file or its line in the list')
+                    'directory); fix the file, or leave it out')
 
 
 def test_a_loss_that_is_not_finite_is_said(fashion, tmp_path):

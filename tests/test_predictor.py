@@ -1,5 +1,7 @@
 """From trained weights to predictions: every engine, what is exported, and the programs for it."""
+import concurrent.futures
 import dataclasses
+import errno
 import hashlib
 import json
 import os
@@ -23,7 +25,7 @@ from runtime import checkpoint
 from transforms import Normalize
 from utils import UserError
 
-NAMES = [f'class {number}, "ä"' for number in range(10)]
+NAMES = [f'class {number}, $"ä"' for number in range(10)]
 ENGINES = ['paddle', 'inference', 'onnxruntime', 'openvino']
 
 
@@ -57,7 +59,7 @@ def exported(trained, tmp_path_factory):
     out = export(trained, output).stdout
     programs = 1 if paddle.__version__.startswith('2.') else 2
     # each artefact on random and on real images
-    assert len([line for line in out.splitlines() if line.endswith(('e-07', 'e-06'))]) == 2 + 2 * programs
+    assert len([line for line in out.splitlines() if line.endswith(('e-07', 'e-06'))]) == 2 * (2 + programs)
     assert set(os.listdir(output)) == {'model.onnx', 'inference.pdmodel', 'inference.pdiparams', 'inference.yml',
                                        *['inference.json'] * (programs - 1)}
     assert not (ROOT / '__cache__').exists()  # of OpenVINO in PaddlePaddle
@@ -98,10 +100,47 @@ def test_what_is_no_image_is_refused(trained):
                         (3, 'int')):
         with pytest.raises(UserError, match=f'an image is {kind}, but must be a path, a Pillow image or a uint8 array'):
             predictor([image])
+    for image in (np.zeros([0, 4, 3], 'uint8'), Image.new('RGB', (0, 5))):
+        with pytest.raises(UserError, match='an image is .*, but must be'):
+            predictor([image])
+    with pytest.raises(UserError, match='top is 0, but must be a whole number from 1'):
+        predictor(np.zeros([4, 4, 3], 'uint8'), top=0)
+    with pytest.raises(UserError, match='threads is 100000, but must be a whole number from 1 to 1024'):
+        Predictor(trained[0] / 'best.pdparams', threads=100000)
     with pytest.raises(UserError, match='range is not known'):
         predictor(Image.fromarray(np.zeros([4, 4], 'float32')))
     with pytest.raises(UserError, match='^missing.jpg: '):
         predictor('missing.jpg')
+
+
+@pytest.mark.parametrize('engine', ENGINES)
+def test_threads_may_share_a_predictor(engine, trained, exported):
+    predictor = Predictor(model_path(engine, trained, exported), engine=engine, threads=1)
+    images = list(np.random.default_rng(0).integers(0, 256, [8, 60, 50, 3], 'uint8'))
+    expected = [predictor(image) for image in images]
+    with concurrent.futures.ThreadPoolExecutor(4) as pool:
+        for _ in range(5):
+            assert list(pool.map(predictor, images)) == expected
+
+
+def test_predictions_leave_the_process_as_it_was(trained):
+    paddle.seed(1)
+    expected = paddle.rand([3]).numpy()
+    paddle.seed(1)
+    Predictor(trained[0] / 'best.pdparams')
+    assert (paddle.rand([3]).numpy() == expected).all()
+
+
+def test_weights_that_are_not_finite(trained, tmp_path):
+    folder, model, config = trained
+    weights = {name: value.numpy() for name, value in model.state_dict().items()}
+    weights['fc.bias'] = weights['fc.bias'] * np.float32('nan')
+    checkpoint.save(weights, str(tmp_path / 'nan.pdparams'))
+    with pytest.raises(UserError, match='nan.pdparams: gives numbers that are not finite; its weights are broken'):
+        Predictor(tmp_path / 'nan.pdparams', config)(np.zeros([4, 4, 3], 'uint8'))
+    command = ['-m', 'tools.export_model', '-cfg', folder / 'config.yaml', '-output', tmp_path / 'x']
+    assert 'gives numbers that are not finite' in fails(*command, '-pretrained', tmp_path / 'nan.pdparams')
+    assert os.listdir(tmp_path) == ['nan.pdparams']
 
 
 def test_onnx_files_need_no_paddle(exported, fashion):
@@ -198,7 +237,7 @@ def test_the_graph_is_the_same_on_both_lines_of_paddle(trained):
     for tensor in fused.parameters():
         tensor.set_value(rng.standard_normal(tensor.shape).astype('float32'))
     proto = build_onnx(fused, Spec.of_config(config, NAMES))
-    assert hashlib.sha256(proto.SerializeToString(deterministic=True)).hexdigest()[:16] == '5073e6a462d41813'
+    assert hashlib.sha256(proto.SerializeToString(deterministic=True)).hexdigest()[:16] == 'f750b818a071a8c7'
 
 
 def test_batch_norms_that_carry_the_biases(trained):
@@ -220,7 +259,7 @@ def test_an_export_that_differs_is_none(trained, tmp_path, monkeypatch, capsys):
     folder = trained[0]
     monkeypatch.setattr(sys, 'argv', ['export', '-cfg', str(folder / 'config.yaml'), '-pretrained',
                                       str(folder / 'best.pdparams'), '-output', str(tmp_path / 'x'), '-format', 'onnx'])
-    monkeypatch.setattr(export_model, 'prepare_runtime', lambda: None)
+    monkeypatch.setattr(export_model, 'prepare_runtime', lambda: None)  # not in the tests' process
     with pytest.raises(UserError, match='model.onnx: onnxruntime differs from the network by .*; nothing was exported'):
         export_model.main()
     assert os.listdir(tmp_path) == []
@@ -230,19 +269,35 @@ def test_export_mistakes(trained, tmp_path):
     command = ['-m', 'tools.export_model', '-cfg', trained[0] / 'config.yaml', '-output', tmp_path / 'x']
     assert '-pretrained is needed' in fails(*command)
     command += ['-pretrained', trained[0] / 'best.pdparams']
-    assert "-batch is '0', but must be a number from 1, or 'dynamic'" in fails(*command, '-batch', '0')
+    for batch in ('0', '²', '99999999'):
+        assert f'-batch is {batch!r}, but must be a number from 1 to 65536' in fails(*command, '-batch', batch)
+    assert 'typo/val_list.txt: cannot read the list' in fails(*command, '-data_path', 'typo')
+    assert 'no/weights: no such' in fails(*command[:-1], 'no/weights')
     (tmp_path / 'x').mkdir()
     (tmp_path / 'x/file').touch()
-    assert f'{tmp_path}/x: is there and not an empty folder' in fails(*command)
-    (tmp_path / 'x/file').unlink()
-    assert 'no/weights: no such' in fails(*command[:-1], 'no/weights')
-    assert os.listdir(tmp_path / 'x') == []
+    for output in (tmp_path / 'x', tmp_path / 'x/file', ''):
+        assert 'already exists and is not an empty folder' in fails(*command, '-output', output)
+    assert 'x/file/y: cannot write (File exists)' in fails(*command, '-output', tmp_path / 'x/file/y')
+    assert os.listdir(tmp_path / 'x') == ['file'] and os.listdir(tmp_path) == ['x']
+    (tmp_path / 'link').symlink_to('empty')
+    (tmp_path / 'empty').mkdir()
+    run(*command, '-output', tmp_path / 'link', '-format', 'onnx')
+    assert os.listdir(tmp_path / 'empty') == ['model.onnx']
+
+
+def test_a_full_disk_is_named(tmp_path):
+    """By the folder that the user has named."""
+    message = f'-output {tmp_path}/x: cannot write .No space left on device.; free the disk'
+    with pytest.raises(UserError, match=message), export_model.new_folder(str(tmp_path / 'x')):
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+    assert os.listdir(tmp_path) == []
 
 
 def test_without_the_packages(exported, monkeypatch):
     from importlib.util import find_spec
     missing = set()
-    monkeypatch.setattr('importlib.util.find_spec', lambda name: None if name in missing else find_spec(name))
+    for module in ('importlib.util', 'tools.export_model'):
+        monkeypatch.setattr(f'{module}.find_spec', lambda name: None if name in missing else find_spec(name))
     missing.add('onnxruntime')
     assert Predictor(exported).engine == 'openvino'
     with pytest.raises(UserError, match='the engine onnxruntime is not installed: pip install onnxruntime'):
@@ -262,8 +317,10 @@ def test_files_that_no_engine_runs(trained, exported, tmp_path):
                           (trained[0] / 'config.yaml', 'neither weights')):
         with pytest.raises(UserError, match=f'{path}: {message}'):
             Predictor(path)
-    with pytest.raises(UserError, match="best.pdparams: runs by paddle, not by 'openvino'"):
+    with pytest.raises(UserError, match='best.pdparams: can be run by paddle, not by openvino'):
         Predictor(trained[0] / 'best.pdparams', engine='openvino')
+    with pytest.raises(UserError, match="engine is 'tensorrt', but must be one of auto, paddle, inference"):
+        Predictor(exported, engine='tensorrt')
     foreign = onnx.load(exported / 'model.onnx')
     del foreign.metadata_props[:]
     onnx.save(foreign, tmp_path / 'foreign.onnx')
@@ -307,8 +364,16 @@ def test_class_names(tmp_path):
     assert find_class_names(str(tmp_path / 'w.pdparams'), 10) == ()
     (tmp_path / 'class_names.txt').write_text('a\nb\n')
     assert find_class_names(str(tmp_path / 'w.pdparams'), 2) == ('a', 'b')
-    with pytest.raises(UserError, match='class_names.txt: 2 names, but the network has 1000 classes'):
+    with pytest.raises(UserError, match='class_names.txt: 2 lines, but the network has 1000 classes'):
         find_class_names(str(tmp_path / 'w.pdparams'), 1000)
+    (tmp_path / 'class_names.txt').write_bytes('\ufeffMäuse, graue\r\n"b"\r\n\r\n'.encode())
+    assert find_class_names(str(tmp_path / 'w.pdparams'), 2) == ('Mäuse, graue', '"b"')
+    (tmp_path / 'class_names.txt').write_text('a\n\nb')
+    with pytest.raises(UserError, match='3 lines, but the network has 3 classes: write a name for each'):
+        find_class_names(str(tmp_path / 'w.pdparams'), 3)
+    (tmp_path / 'class_names.txt').write_bytes('Mäuse\nb'.encode('latin-1'))
+    with pytest.raises(UserError, match='class_names.txt: cannot be read .*; save it as UTF-8'):
+        find_class_names(str(tmp_path / 'w.pdparams'), 2)
 
 
 def test_predict_program(trained, exported, tmp_path):
@@ -318,7 +383,7 @@ def test_predict_program(trained, exported, tmp_path):
     command = ['-m', 'tools.predict', '-model', exported, '-top', '2']
     out = run(*command, tmp_path / 'photos').stdout.splitlines()
     assert out[0] == f'{tmp_path}/photos/photo 0.jpg' and out[3] == f'{tmp_path}/photos/photo 1.jpg' and len(out) == 6
-    assert any(f'%  {number} class {number}, "' in out[1] for number in range(10))
+    assert any(f'%  {number} class {number}, $"' in out[1] for number in range(10))
     process = run(*command, tmp_path / 'broken.png', tmp_path / 'photos/*.jpg', '-json', '-plot', tmp_path / 'bars.png',
                   status=1)
     rows = [json.loads(line) for line in process.stdout.splitlines()]
@@ -330,7 +395,10 @@ def test_predict_program(trained, exported, tmp_path):
     process = run(*command, tmp_path / 'broken.png', tmp_path / 'photos', '-engine', 'inference', '-threads', '1',
                   status=1)
     assert process.stdout.splitlines() == out and process.stderr.startswith('tools.predict: error: ')
-    assert '-top is 0, but must be at least 1' in fails(*command, 'x', '-top', '0')
+    assert '-top is 0, but must be at least 1' in fails(*command, tmp_path / 'photos', '-top', '0')
+    assert "-plot 'no/bars.png': cannot be a file" in fails(*command, tmp_path / 'photos', '-plot', 'no/bars.png')
+    process = run(*command, tmp_path / '*o*', status=1)  # a folder and a file, of which the folder is left out
+    assert process.stdout == '' and len(process.stderr.splitlines()) == 1
     (tmp_path / 'empty').mkdir()
     assert 'no images in this folder' in fails(*command, tmp_path / 'empty')
     other = run('-m', 'tools.predict', '-model', trained[0] / 'best.pdparams', '-top', '2', tmp_path / 'photos').stdout

@@ -230,7 +230,7 @@ except SystemExit as error:
 
 WITHOUT_LINUX = """
 import zlib, multiprocessing, os, signal, subprocess, sys
-import numpy, paddle, paddle.io, paddle.vision, tqdm, yaml, PIL.Image
+import numpy, onnx, onnxruntime, openvino, paddle, paddle.io, paddle.vision, tqdm, yaml, PIL.Image
 open_file, sync, writable = os.open, os.fsync, []
 
 def open_no_folder(path, flags, *more, **of_shutil):
@@ -275,7 +275,6 @@ checkpoint.save(build_mobileone(config).state_dict(), {str(weights)!r})""")
     out = start(fuse, '-pretrained', weights, '-save', fused).stdout
     assert '35 val images' in out and f'fused weights: {fused}' in out
     out = start(f'''
-import onnx, onnxruntime, tempfile
 from runtime.program import run_program
 from tools import export_model, predict
 run_program(export_model.main)

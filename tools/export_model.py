@@ -8,94 +8,118 @@ a folder of model.onnx (ONNX Runtime, OpenVINO and others) and of inference.pdmo
 too (Paddle Inference), with inference.yml; tools.predict takes it. Each file is loaded again by its engine and compared
 with the given network, on random images and on those of the val list, if there is one. docs/deployment.md has more.
 """
+import contextlib
 import dataclasses
 import os
 import tempfile
+from importlib.util import find_spec
 
 import numpy as np
 
 from config import get_config, get_parser, resolve_config, update_config
-from runtime.program import prepare_runtime, run_program
+from runtime.files import sync
+from runtime.program import prepare_runtime, remedy, run_program
 from utils import UserError, setup_logger
 
-# share of the largest output by which an exported network may differ
-TOLERANCE = 3e-4
+# share of the largest output by which an exported network may differ, and what changes no probability
+TOLERANCE, NEGLIGIBLE = 3e-4, 1e-5
+RANDOM_IMAGES, VAL_IMAGES = 8, 16
 
 
-def read_images(config, count=16):
-    """{what they are: uint8 [N, size, size, 3]}: random ones, and some of the val list, if there is one."""
+def sample_images(config, needs_data):
+    """{what they are: uint8 [N, size, size, 3]}: random ones, and some of the val list, if there is one.
+
+    needs_data: whether its absence is an error.
+    """
     data, rng = config.DATA, np.random.default_rng(config.SEED)
-    shape = [count // 2, data.IMAGE_SIZE, data.IMAGE_SIZE, 3]
     # pixels as those of photographs: some networks are chaotic beyond them
-    pixels = rng.normal(255 * np.array(data.IMAGENET_MEAN), 255 * np.array(data.IMAGENET_STD), shape)
+    pixels = rng.normal(255 * np.array(data.IMAGENET_MEAN), 255 * np.array(data.IMAGENET_STD),
+                        [RANDOM_IMAGES, data.IMAGE_SIZE, data.IMAGE_SIZE, 3])
     images = {'random images': pixels.clip(0, 255).astype('uint8')}
-    if os.path.exists(os.path.join(data.DATA_PATH, 'val_list.txt')):
+    if needs_data or os.path.exists(os.path.join(data.DATA_PATH, 'val_list.txt')):
         from datasets import get_dataset
         dataset = get_dataset(config, False)
-        chosen = np.unique(np.linspace(0, len(dataset) - 1, count).astype(int))
+        chosen = np.unique(np.linspace(0, len(dataset) - 1, VAL_IMAGES).astype(int))
         images['val images'] = np.stack([dataset[int(index)][0] for index in chosen])
+    else:
+        print(f'no val_list.txt in {data.DATA_PATH}: compared on random images only; -data_path names a data set')
     return images
 
 
 def write(model, spec, folder, formats):
-    """Write a fused network to a folder. Returns: the engine and the file of each artefact."""
+    """Write a fused network to a folder. Returns: the file of each artefact and an engine that reads it, as pairs."""
     written = []
     if 'onnx' in formats:
         import onnx
 
         from deploy.onnx_graph import build_onnx
-        from deploy.predictor import ONNX, find_engine
+        from deploy.predictor import ONNX
         proto = build_onnx(model, spec)
         onnx.checker.check_model(proto, full_check=True)
         onnx.save(proto, os.path.join(folder, ONNX))
-        written.append((find_engine(folder), ONNX))
+        written += [(ONNX, engine) for engine in ('onnxruntime', 'openvino') if find_spec(engine)]
     if 'paddle' in formats:
         from deploy.paddle_model import write_paddle
-        written += [('inference', name) for name in write_paddle(model, spec, folder)]
+        written += [(name, 'inference') for name in write_paddle(model, spec, folder)]
     return written
 
 
-def compare(expected, folder, spec, engine, name, images):
-    """Print how far an artefact is from the logits that are expected of images. Raises: UserError if it is too far."""
-    from deploy.predictor import Predictor, load_program
-    predictor = Predictor(folder, engine=engine)
-    if engine == 'inference':
-        predictor.run = load_program(os.path.join(folder, name))
-    for kind, pixels in images.items():
-        logits = expected[kind]
-        if spec.softmax:
-            powers = np.exp(logits - logits.max(axis=1, keepdims=True))
-            logits = powers / powers.sum(axis=1, keepdims=True)
-        difference, largest = np.abs(predictor.outputs(pixels) - logits).max(), np.abs(logits).max()
-        print(f'{name:20}{engine:14}{f"{len(pixels)} {kind}":20}{difference:12.3g}{difference / largest:12.3g}')
-        if not difference <= TOLERANCE * largest:
-            raise UserError(f'{name}: {engine} differs from the network by {difference:.3g} on {kind}, more than '
-                            f'{TOLERANCE:g} of the largest output, {largest:.3g}; nothing was exported. '
-                            'Check that the weights are finite and trained')
+def compare(logits, pixels, kind, spec, path, engine):
+    """Print how far an artefact is from the logits of images. Raises: UserError if it is too far."""
+    from deploy.predictor import LOADERS, load_program, run_batches
+    run = load_program(path) if engine == 'inference' else LOADERS[engine](path, None, None)[1]
+    if spec.softmax:
+        powers = np.exp(logits - logits.max(axis=1, keepdims=True))
+        logits = powers / powers.sum(axis=1, keepdims=True)
+    difference, largest = np.abs(run_batches(run, spec, pixels) - logits).max(), np.abs(logits).max()
+    name = os.path.basename(path)
+    print(f'{name:20}{engine:14}{f"{len(pixels)} {kind}":20}{difference:12.3g}{difference / largest:12.3g}')
+    if not difference <= max(TOLERANCE * largest, NEGLIGIBLE):
+        raise UserError(f'{name}: {engine} differs from the network by {difference:.3g} on {kind}, more than '
+                        f'{TOLERANCE:g} of the largest output, {largest:.3g}; nothing was exported: leave its format '
+                        'out of -format, and please report it')
 
 
 def parse_batch(text):
+    """-batch as a number; None if it is 'dynamic'. Raises: UserError."""
     if text == 'dynamic':
         return None
-    if not text.isdigit() or int(text) < 1:
-        raise UserError(f"-batch is {text!r}, but must be a number from 1, or 'dynamic'")
+    if not (text.isascii() and text.isdigit() and 1 <= int(text) <= 65536):
+        raise UserError(f"-batch is {text!r}, but must be a number from 1 to 65536, or 'dynamic'")
     return int(text)
 
 
 def check_packages(formats):
     """Raises: UserError for packages that a format needs, or its check."""
-    from importlib.util import find_spec
-    if 'onnx' in formats:
-        missing = [name for name in ('onnx',) if not find_spec(name)]
-        missing += [] if find_spec('onnxruntime') or find_spec('openvino') else ['onnxruntime']
-        if missing:
-            raise UserError(f'-format onnx needs {" and ".join(missing)}: pip install -r requirements-deploy.txt, or '
-                            'choose -format paddle')
+    missing = [] if find_spec('onnx') else ['onnx']
+    missing += [] if find_spec('onnxruntime') or find_spec('openvino') else ['onnxruntime']
+    if 'onnx' in formats and missing:
+        raise UserError(f'-format onnx needs {" and ".join(missing)}: pip install -r requirements-deploy.txt, or '
+                        'choose -format paddle')
+
+
+@contextlib.contextmanager
+def new_folder(path):
+    """A folder to fill, which becomes `path` at the end, whole or not at all. Raises: UserError where it cannot."""
+    target = os.path.realpath(path)
+    if not path or os.path.lexists(target) and (not os.path.isdir(target) or os.listdir(target)):
+        raise UserError(f'-output {path!r} already exists and is not an empty folder; remove it, or choose another')
+    try:
+        os.makedirs(os.path.dirname(target), exist_ok=True)
+        with tempfile.TemporaryDirectory(prefix='export-', dir=os.path.dirname(target)) as parent:
+            folder = os.path.join(parent, os.path.basename(target))
+            os.mkdir(folder)
+            yield folder
+            for name in os.listdir(folder):
+                sync(os.path.join(folder, name))
+            os.rename(folder, target)
+    except OSError as error:
+        raise UserError(f'-output {path}: cannot write ({error.strerror or error}); {remedy(error)}') from None
 
 
 def main():
     parser = get_parser(__doc__, ['data_path', 'image_size', 'pretrained'])
-    parser.add_argument('-output', metavar='DIR', required=True, help='folder to make; it must be empty or not there')
+    parser.add_argument('-output', metavar='DIR', required=True, help='folder to make; it must be empty or not exist')
     parser.add_argument('-format', nargs='+', choices=['paddle', 'onnx'], default=['paddle', 'onnx'],
                         help='formats to write (default: both)')
     parser.add_argument('-softmax', action='store_true', help='let the network give probabilities, not logits')
@@ -111,11 +135,15 @@ def main():
     config = update_config(get_config(), args)
     config.EVAL, config.MODEL.DEPLOY, config.MODEL.RESUME = True, False, ''
     config = resolve_config(config)
-    output = os.path.abspath(args.output)
-    if os.path.lexists(output) and (not os.path.isdir(output) or os.listdir(output)):
-        raise UserError(f'{args.output}: is there and not an empty folder; remove it, or choose another -output')
     check_packages(args.format)
-    prepare_runtime()
+    with new_folder(args.output) as folder:
+        prepare_runtime()
+        export(config, args, batch, folder)
+    print(f'exported to {args.output}: {", ".join(sorted(os.listdir(args.output)))}')
+
+
+def export(config, args, batch, folder):
+    """Write the network to a folder as the flags say, and compare what is there with it."""
     import paddle
 
     from deploy.predictor import Spec, find_class_names
@@ -128,20 +156,17 @@ def main():
     spec = dataclasses.replace(
         Spec.of_config(config, find_class_names(config.MODEL.PRETRAINED, config.MODEL.NUM_CLASSES)),
         pixels=args.normalize or 'normalized', softmax=args.softmax, batch=batch)
-    images = read_images(config)
+    images = sample_images(config, bool(args.data_path))
     normalize = Normalize(spec.mean, spec.std)
     with paddle.no_grad():
         expected = {kind: model(normalize(paddle.to_tensor(pixels))).numpy() for kind, pixels in images.items()}
-    os.makedirs(os.path.dirname(output), exist_ok=True)
-    with tempfile.TemporaryDirectory(prefix='export-', dir=os.path.dirname(output)) as parent:
-        folder = os.path.join(parent, 'whole')
-        os.mkdir(folder)
-        artefacts = write(model_convert(model), spec, folder, args.format)
-        print(f'{"file":20}{"engine":14}{"compared on":20}{"difference":>12}{"relative":>12}')
-        for engine, name in artefacts:
-            compare(expected, folder, spec, engine, name, images)
-        os.rename(folder, output)
-    print(f'exported to {args.output}: {", ".join(sorted(os.listdir(output)))}')
+    if not all(np.isfinite(logits).all() for logits in expected.values()):
+        raise UserError(f'{config.MODEL.PRETRAINED}: gives numbers that are not finite; choose other weights')
+    artefacts = write(model_convert(model), spec, folder, args.format)
+    print(f'{"file":20}{"engine":14}{"compared on":20}{"difference":>12}{"relative":>12}')
+    for name, engine in artefacts:
+        for kind, pixels in images.items():
+            compare(expected[kind], pixels, kind, spec, os.path.join(folder, name), engine)
 
 
 if __name__ == '__main__':

@@ -8,11 +8,13 @@ logits; parameters and latency are counted and measured here. With -no_data rand
 and no accuracy is shown. The written file works with `-eval -pretrained`.
 """
 import os
+import shutil
 import time
 
 import numpy as np
 
 from config import get_config, get_parser, resolve_config, update_config
+from runtime.files import replace
 from runtime.program import prepare_runtime, run_program, use_device
 from utils import UserError, setup_logger
 
@@ -71,6 +73,13 @@ def compare(models, loader, config):
     print(f'largest logit difference {difference:.2g} on {compared}, {size}x{size}, {paddle.device.get_device()}')
 
 
+def copy_class_names(source, target):
+    """Let the names of classes beside weights be beside other weights too; names that are there stay."""
+    source, target = (os.path.join(os.path.dirname(path), 'class_names.txt') for path in (source, target))
+    if os.path.isfile(source) and not os.path.lexists(target):
+        replace(target, lambda partial: shutil.copyfile(source, partial))
+
+
 def main():
     parser = get_parser(__doc__, ['data_path', 'image_size', 'pretrained'])
     parser.add_argument('-save', metavar='FILE', help='write the fused weights to this .pdparams or .safetensors')
@@ -99,6 +108,7 @@ def main():
     fused = model_convert(model)
     if args.save:
         checkpoint.save(fused.state_dict(), args.save)
+        copy_class_names(config.MODEL.PRETRAINED, args.save)
     compare([model, fused], loader, config)
     if args.save:
         print(f'fused weights: {args.save}')

@@ -3,7 +3,7 @@
   python -m tools.predict photo.jpg -model exported
   python -m tools.predict photos/ 'more/*.png' -model mobileone_s0.pdparams -cfg configs/mobileone_s0.yaml -json
 
--model is a folder that tools.export_model has written, an .onnx file of it, or weights, whose config is -cfg or the
+-model is a folder that tools.export_model has written, its .onnx file alone, or weights, whose config is -cfg or the
 config.yaml beside them. IMAGE is a file, a folder or a pattern. A file that cannot be read is reported, the rest goes
 on, and the exit status is 1. docs/deployment.md has more.
 """
@@ -14,11 +14,12 @@ import sys
 
 from config import get_config
 from deploy.predictor import ENGINES, Predictor, find_engine
+from images import read_image
 from runtime.files import replace
 from runtime.program import prepare_runtime, run_program, use_device
 from runtime.settings import ArgumentParser
 from tools import import_pyplot
-from utils import UserError, program_name
+from utils import UserError, one_line, program_name
 
 # images in a picture of -plot
 ROWS = 20
@@ -38,7 +39,8 @@ def find_images(names):
             paths += found
         else:
             # a file that is called like a pattern is that file
-            paths += [name] if os.path.lexists(name) else sorted(glob.glob(name, recursive=True)) or [name]
+            paths += [name] if os.path.lexists(name) else [
+                path for path in sorted(glob.glob(name, recursive=True)) if not os.path.isdir(path)] or [name]
     return paths
 
 
@@ -51,37 +53,41 @@ def predict(predictor, paths, top):
             yield path, error
 
 
-def show(path, result, as_json):
-    """Print a result of `predict`."""
+def show(path, result):
+    """Print a result of `predict` as lines of the table; an error to stderr."""
     if isinstance(result, UserError):
-        if as_json:
-            print(json.dumps({'image': path, 'error': str(result)}))
-        else:
-            sys.stdout.flush()
-            print(f'{program_name()}: error: {result}', file=sys.stderr)
-    elif as_json:
-        rows = zip(result.ids, result.names, result.probabilities)
-        print(json.dumps({'image': path, 'top': [
-            {'id': number, 'name': name, 'probability': probability} for number, name, probability in rows]}))
-    else:
-        print(path)
-        for number, name, probability in zip(*result):
-            print(f'  {probability:7.2%}  {number}' + (f' {name}' if name != str(number) else ''))
+        sys.stdout.flush()
+        print(f'{program_name()}: error: {result}', file=sys.stderr)
+        return
+    print(one_line(path))
+    for number, name, probability in zip(*result):
+        print(f'  {probability:7.2%}  {number}' + (f' {one_line(name)}' if name != str(number) else ''))
 
 
-def plot(results, path):
+def show_json(path, result):
+    """Print a result of `predict` as a JSON object."""
+    if isinstance(result, UserError):
+        print(json.dumps({'image': path, 'error': str(result)}))
+        return
+    print(json.dumps({'image': path, 'top': [{'id': number, 'name': name, 'probability': probability}
+                                             for number, name, probability in zip(*result)]}))
+
+
+def plot(results, spec, path):
     """Draw images with bars of their classes, a row each. results: [(path, Prediction)]."""
-    from images import read_image
     pyplot = import_pyplot()
-    figure, axes = pyplot.subplots(len(results), 2, figsize=(8, 2.4 * len(results)), squeeze=False)
+    figure, axes = pyplot.subplots(len(results), 2, figsize=(9, 2.4 * len(results)), squeeze=False)
     for (name, result), (left, right) in zip(results, axes):
-        left.imshow(read_image(name))
+        left.imshow(read_image(name, spec.exif_transpose, spec.bit_depth))
         left.set_axis_off()
-        right.barh(result.names[::-1], result.probabilities[::-1])
+        left.set_title(one_line(os.path.basename(name), 40), fontsize='small', parse_math=False)
+        places = range(len(result.ids))
+        right.barh(places, result.probabilities)
+        right.set_yticks(places, labels=[one_line(text, 40) for text in result.names], parse_math=False)
+        right.invert_yaxis()
         right.set_xlim(0, 1)
     figure.tight_layout()
-    extension = os.path.splitext(path)[1][1:] or 'png'
-    replace(path, lambda partial: figure.savefig(partial, dpi=120, format=extension))
+    replace(path, lambda partial: figure.savefig(partial, dpi=120, format='png'))
 
 
 def main():
@@ -94,13 +100,14 @@ def main():
     parser.add_argument('-engine', default='auto', choices=['auto', *ENGINES],
                         help='(default: the fastest that is installed and runs the model)')
     parser.add_argument('-threads', metavar='N', type=int, help="threads of a CPU (default: the engine's choice)")
-    parser.add_argument('-plot', metavar='FILE', help=f'draw the first {ROWS} images with their classes')
+    parser.add_argument('-plot', metavar='FILE', help=f'draw the first {ROWS} images with their classes into this PNG')
     args = parser.parse_args()
-    for name in ('top', 'threads'):
-        if getattr(args, name) is not None and getattr(args, name) < 1:
-            raise UserError(f'-{name} is {getattr(args, name)}, but must be at least 1')
-    if args.plot:
+    if args.top < 1:
+        raise UserError(f'-top is {args.top}, but must be at least 1')
+    if args.plot is not None:
         import_pyplot()
+        if not os.path.isdir(os.path.dirname(args.plot) or '.') or os.path.isdir(args.plot):
+            raise UserError(f'-plot {args.plot!r}: cannot be a file; name a PNG in a folder that exists')
     paths = find_images(args.images)
     if ENGINES[find_engine(args.model, args.engine)][0] == 'paddle':
         if args.threads:
@@ -110,12 +117,12 @@ def main():
     predictor = Predictor(args.model, get_config(args.cfg) if args.cfg else None, args.engine, args.threads)
     drawn, failed = [], False
     for path, result in predict(predictor, paths, args.top):
-        show(path, result, args.json)
+        (show_json if args.json else show)(path, result)
         failed |= isinstance(result, UserError)
         if not isinstance(result, UserError) and len(drawn) < ROWS:
             drawn.append((path, result))
-    if args.plot and drawn:
-        plot(drawn, args.plot)
+    if args.plot is not None and drawn:
+        plot(drawn, predictor.spec, args.plot)
     sys.exit(int(failed))
 
 

@@ -201,6 +201,9 @@ class MobileOne(nn.Layer):
         if max(*widths, num_classes) >= 2 ** 31:
             raise UserError(f'a layer of {max(*widths, num_classes)} channels or classes, but PaddlePaddle counts them '
                             'below 2**31: lower MODEL.CHANNELS, MODEL.EXPANSIONS or MODEL.NUM_CLASSES')
+        # of the maps that `forward_features` returns
+        self.feature_channels = widths
+        self.feature_strides = [int(stride) for stride in np.cumprod(strides)]
         self.stages = nn.LayerList()
         for stage, (blocks, branches, width, stride) in enumerate(zip(num_blocks, num_branches, widths, strides)):
             first_se = {3: blocks // 2, 4: 0}.get(stage, blocks) if use_se else blocks
@@ -214,10 +217,19 @@ class MobileOne(nn.Layer):
         self.avg_pool = nn.AdaptiveAvgPool2D(1)
         self.fc = nn.Linear(in_channels, num_classes)
 
-    def forward(self, x):
+    def forward_features(self, x):
+        """[N, in_channels, H, W] images -> the maps of the stem and the four stages, a list.
+
+        Map s is [N, feature_channels[s], H / feature_strides[s], W / feature_strides[s]], rounded up.
+        """
+        maps = []
         for stage in self.stages:
             x = stage(x)
-        return self.fc(paddle.flatten(self.avg_pool(x), 1))
+            maps.append(x)
+        return maps
+
+    def forward(self, x):
+        return self.fc(paddle.flatten(self.avg_pool(self.forward_features(x)[-1]), 1))
 
 
 def build_mobileone(config):

@@ -224,3 +224,42 @@ def test_lists_that_describe_no_network(config, key, value, message):
     config.MODEL[key] = value
     with pytest.raises(UserError, match=message):
         build_mobileone(config)
+
+
+@pytest.mark.parametrize('variant', ['s0', 's4'])
+def test_features(variant):
+    """Of both networks, and what they are called. In float64, for such a network is chaotic in float32."""
+    model = build_mobileone(variant_config(variant))
+    randomise(model)
+    model.to(dtype='float64')
+    fused = model_convert(model)
+    assert model.feature_strides == fused.feature_strides == [2, 4, 8, 16, 32]
+    images = paddle.randn([2, 3, 75, 64]).astype('float64')
+    with paddle.no_grad():
+        maps, others = model.forward_features(images), fused.forward_features(images)
+        assert len(maps) == 5
+        for own, other, channels, stride in zip(maps, others, model.feature_channels, model.feature_strides):
+            assert own.shape == other.shape == [2, channels, -(-75 // stride), 64 // stride]
+            np.testing.assert_allclose(own.numpy(), other.numpy(), atol=1e-6 * float(own.abs().max()))
+        logits = model.fc(maps[-1].mean([2, 3]))
+        np.testing.assert_allclose(model(images).numpy(), logits.numpy(), rtol=1e-6)
+
+
+def test_blocks_inside_a_larger_network_are_fused():
+    class Detector(paddle.nn.Layer):
+        def __init__(self):
+            super().__init__()
+            self.backbone = build_mobileone(variant_config('s0'))
+            self.neck = paddle.nn.Conv2D(self.backbone.feature_channels[3], 4, 1)
+
+        def forward(self, x):
+            return self.neck(self.backbone.forward_features(x)[3])
+    model = Detector()
+    randomise(model)
+    model.eval()
+    fused = model_convert(model)
+    assert not [name for name in fused.state_dict() if '_blocks.' in name]
+    images = paddle.randn([1, 3, 64, 64])
+    with paddle.no_grad():
+        expected = model(images).numpy()
+        np.testing.assert_allclose(fused(images).numpy(), expected, atol=1e-4 * np.abs(expected).max())

@@ -307,9 +307,9 @@ def test_without_the_packages(exported, monkeypatch):
     with pytest.raises(UserError, match='the engine onnxruntime is not installed'):
         Predictor(exported / 'model.onnx')
     with pytest.raises(UserError, match='-format onnx needs onnxruntime: pip install -r requirements-deploy.txt'):
-        export_model.check_packages(['onnx'])
+        export_model.check_formats(['onnx'], None, None)
     missing.add('onnx')
-    export_model.check_packages(['paddle'])
+    export_model.check_formats(['paddle'], None, None)
 
 
 def test_files_that_no_engine_runs(trained, exported, tmp_path):

@@ -17,6 +17,7 @@ from importlib.util import find_spec
 import numpy as np
 
 from config import get_config, get_parser, resolve_config, update_config
+from deploy import phone
 from runtime.files import sync
 from runtime.program import prepare_runtime, remedy, run_program
 from utils import UserError, setup_logger
@@ -49,25 +50,40 @@ def sample_images(config, needs_data):
 def write(model, spec, folder, formats):
     """Write a fused network to a folder. Returns: the file of each artefact and an engine that reads it, as pairs."""
     written = []
-    if 'onnx' in formats:
+    if formats != ['paddle']:
         import onnx
 
         from deploy.onnx_graph import build_onnx
         from deploy.predictor import ONNX
-        proto = build_onnx(model, spec)
+        proto, path = build_onnx(model, spec), os.path.join(folder, ONNX)
         onnx.checker.check_model(proto, full_check=True)
-        onnx.save(proto, os.path.join(folder, ONNX))
-        written += [(ONNX, engine) for engine in ('onnxruntime', 'openvino') if find_spec(engine)]
+        onnx.save(proto, path)
+        for name in phone.FORMATS:
+            if name in formats:
+                phone.convert(name, path, spec)
+                written.append((phone.FORMATS[name][0], name))
+        if 'onnx' in formats:
+            written += [(ONNX, engine) for engine in ('onnxruntime', 'openvino') if find_spec(engine)]
+        else:
+            os.remove(path)
     if 'paddle' in formats:
         from deploy.paddle_model import write_paddle
         written += [(name, 'inference') for name in write_paddle(model, spec, folder)]
     return written
 
 
+def load(path, engine):
+    """run(input) of an artefact."""
+    from deploy.predictor import LOADERS, load_program
+    if engine == 'inference':
+        return load_program(path)
+    return phone.LOADERS[engine](path) if engine in phone.LOADERS else LOADERS[engine](path, None, None)[1]
+
+
 def compare(logits, pixels, kind, spec, path, engine):
     """Print how far an artefact is from the logits of images. Raises: UserError if it is too far."""
-    from deploy.predictor import LOADERS, load_program, run_batches
-    run = load_program(path) if engine == 'inference' else LOADERS[engine](path, None, None)[1]
+    from deploy.predictor import run_batches
+    run = load(path, engine)
     if spec.softmax:
         powers = np.exp(logits - logits.max(axis=1, keepdims=True))
         logits = powers / powers.sum(axis=1, keepdims=True)
@@ -89,13 +105,19 @@ def parse_batch(text):
     return int(text)
 
 
-def check_packages(formats):
-    """Raises: UserError for packages that a format needs, or its check."""
+def check_formats(formats, pixels, batch):
+    """Raises: UserError for packages that a format needs, or its check, and for what it cannot take."""
     missing = [] if find_spec('onnx') else ['onnx']
-    missing += [] if find_spec('onnxruntime') or find_spec('openvino') else ['onnxruntime']
-    if 'onnx' in formats and missing:
-        raise UserError(f'-format onnx needs {" and ".join(missing)}: pip install -r requirements-deploy.txt, or '
-                        'choose -format paddle')
+    missing += [] if 'onnx' not in formats or find_spec('onnxruntime') or find_spec('openvino') else ['onnxruntime']
+    if formats != ['paddle'] and missing:
+        raise UserError(f'-format {formats[-1]} needs {" and ".join(missing)}: pip install -r requirements-deploy.txt, '
+                        'or choose -format paddle')
+    for name in phone.FORMATS:
+        if name in formats and not phone.find_converter(name):
+            raise UserError(f'-format {name} needs its converter: {phone.FORMATS[name][1]}')
+        if name in formats and (pixels == 'uint8' or batch not in (None, 1)):
+            raise UserError(f'-format {name} takes one image of floats at a time: leave out -batch, and -normalize '
+                            'uint8 for -normalize unit')
 
 
 @contextlib.contextmanager
@@ -120,8 +142,8 @@ def new_folder(path):
 def main():
     parser = get_parser(__doc__, ['data_path', 'image_size', 'pretrained'])
     parser.add_argument('-output', metavar='DIR', required=True, help='folder to make; it must be empty or not exist')
-    parser.add_argument('-format', nargs='+', choices=['paddle', 'onnx'], default=['paddle', 'onnx'],
-                        help='formats to write (default: both)')
+    parser.add_argument('-format', nargs='+', choices=['paddle', 'onnx', *phone.FORMATS], default=['paddle', 'onnx'],
+                        help='formats to write (default: paddle onnx)')
     parser.add_argument('-softmax', action='store_true', help='let the network give probabilities, not logits')
     parser.add_argument('-normalize', choices=['uint8', 'unit'], help='let the network normalise its images: it takes '
                         'uint8 pixels, or floats from 0 to 1')
@@ -135,7 +157,7 @@ def main():
     config = update_config(get_config(), args)
     config.EVAL, config.MODEL.DEPLOY, config.MODEL.RESUME = True, False, ''
     config = resolve_config(config)
-    check_packages(args.format)
+    check_formats(args.format, args.normalize, batch)
     with new_folder(args.output) as folder:
         prepare_runtime()
         export(config, args, batch, folder)

@@ -1,0 +1,77 @@
+"""The ONNX file of a network, converted for engines of phones: ncnn and MNN."""
+import os
+import shutil
+import subprocess
+import sys
+from importlib.util import find_spec
+
+import numpy as np
+
+from utils import UserError, one_line
+
+# format -> its file, and how to get what converts and checks it
+FORMATS = {'ncnn': ('model.ncnn.param', 'pip install ncnn && pip install --no-deps pnnx'),
+           'mnn': ('model.mnn', 'pip install MNN')}
+
+
+def find_converter(name):
+    """The path of a format's converter; None if it, or the package that checks the result, is not installed."""
+    if not find_spec({'ncnn': 'ncnn', 'mnn': 'MNN'}[name]):
+        return None
+    if name == 'ncnn':  # not its command, which imports PyTorch
+        package = find_spec('pnnx')
+        return package and os.path.join(package.submodule_search_locations[0], 'pnnx')
+    return shutil.which(os.path.join(os.path.dirname(sys.executable), 'mnnconvert')) or shutil.which('mnnconvert')
+
+
+def convert(name, onnx, spec):
+    """Convert an ONNX file to a format, beside it: model.ncnn.param and model.ncnn.bin, or model.mnn.
+
+    Raises: UserError with the converter's last line.
+    """
+    folder, source = os.path.split(onnx)
+    target, size = FORMATS[name][0], spec.image_size
+    arguments = {'ncnn': [source, f'inputshape=[1,3,{size},{size}]', 'fp16=0'],
+                 'mnn': ['-f', 'ONNX', '--modelFile', source, '--MNNModel', target, '--bizCode', 'mobileone']}[name]
+    before = set(os.listdir(folder))
+    process = subprocess.run([find_converter(name), *arguments], cwd=folder, capture_output=True, text=True)
+    made = set(os.listdir(folder)) - before
+    if process.returncode or target not in made:
+        last = (process.stderr.strip() or process.stdout.strip()).rpartition('\n')[2]
+        raise UserError(f'-format {name}: its converter failed with status {process.returncode} ({one_line(last)}); '
+                        'leave the format out, or install another version')
+    for other in made - {target, 'model.ncnn.bin'}:  # pnnx leaves much
+        os.remove(os.path.join(folder, other))
+
+
+def load_ncnn(path):
+    """run(images) of model.ncnn.param, an image at a time, in float32 as the network is."""
+    import ncnn
+    net = ncnn.Net()
+    for option in ('use_fp16_packed', 'use_fp16_storage', 'use_fp16_arithmetic', 'use_bf16_storage'):
+        setattr(net.opt, option, False)
+    net.load_param(path)
+    net.load_model(path.replace('.param', '.bin'))
+
+    def run(images):
+        rows = []
+        for image in images:
+            extractor = net.create_extractor()
+            extractor.input('in0', ncnn.Mat(image).clone())
+            rows.append(np.array(extractor.extract('out0')[1]))
+        return np.stack(rows)
+    return run
+
+
+def load_mnn(path):
+    """run(images) of model.mnn."""
+    import MNN
+    module = MNN.nn.load_module_from_file(path, ['image'], [])
+
+    def run(images):
+        source = MNN.expr.const(images, images.shape, MNN.expr.NCHW, MNN.expr.float)
+        return np.array(MNN.expr.convert(module.forward([source])[0], MNN.expr.NCHW).read())
+    return run
+
+
+LOADERS = {'ncnn': load_ncnn, 'mnn': load_mnn}

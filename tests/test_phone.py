@@ -1,0 +1,48 @@
+"""Exports for phones: converted by their own tools, and checked by their own engines."""
+import os
+
+import pytest
+from conftest import fails
+from test_predictor import export, trained  # noqa: F401  a fixture
+
+import tools.export_model as export_model
+from deploy import phone
+from utils import UserError
+
+
+@pytest.mark.parametrize('name, files', [('mnn', ['model.mnn']), ('ncnn', ['model.ncnn.bin', 'model.ncnn.param'])])
+@pytest.mark.parametrize('args', [[], ['-softmax', '-batch', '1', '-normalize', 'unit']])
+def test_files_for_phones(name, files, args, trained, tmp_path):  # noqa: F811
+    if not phone.find_converter(name):
+        pytest.skip(f'needs {name}')
+    out = export(trained, tmp_path / 'x', '-format', name, *args).stdout
+    lines = [line for line in out.splitlines() if line.startswith(files[-1])]
+    assert len(lines) == 2 and all(float(line.split()[-1]) < 1e-4 for line in lines)
+    assert sorted(os.listdir(tmp_path / 'x')) == files
+    export(trained, tmp_path / 'y', '-format', 'onnx', name, *args)
+    assert sorted(os.listdir(tmp_path / 'y')) == [*files, 'model.onnx']
+
+
+def test_a_converter_that_fails_says_why(trained, tmp_path, monkeypatch):  # noqa: F811
+    converter = tmp_path / 'converter'
+    converter.write_text('#!/bin/sh\necho "one line" >&2; echo "the operator is unknown" >&2; exit 3\n')
+    converter.chmod(0o755)
+    monkeypatch.setattr(phone, 'find_converter', lambda name: str(converter))
+    (tmp_path / 'model.onnx').touch()
+    spec = type('Spec', (), {'image_size': 32})
+    with pytest.raises(UserError, match='-format mnn: its converter failed with status 3 .the operator is unknown.;'):
+        phone.convert('mnn', str(tmp_path / 'model.onnx'), spec)
+    with pytest.raises(UserError, match='-format mnn takes one image of floats at a time'):
+        export_model.check_formats(['mnn'], 'uint8', None)
+    with pytest.raises(UserError, match='-format ncnn takes one image of floats at a time'):
+        export_model.check_formats(['onnx', 'ncnn'], None, 2)
+    monkeypatch.setattr(phone, 'find_converter', lambda name: None)
+    with pytest.raises(UserError, match='-format ncnn needs its converter: pip install ncnn && pip install --no-deps'):
+        export_model.check_formats(['ncnn'], None, None)
+
+
+def test_what_is_no_format(trained, tmp_path):  # noqa: F811
+    folder = trained[0]
+    assert 'invalid choice' in fails('-m', 'tools.export_model', '-cfg', folder / 'config.yaml', '-pretrained',
+                                     folder / 'best.pdparams', '-output', tmp_path / 'x', '-format', 'coreml')
+    assert os.listdir(tmp_path) == []

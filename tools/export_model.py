@@ -2,11 +2,14 @@
 
   python -m tools.export_model -cfg configs/mobileone_s0.yaml -pretrained mobileone_s0.pdparams -output exported
   python -m tools.export_model -cfg output/demo/config.yaml -pretrained output/demo/best.pdparams -output exported
+  python -m tools.export_model -cfg configs/mobileone_s0.yaml -pretrained mobileone_s0.pdparams -output exported \
+    -precision int8 -calibration data/train_list.txt
 
 -pretrained is a weight file, fused or not, or a training checkpoint (its EMA weights, if it has some). -output becomes
 a folder of model.onnx (ONNX Runtime, OpenVINO and others) and of inference.pdmodel, on PaddlePaddle 3 inference.json
 too (Paddle Inference), with inference.yml; tools.predict takes it. Each file is loaded again by its engine and compared
-with the given network, on random images and on those of the val list, if there is one. docs/deployment.md has more.
+with the given network, on random images and on those of the val list, if there is one. With -precision int8, model.onnx
+alone is written, and then made int8 with the help of images of -calibration. docs/deployment.md has more.
 """
 import contextlib
 import dataclasses
@@ -20,11 +23,14 @@ from config import get_config, get_parser, resolve_config, update_config
 from deploy import phone
 from runtime.files import sync
 from runtime.program import prepare_runtime, remedy, run_program
+from tools.make_list import EXTENSIONS
 from utils import UserError, setup_logger
 
 # share of the largest output by which an exported network may differ, and what changes no probability
 TOLERANCE, NEGLIGIBLE = 3e-4, 1e-5
 RANDOM_IMAGES, VAL_IMAGES = 8, 16
+# images of -calibration that int8 needs at least, and the share of the network's answers that it must give
+LEAST_IMAGES, LEAST_ANSWERS = 8, 0.8
 
 
 def sample_images(config, needs_data):
@@ -96,6 +102,50 @@ def compare(logits, pixels, kind, spec, path, engine):
                         'out of -format, and please report it')
 
 
+def read_calibration(path, count, spec, num_classes):
+    """uint8 [N, size, size, 3], as in evaluation, of at most `count` images of a list or folder, evenly spread over it.
+
+    A folder's own folders are searched too. Raises: UserError, also for fewer than LEAST_IMAGES.
+    """
+    from datasets import read_list
+    from images import read_image
+    from transforms import EvalTransform
+    if not os.path.exists(path):
+        raise UserError(f'-calibration {path}: no such list or folder')
+    if os.path.isdir(path):
+        paths = sorted(os.path.join(parent, file) for parent, _, files in os.walk(path) for file in files
+                       if file.lower().endswith(EXTENSIONS) and not file.startswith('.'))
+    else:
+        paths = [os.path.join(os.path.dirname(path), name) for name in read_list(path, num_classes)[0]]
+    if len(paths) < LEAST_IMAGES:
+        raise UserError(f'-calibration {path}: {len(paths)} images, but int8 needs at least {LEAST_IMAGES}, better '
+                        'hundreds: add images such as the network will see')
+    chosen = np.unique(np.linspace(0, len(paths) - 1, count).astype(int))
+    transform = EvalTransform(spec.image_size, spec.crop_pct, spec.interpolation)
+    return np.stack([transform(read_image(paths[index], spec.exif_transpose, spec.bit_depth)) for index in chosen])
+
+
+def make_int8(model, spec, path, args):
+    """Make the ONNX file of a fused network int8, and print how much it answers as before, with each engine.
+
+    Raises: UserError if that is too little.
+    """
+    from deploy.quantize import compare_outputs, find_outputs, quantize
+    pixels = read_calibration(args.calibration, args.num_images, spec, model.fc.weight.shape[1])
+    scores, best, held_out, expected = quantize(model, spec, pixels, path)
+    print(f'int8 by {len(pixels) - len(held_out)} images; of {len(held_out)} others:{"same answers":>16}{"SNR":>10}')
+    for way, (share, decibels) in scores.items():
+        print(f'{way:34}{share:16.1%}{decibels:7.1f} dB{" (kept)" * (way == best)}')
+    for engine in filter(find_spec, ('onnxruntime', 'openvino')):
+        share, decibels = compare_outputs(find_outputs(path, engine, spec, held_out), expected)
+        print(f'{os.path.basename(path):20}{engine:14}{share:16.1%}{decibels:7.1f} dB')
+        if not share >= LEAST_ANSWERS:
+            raise UserError(f"-precision int8: {engine} gives the network's answers for {share:.1%} of {len(held_out)} "
+                            f'images of {args.calibration} that it was not calibrated with, less than '
+                            f'{LEAST_ANSWERS:.0%}; nothing was exported: give more images of the kind that the network '
+                            'was trained on, or leave it in floating point')
+
+
 def parse_batch(text):
     """-batch as a number; None if it is 'dynamic'. Raises: UserError."""
     if text == 'dynamic':
@@ -120,6 +170,24 @@ def check_formats(formats, pixels, batch):
                             'uint8 for -normalize unit')
 
 
+def check_int8(args):
+    """Raises: UserError for flags that -precision int8 needs or excludes, and for its package."""
+    if args.precision != 'int8':
+        if args.calibration:
+            raise UserError('-calibration is for -precision int8: add that, or leave it out')
+        return
+    if not args.calibration:
+        raise UserError('-precision int8 needs -calibration: a list or a folder of images of the kind that the network '
+                        'will see')
+    if set(args.format) != {'onnx'}:
+        raise UserError(f'-precision int8 is for -format onnx alone, not {" ".join(args.format)}: leave the rest out, '
+                        'or export it to another folder')
+    if args.num_images < LEAST_IMAGES:
+        raise UserError(f'-num_images is {args.num_images}, but must be at least {LEAST_IMAGES}, better hundreds')
+    if not find_spec('onnxruntime'):
+        raise UserError('-precision int8 needs onnxruntime: pip install -r requirements-deploy.txt')
+
+
 @contextlib.contextmanager
 def new_folder(path):
     """A folder to fill, which becomes `path` at the end, whole or not at all. Raises: UserError where it cannot."""
@@ -142,16 +210,24 @@ def new_folder(path):
 def main():
     parser = get_parser(__doc__, ['data_path', 'image_size', 'pretrained'])
     parser.add_argument('-output', metavar='DIR', required=True, help='folder to make; it must be empty or not exist')
-    parser.add_argument('-format', nargs='+', choices=['paddle', 'onnx', *phone.FORMATS], default=['paddle', 'onnx'],
-                        help='formats to write (default: paddle onnx)')
+    parser.add_argument('-format', nargs='+', choices=['paddle', 'onnx', *phone.FORMATS],
+                        help='formats to write (default: paddle onnx; of int8: onnx)')
     parser.add_argument('-softmax', action='store_true', help='let the network give probabilities, not logits')
     parser.add_argument('-normalize', choices=['uint8', 'unit'], help='let the network normalise its images: it takes '
                         'uint8 pixels, or floats from 0 to 1')
     parser.add_argument('-batch', metavar='N', default='dynamic', help='images at a time, and the image size fixed '
                         '(default: dynamic)')
+    parser.add_argument('-precision', choices=['float32', 'int8'], default='float32',
+                        help='of weights and activations (default: float32)')
+    parser.add_argument('-calibration', metavar='PATH', help='images for int8: a list file as for training, or a '
+                        'folder')
+    parser.add_argument('-num_images', metavar='N', type=int, default=256, help='images of -calibration to use, a '
+                        'quarter of them to compare on (default: 256)')
     parser.add_argument('-raw', action='store_true', help="a checkpoint's raw weights, not its EMA")
     args = parser.parse_args()
     batch = parse_batch(args.batch)
+    args.format = args.format or (['onnx'] if args.precision == 'int8' else ['paddle', 'onnx'])
+    check_int8(args)
     if not args.pretrained:
         raise UserError('-pretrained is needed: the weights to export')
     config = update_config(get_config(), args)
@@ -168,7 +244,7 @@ def export(config, args, batch, folder):
     """Write the network to a folder as the flags say, and compare what is there with it."""
     import paddle
 
-    from deploy.predictor import Spec, find_class_names
+    from deploy.predictor import ONNX, Spec, find_class_names
     from mobileone import model_convert
     from transforms import Normalize
     from weights import load_model
@@ -184,11 +260,14 @@ def export(config, args, batch, folder):
         expected = {kind: model(normalize(paddle.to_tensor(pixels))).numpy() for kind, pixels in images.items()}
     if not all(np.isfinite(logits).all() for logits in expected.values()):
         raise UserError(f'{config.MODEL.PRETRAINED}: gives numbers that are not finite; choose other weights')
-    artefacts = write(model_convert(model), spec, folder, args.format)
+    fused = model_convert(model)
+    artefacts = write(fused, spec, folder, args.format)
     print(f'{"file":20}{"engine":14}{"compared on":20}{"difference":>12}{"relative":>12}')
     for name, engine in artefacts:
         for kind, pixels in images.items():
             compare(expected[kind], pixels, kind, spec, os.path.join(folder, name), engine)
+    if args.precision == 'int8':
+        make_int8(fused, spec, os.path.join(folder, ONNX), args)
 
 
 if __name__ == '__main__':

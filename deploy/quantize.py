@@ -1,0 +1,205 @@
+"""A fused MobileOne as an ONNX file in int8, after its channels have been scaled to suit eight bits. Needs no training.
+
+A tensor has one scale for all its channels, so a channel of small values gets few of its 256 levels. But a network of
+ReLUs computes the same when a channel of an activation is divided by a positive number where it is made and multiplied
+by it where it is used (arXiv 1906.04721, section 4.1). There are two ways here to choose those numbers, `quantize`
+tries both, and the network as it is, and keeps what answers most like the network on images that it was not given.
+"""
+import copy
+import functools
+import os
+import tempfile
+
+import numpy as np
+import onnx
+import paddle
+import paddle.nn as nn
+from onnxruntime.quantization import CalibrationDataReader, QuantFormat, QuantType, quantize_static
+
+from deploy.onnx_graph import build_onnx
+from deploy.predictor import LOADERS, run_batches
+from transforms import Normalize
+
+# passes over the network after which its weights' ranges no longer move
+SWEEPS = 20
+# images at a time, for calibration keeps much in memory
+BATCH = 8
+# every so many images are kept from calibration, to compare on
+HOLD_OUT = 4
+# nodes of deploy.onnx_graph that stay in floating point
+FLOAT_NODES = ['shifted', 'normalized', 'probabilities']
+
+
+def find_links(model):
+    """What lies around each ReLU of a fused network, in order: (convolution, its SEBlock or None, who uses the result).
+
+    That is the next convolution, or the classifier, which gets the means over the map.
+    """
+    made = [(getattr(block, name).conv, getattr(block, f'{name[:2]}_se', None))
+            for stage in model.stages for block in stage for name in block.convs]
+    users = [conv for conv, _ in made[1:]] + [model.fc]
+    return [(conv, se, user) for (conv, se), user in zip(made, users)]
+
+
+def _is_depthwise(layer):
+    return isinstance(layer, nn.Conv2D) and layer._groups > 1
+
+
+def _input_axis(layer):
+    """Of the weight: depthwise [C, 1, K, K], dense [O, C, K, K], classifier [C, classes]."""
+    return int(isinstance(layer, nn.Conv2D) and not _is_depthwise(layer))
+
+
+def _largest(weight, axis):
+    """The largest magnitude for each index of an axis."""
+    magnitudes = np.moveaxis(np.abs(weight.numpy()), axis, 0)
+    return magnitudes.reshape([len(magnitudes), -1]).max(axis=1)
+
+
+def _multiply(tensor, axis, factors):
+    shape = [-1 if index == axis else 1 for index in range(tensor.ndim)]
+    values = tensor.numpy()
+    tensor.set_value((values * factors.reshape(shape)).astype(values.dtype))
+
+
+def divide_activation(link, numerator, denominator=1):
+    """Divide the channels of a link's activation by numerator / denominator, [C] each, which changes no output.
+
+    Channels for which that is 0 or infinite are always zero, or nobody uses them; they stay as they are.
+    """
+    conv, se, user = link
+    with np.errstate(divide='ignore', invalid='ignore'):
+        factors = np.asarray(numerator / denominator, 'float64')
+    factors[~((factors > 0) & np.isfinite(factors))] = 1
+    _multiply(conv.weight, 0, 1 / factors)
+    _multiply(conv.bias, 0, 1 / factors)
+    if se is not None:  # its gate comes from the means of the channels, and must not change
+        _multiply(se.reduce.weight, 1, factors)
+    _multiply(user.weight, _input_axis(user), factors)
+
+
+def _copy(model):
+    """In float64, so that scaling rounds once."""
+    return copy.deepcopy(model).to(dtype='float64')
+
+
+def equalize_weights(model):
+    """A fused network scaled so that each channel has the same range in the weights that make it and that use it.
+
+    Cross-layer equalization, arXiv 1906.04721, section 4.1. Returns: a new network, of the same outputs.
+    """
+    model = _copy(model)
+    for _ in range(SWEEPS):
+        for link in find_links(model):
+            made, used = _largest(link[0].weight, 0), _largest(link[2].weight, _input_axis(link[2]))
+            divide_activation(link, np.sqrt(made), np.sqrt(used))
+    return model.to(dtype='float32')
+
+
+def equalize_activations(model, largest):
+    """A fused network scaled by its activations, as a list of their largest values, float [C] each, says.
+
+    Before a depthwise convolution, whose channels each have a scale of their own, all channels get the same range.
+    Before a dense one, where weights of one output share a scale, the range is divided between activation and weight:
+    SmoothQuant with alpha 0.5, arXiv 2211.10438, equation 4. Last to first, for a layer's weights are to be those that
+    its own outputs' scales leave. Returns: a new network, of the same outputs.
+    """
+    model = _copy(model)
+    for link, top in reversed(list(zip(find_links(model), largest))):
+        if _is_depthwise(link[2]):
+            divide_activation(link, top)
+        else:
+            divide_activation(link, np.sqrt(top), np.sqrt(_largest(link[2].weight, _input_axis(link[2]))))
+    return model.to(dtype='float32')
+
+
+@paddle.no_grad()
+def find_largest(model, spec, pixels):
+    """The largest value of each channel after each ReLU of a fused network, a list of float32 [C].
+
+    Where there is SE, the largest magnitude before it: that tensor is quantized too, and not only its positive part.
+    pixels: uint8 [N, size, size, 3].
+    """
+    normalize, found = Normalize(spec.mean, spec.std), []
+
+    def observe(layer, inputs, output, transform):
+        found[-1].append(transform(output).max([0, 2, 3]).numpy())
+    hooks = [conv.register_forward_post_hook(functools.partial(observe, transform=nn.functional.relu if se is None else
+                                                               paddle.abs)) for conv, se, _ in find_links(model)]
+    for start in range(0, len(pixels), BATCH):
+        found.append([])
+        model(normalize(paddle.to_tensor(pixels[start:start + BATCH])))
+    for hook in hooks:
+        hook.remove()
+    return [np.max(batches, axis=0) for batches in zip(*found)]
+
+
+class _Images(CalibrationDataReader):
+    """Batches of a model's input. The last one begins again at the first image, for a model may take whole ones only.
+    """
+
+    def __init__(self, spec, pixels):
+        size = spec.batch or BATCH
+        self.batches = ({'image': spec.to_input(pixels.take(range(start, start + size), axis=0, mode='wrap'))}
+                        for start in range(0, len(pixels), size))
+
+    def get_next(self):
+        return next(self.batches, None)
+
+
+def write_int8(model, spec, pixels, path):
+    """Write a fused network as an ONNX file in int8, like `build_onnx` in all else.
+
+    Weights have a signed scale per output channel, activations an unsigned one per tensor, from their smallest and
+    largest values on calibration images. pixels: uint8 [N, size, size, 3].
+    """
+    proto = build_onnx(model, spec)
+    # there is nothing to fuse, but ONNX Runtime would advise it
+    onnx.helper.set_model_props(proto, {'onnx.quant.pre_process': 'onnxruntime.quant'})
+    with tempfile.TemporaryDirectory(dir=os.path.dirname(path)) as folder:
+        source = os.path.join(folder, 'float.onnx')
+        onnx.save(proto, source)
+        quantize_static(source, path, _Images(spec, pixels), QuantFormat.QDQ, per_channel=True,
+                        activation_type=QuantType.QUInt8, weight_type=QuantType.QInt8, nodes_to_exclude=FLOAT_NODES)
+    proto = onnx.load(path)
+    del proto.metadata_props[:]
+    onnx.helper.set_model_props(proto, spec.to_metadata())
+    onnx.save(proto, path)
+
+
+def find_outputs(path, engine, spec, pixels):
+    """float32 [N, classes] that an engine gives for uint8 [N, size, size, 3]."""
+    run = LOADERS[engine](path, None, None)[1]
+    size = max(BATCH, spec.batch or 0)
+    return np.concatenate([run_batches(run, spec, pixels[start:start + size])
+                           for start in range(0, len(pixels), size)])
+
+
+def compare_outputs(outputs, expected):
+    """(share of rows with the same largest entry, mean over rows of the signal-to-noise ratio in dB), [N, classes]."""
+    signal, noise = ((array.astype('float64') ** 2).sum(axis=1) for array in (expected, outputs - expected))
+    decibels = 10 * np.log10(np.maximum(signal, 1e-30) / np.maximum(noise, 1e-30)).mean()
+    return float((outputs.argmax(axis=1) == expected.argmax(axis=1)).mean()), float(decibels)
+
+
+def quantize(model, spec, pixels, path):
+    """Replace the ONNX file of a fused network by one in int8: plain, or equalized in one of two ways.
+
+    pixels: uint8 [N, size, size, 3], images such as the network will see. One of HOLD_OUT is held out; the way that
+    gives most of the network's answers on those is kept, between equals that of the larger signal-to-noise ratio.
+    Returns: ({way: `compare_outputs`}, the kept way, the pixels held out, the network's outputs for them).
+    """
+    is_held_out = np.arange(len(pixels)) % HOLD_OUT == HOLD_OUT - 1
+    pixels, held_out = pixels[~is_held_out], pixels[is_held_out]
+    expected = find_outputs(path, 'onnxruntime', spec, held_out)
+    ways = {'plain': model, 'weights equalized': equalize_weights(model),
+            'activations equalized': equalize_activations(model, find_largest(model, spec, pixels))}
+    scores = {}
+    with tempfile.TemporaryDirectory(dir=os.path.dirname(path)) as folder:
+        for way, network in ways.items():
+            file = os.path.join(folder, f'{way}.onnx')
+            write_int8(network, spec, pixels, file)
+            scores[way] = compare_outputs(find_outputs(file, 'onnxruntime', spec, held_out), expected)
+        best = max(scores, key=scores.get)
+        os.replace(os.path.join(folder, f'{best}.onnx'), path)
+    return scores, best, held_out, expected

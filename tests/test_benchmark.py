@@ -55,6 +55,7 @@ def test_latency_of_every_engine(latency):
     rows = [row for row in rows if row['engine'] != 'timm']  # which has no such network
     floats = [row for row in rows if row['precision'] == 'float32']
     assert {row['engine'] for row in floats} == {row['engine'] for row in rows} == expected
+    assert {row['engine'] for row in rows if row['precision'] == 'int8'} == {'onnxruntime', 'openvino'}
     assert min(floats, key=lambda row: row['milliseconds'])['ratio'] == 1
     for row in rows:
         assert len(row['turns']) == 2 and min(row['turns']) <= row['milliseconds'] <= max(row['turns'])

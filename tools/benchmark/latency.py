@@ -6,7 +6,8 @@
 A time is that of a call, from a NumPy array of images to one of logits: the median of TURNS turns, each the median of
 calls for SECONDS seconds, with the range of the turns. The ratio is to the float32 row of the smallest median, turn by
 turn, and its median. Each engine has a process of its own, for in one the waiting threads of an engine slow the next
-one down; they take turns with a pause. Where the CPU computes in bfloat16, so do the engines that can. Engines:
+one down; they take turns with a pause. Engines that compute in bfloat16 do so where the CPU can; int8 is that of
+tools.export_model, calibrated with random images, which does not change its time. Engines:
 
   paddle              PaddlePaddle; paddle-unfused: with all branches, as in training
   inference-openvino  Paddle Inference by the OpenVINO in PaddlePaddle 3, inference.pdmodel
@@ -32,11 +33,14 @@ import sys
 import tempfile
 import time
 
+import numpy as np
+
 from config import get_config, resolve_config, with_values
 from runtime.files import replace, write_text
 from runtime.program import prepare_runtime, usable_cores
 from runtime.settings import ArgumentParser
 from tools import import_pyplot
+from tools.benchmark.worker import INT8
 from utils import UserError, one_line
 
 # engine -> the packages that it needs; of Paddle perhaps a major version
@@ -45,7 +49,7 @@ ENGINES = {
     'inference-pdmodel': ('paddle',), 'inference-plain': ('paddle 2',), 'inference-json': ('paddle 3',),
     'onnxruntime': ('onnx', 'onnxruntime'), 'openvino': ('onnx', 'openvino'), 'timm': ('torch', 'timm'),
 }
-BFLOAT16 = ('inference-openvino', 'openvino')
+PRECISIONS = {'bfloat16': ('inference-openvino', 'openvino'), 'int8': ('onnxruntime', 'openvino')}
 DISTRIBUTIONS = ('paddlepaddle', 'paddlepaddle-gpu', 'onnxruntime', 'onnxruntime-gpu', 'openvino', 'torch', 'timm')
 # seconds before a turn; threads of OpenMP go on waiting for 0.2 s after their work
 PAUSE = 0.3
@@ -94,7 +98,7 @@ def export(config, folder, onnx):
     """Write a network to a folder in all forms that engines read. onnx: whether model.onnx is one of them.
 
     These are config.yaml with fused.pdparams and, if the weights are not fused, unfused.pdparams; what
-    tools.export_model writes; and on PaddlePaddle 2 plain/, the program without batch norms.
+    tools.export_model writes; int8.onnx; and on PaddlePaddle 2 plain/, the program without batch norms.
     """
     import paddle
 
@@ -113,6 +117,11 @@ def export(config, folder, onnx):
     if not is_fused(model.state_dict()):
         checkpoint.save(model.state_dict(), os.path.join(folder, 'unfused.pdparams'))
     write(fused, spec, folder, ['paddle', 'onnx'] if onnx else ['paddle'])
+    if onnx and not missing('onnxruntime'):
+        from deploy.quantize import write_int8
+        size = config.DATA.IMAGE_SIZE
+        pixels = np.random.default_rng(0).integers(0, 256, [8, size, size, 3], 'uint8')
+        write_int8(fused, spec, pixels, os.path.join(folder, INT8))
     if not missing('inference-plain'):
         os.mkdir(os.path.join(folder, 'plain'))
         write_paddle(fused, spec, os.path.join(folder, 'plain'), plain=True)
@@ -270,8 +279,9 @@ def main():
     prepare_runtime()
     engines = choose_engines(args.engines)
     cpu, has_bfloat16, versions = describe_machine()
-    precisions = [(engine, precision) for engine in engines for precision in ('float32', 'bfloat16')
-                  if precision == 'float32' or has_bfloat16 and engine in BFLOAT16]
+    able = {'bfloat16': has_bfloat16, 'int8': not missing('onnxruntime')}  # which makes the int8 file
+    precisions = [(engine, precision) for engine in engines for precision in ('float32', *PRECISIONS)
+                  if precision == 'float32' or able[precision] and engine in PRECISIONS[precision]]
     kind = 'given weights' if args.pretrained else 'random weights'
     if not args.json:
         print(f'{cpu}; {", ".join(map(" ".join, versions.items()))}; {kind}; {args.turns} turns of {args.seconds:g} s')

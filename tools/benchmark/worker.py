@@ -19,20 +19,22 @@ PROGRAMS = {
     'inference-json': ('inference.json', 'onednn'),
     'inference-plain': ('plain/inference.pdmodel', 'onednn'),
 }
+INT8 = 'int8.onnx'
 
 
-def load(engine, folder, config, threads, bfloat16):
+def load(engine, folder, config, threads, precision):
     """run(images) of an engine: float32 [N, 3, H, W] -> float32 [N, classes]. folder: as `latency.export` writes it."""
     if engine == 'timm':
         return load_timm(config.MODEL.NAME, config.MODEL.NUM_CLASSES, threads)
+    path = os.path.join(folder, INT8) if precision == 'int8' else folder
     if engine == 'onnxruntime':
-        return LOADERS[engine](folder, None, threads)[1]
+        return LOADERS[engine](path, None, threads)[1]
     if engine == 'openvino':
-        return LOADERS[engine](folder, None, threads, precision='bf16' if bfloat16 else 'f32')[1]
+        return LOADERS[engine](path, None, threads, precision='bf16' if precision == 'bfloat16' else 'f32')[1]
     prepare_runtime()
     if engine in PROGRAMS:
         name, by = PROGRAMS[engine]
-        return load_program(os.path.join(folder, name), threads, bfloat16, by)
+        return load_program(os.path.join(folder, name), threads, precision == 'bfloat16', by)
     fused = engine == 'paddle'
     path = os.path.join(folder, 'fused.pdparams' if fused else 'unfused.pdparams')
     if not os.path.exists(path):
@@ -76,7 +78,7 @@ def main():
     size = config.DATA.IMAGE_SIZE
     images = np.random.default_rng(0).standard_normal([row['batch'], 3, size, size], 'float32')
     try:
-        run = load(row['engine'], folder, config, row['threads'], row['precision'] == 'bfloat16')
+        run = load(row['engine'], folder, config, row['threads'], row['precision'])
         for line in sys.stdin:
             print(milliseconds(run, images, float(line)), file=answers)
     except UserError:

@@ -103,12 +103,12 @@ def test_equalization_changes_nothing(use_se):
 
 def test_channels_of_different_scale(trained, tmp_path):
     _, model, spec = trained
-    pixels, _ = demo_images('t10k', 400)
+    pixels, _ = demo_images('t10k', 1000)
     shares = []
     for network in (model, rescaled(model)):
         scores, best, held_out, expected = quantize(network, spec, pixels, float_file(network, spec, tmp_path))
         shares.append({way: share for way, (share, _) in scores.items()})
-        assert len(held_out) == 100 and os.listdir(tmp_path) == ['model.onnx']
+        assert len(held_out) == 250 and os.listdir(tmp_path) == ['model.onnx']
         assert scores[best] == max(scores.values()) and shares[-1][best] >= 0.95
         for engine in ('onnxruntime', 'openvino'):
             outputs = find_outputs(str(tmp_path / 'model.onnx'), engine, spec, held_out)

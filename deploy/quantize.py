@@ -3,7 +3,7 @@
 A tensor has one scale for all its channels, so a channel of small values gets few of its 256 levels. But a network of
 ReLUs computes the same when a channel of an activation is divided by a positive number where it is made and multiplied
 by it where it is used (arXiv 1906.04721, section 4.1). There are two ways here to choose those numbers, `quantize`
-tries both, and the network as it is, and keeps what answers most like the network on images that it was not given.
+tries both, and the network as it is, and keeps what is most like the network on images that it was not given.
 """
 import copy
 import functools
@@ -185,8 +185,8 @@ def compare_outputs(outputs, expected):
 def quantize(model, spec, pixels, path):
     """Replace the ONNX file of a fused network by one in int8: plain, or equalized in one of two ways.
 
-    pixels: uint8 [N, size, size, 3], images such as the network will see. One of HOLD_OUT is held out; the way that
-    gives most of the network's answers on those is kept, between equals that of the larger signal-to-noise ratio.
+    pixels: uint8 [N, size, size, 3], images such as the network will see. One of HOLD_OUT is held out; the way
+    of the largest signal-to-noise ratio on those is kept: of answers, one more or less would decide.
     Returns: ({way: `compare_outputs`}, the kept way, the pixels held out, the network's outputs for them).
     """
     is_held_out = np.arange(len(pixels)) % HOLD_OUT == HOLD_OUT - 1
@@ -200,6 +200,6 @@ def quantize(model, spec, pixels, path):
             file = os.path.join(folder, f'{way}.onnx')
             write_int8(network, spec, pixels, file)
             scores[way] = compare_outputs(find_outputs(file, 'onnxruntime', spec, held_out), expected)
-        best = max(scores, key=scores.get)
+        best = max(scores, key=lambda way: scores[way][1])
         os.replace(os.path.join(folder, f'{best}.onnx'), path)
     return scores, best, held_out, expected

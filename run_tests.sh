@@ -1,5 +1,5 @@
 #!/bin/sh
-# Make the test environment and run the tests, on all cores; some four minutes on two:
+# Make the test environment and run the tests, on all cores; some five minutes on two:
 #
 #   sh run_tests.sh [pytest's arguments]
 #   PADDLE=paddlepaddle==2.6.2 sh run_tests.sh

@@ -171,15 +171,18 @@ class Predictor:
     def probabilities(self, pixels):
         """uint8 [N, size, size, 3] -> float [N, classes]."""
         outputs = self.outputs(pixels)
-        if self.spec.softmax:
-            return outputs
-        powers = np.exp(outputs.astype('float64') - outputs.max(axis=1, keepdims=True))
-        return powers / powers.sum(axis=1, keepdims=True)
+        return outputs if self.spec.softmax else softmax(outputs)
 
     def _prediction(self, probabilities, top):
         ids = np.argsort(-probabilities, kind='stable')[:top].tolist()
         names = [self.spec.class_names[number] if self.spec.class_names else str(number) for number in ids]
         return Prediction(ids, names, probabilities[ids].tolist())
+
+
+def softmax(logits):
+    """Probabilities, float64 [N, classes], of logits."""
+    powers = np.exp(logits.astype('float64') - logits.max(axis=1, keepdims=True))
+    return powers / powers.sum(axis=1, keepdims=True)
 
 
 def run_batches(run, spec, pixels):

@@ -88,12 +88,10 @@ def load(path, engine):
 
 def compare(logits, pixels, kind, spec, path, engine):
     """Print how far an artefact is from the logits of images. Raises: UserError if it is too far."""
-    from deploy.predictor import run_batches
+    from deploy.predictor import run_batches, softmax
     run = load(path, engine)
-    if spec.softmax:
-        powers = np.exp(logits - logits.max(axis=1, keepdims=True))
-        logits = powers / powers.sum(axis=1, keepdims=True)
-    difference, largest = np.abs(run_batches(run, spec, pixels) - logits).max(), np.abs(logits).max()
+    outputs = softmax(logits) if spec.softmax else logits
+    difference, largest = np.abs(run_batches(run, spec, pixels) - outputs).max(), np.abs(outputs).max()
     name = os.path.basename(path)
     print(f'{name:20}{engine:14}{f"{len(pixels)} {kind}":20}{difference:12.3g}{difference / largest:12.3g}')
     if not difference <= max(TOLERANCE * largest, NEGLIGIBLE):

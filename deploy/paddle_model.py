@@ -12,7 +12,6 @@ from paddle.static import InputSpec
 
 from deploy.predictor import CARD
 from mobileone import ConvNorm, SEBlock
-from transforms import EvalTransform
 
 
 class _Exported(nn.Layer):
@@ -99,9 +98,8 @@ def describe(spec):
     rounds down, and may crop a pixel beside evaluation's.
     """
     mean, std = ([0.0] * 3, [1.0] * 3) if spec.pixels != 'normalized' else (list(spec.mean), list(spec.std))
-    short = EvalTransform(spec.image_size, spec.crop_pct, spec.interpolation).resize
     interpolation = 'LANCZOS4' if spec.interpolation == 'lanczos' else spec.interpolation.upper()
-    steps = [{'ResizeImage': {'resize_short': short, 'interpolation': interpolation, 'backend': 'pil'}},
+    steps = [{'ResizeImage': {'resize_short': spec.transform.resize, 'interpolation': interpolation, 'backend': 'pil'}},
              {'CropImage': {'size': spec.image_size}},
              {'NormalizeImage': {'mean': mean, 'std': std, 'scale': 1.0 if spec.pixels == 'uint8' else 1 / 255,
                                  'order': '', 'channel_num': 3}},

@@ -29,6 +29,7 @@ ENGINES = {
 }
 WEIGHTS = ('.pdparams', '.safetensors')
 ONNX = 'model.onnx'
+ONNX_ENGINES = ('onnxruntime', 'openvino')  # the first one goes before
 # files of Paddle Inference, the fastest first
 PROGRAMS = ('inference.pdmodel', 'inference.json')
 PARAMS, CARD = 'inference.pdiparams', 'inference.yml'
@@ -77,6 +78,11 @@ class Spec:
             raise UserError(f'{path}: does not say how images become its input ({describe_error(error, 80)}): export '
                             'it with python -m tools.export_model') from None
 
+    @property
+    def transform(self):
+        """Evaluation's, from an image to the pixels that `to_input` takes."""
+        return EvalTransform(self.image_size, self.crop_pct, self.interpolation)
+
     def shift_and_scale(self):
         """Float32 arrays [3, 1, 1]: normalised = (pixel - shift) * scale, as `transforms.Normalize` computes it."""
         mean, std = (np.array(values, 'float32').reshape(-1, 1, 1) for values in (self.mean, self.std))
@@ -124,7 +130,7 @@ class Predictor:
         except ImportError as error:
             raise UserError(f'{self.path}: the engine {self.engine} cannot be imported ({describe_error(error)}); '
                             f'install it again: {ENGINES[self.engine][1]}') from None
-        self.transform = EvalTransform(self.spec.image_size, self.spec.crop_pct, self.spec.interpolation)
+        self.transform = self.spec.transform
 
     def __call__(self, images, top=5):
         """The `top` most probable classes of each image, a Prediction each.
@@ -186,11 +192,11 @@ def softmax(logits):
 
 
 def run_batches(run, spec, pixels):
-    """The outputs of an engine's run(input), called with as many images at a time as it takes."""
-    size, rows = spec.batch or len(pixels), []
+    """The outputs of an engine's run(input), called with as many images at a time as it takes, or BATCH."""
+    size, rows = spec.batch or BATCH, []
     for start in range(0, len(pixels), size):
         images = pixels[start:start + size]
-        missing = np.zeros([size - len(images), *images.shape[1:]], 'uint8')
+        missing = np.zeros([(spec.batch or len(images)) - len(images), *images.shape[1:]], 'uint8')
         rows.append(run(spec.to_input(np.concatenate([images, missing])))[:len(images)])
     return np.concatenate(rows)
 
@@ -227,7 +233,7 @@ def find_engine(path, engine='auto'):
     files = os.listdir(path) if os.path.isdir(path) else [os.path.basename(path)]
     if not os.path.isdir(path):
         check_regular(path)
-    able = ['onnxruntime', 'openvino'] * any(file.lower().endswith('.onnx') for file in files)
+    able = [*ONNX_ENGINES] * any(file.lower().endswith('.onnx') for file in files)
     able += ['inference'] * (os.path.isdir(path) and bool(set(PROGRAMS) & set(files)))
     able += ['paddle'] * (not os.path.isdir(path) and files[0].endswith(WEIGHTS))
     if not able:

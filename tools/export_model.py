@@ -21,6 +21,8 @@ import numpy as np
 
 from config import get_config, get_parser, resolve_config, update_config
 from deploy import phone
+from deploy.predictor import LOADERS, ONNX, ONNX_ENGINES, Spec, find_class_names, load_program, run_batches, softmax
+from images import read_image
 from runtime.files import sync
 from runtime.program import prepare_runtime, remedy, run_program
 from tools.make_list import EXTENSIONS
@@ -60,7 +62,6 @@ def write(model, spec, folder, formats):
         import onnx
 
         from deploy.onnx_graph import build_onnx
-        from deploy.predictor import ONNX
         proto, path = build_onnx(model, spec), os.path.join(folder, ONNX)
         onnx.checker.check_model(proto, full_check=True)
         onnx.save(proto, path)
@@ -69,7 +70,7 @@ def write(model, spec, folder, formats):
                 phone.convert(name, path, spec)
                 written.append((phone.FORMATS[name][0], name))
         if 'onnx' in formats:
-            written += [(ONNX, engine) for engine in ('onnxruntime', 'openvino') if find_spec(engine)]
+            written += [(ONNX, engine) for engine in ONNX_ENGINES if find_spec(engine)]
         else:
             os.remove(path)
     if 'paddle' in formats:
@@ -80,24 +81,22 @@ def write(model, spec, folder, formats):
 
 def load(path, engine):
     """run(input) of an artefact."""
-    from deploy.predictor import LOADERS, load_program
     if engine == 'inference':
         return load_program(path)
     return phone.LOADERS[engine](path) if engine in phone.LOADERS else LOADERS[engine](path, None, None)[1]
 
 
-def compare(logits, pixels, kind, spec, path, engine):
-    """Print how far an artefact is from the logits of images. Raises: UserError if it is too far."""
-    from deploy.predictor import run_batches, softmax
-    run = load(path, engine)
-    outputs = softmax(logits) if spec.softmax else logits
-    difference, largest = np.abs(run_batches(run, spec, pixels) - outputs).max(), np.abs(outputs).max()
-    name = os.path.basename(path)
-    print(f'{name:20}{engine:14}{f"{len(pixels)} {kind}":20}{difference:12.3g}{difference / largest:12.3g}')
-    if not difference <= max(TOLERANCE * largest, NEGLIGIBLE):
-        raise UserError(f'{name}: {engine} differs from the network by {difference:.3g} on {kind}, more than '
-                        f'{TOLERANCE:g} of the largest output, {largest:.3g}; nothing was exported: leave its format '
-                        'out of -format, and please report it')
+def compare(path, engine, spec, images, expected):
+    """Print how far an artefact is from the logits of each kind of images. Raises: UserError if it is too far."""
+    name, run = os.path.basename(path), load(path, engine)
+    for kind, pixels in images.items():
+        outputs = softmax(expected[kind]) if spec.softmax else expected[kind]
+        difference, largest = np.abs(run_batches(run, spec, pixels) - outputs).max(), np.abs(outputs).max()
+        print(f'{name:20}{engine:14}{f"{len(pixels)} {kind}":20}{difference:12.3g}{difference / largest:12.3g}')
+        if not difference <= max(TOLERANCE * largest, NEGLIGIBLE):
+            raise UserError(f'{name}: {engine} differs from the network by {difference:.3g} on {kind}, more than '
+                            f'{TOLERANCE:g} of the largest output, {largest:.3g}; nothing was exported: leave its '
+                            'format out of -format, and please report it')
 
 
 def read_calibration(path, count, spec, num_classes):
@@ -106,8 +105,6 @@ def read_calibration(path, count, spec, num_classes):
     A folder's own folders are searched too. Raises: UserError, also for fewer than LEAST_IMAGES.
     """
     from datasets import read_list
-    from images import read_image
-    from transforms import EvalTransform
     if not os.path.exists(path):
         raise UserError(f'-calibration {path}: no such list or folder')
     if os.path.isdir(path):
@@ -119,8 +116,8 @@ def read_calibration(path, count, spec, num_classes):
         raise UserError(f'-calibration {path}: {len(paths)} images, but int8 needs at least {LEAST_IMAGES}, better '
                         'hundreds: add images such as the network will see')
     chosen = np.unique(np.linspace(0, len(paths) - 1, count).astype(int))
-    transform = EvalTransform(spec.image_size, spec.crop_pct, spec.interpolation)
-    return np.stack([transform(read_image(paths[index], spec.exif_transpose, spec.bit_depth)) for index in chosen])
+    return np.stack([spec.transform(read_image(paths[index], spec.exif_transpose, spec.bit_depth))
+                     for index in chosen])
 
 
 def make_int8(model, spec, path, args):
@@ -134,7 +131,7 @@ def make_int8(model, spec, path, args):
     print(f'int8 by {len(pixels) - len(held_out)} images; of {len(held_out)} others:{"same answers":>16}{"SNR":>10}')
     for way, (share, decibels) in scores.items():
         print(f'{way:34}{share:16.1%}{decibels:7.1f} dB{" (kept)" * (way == best)}')
-    for engine in filter(find_spec, ('onnxruntime', 'openvino')):
+    for engine in filter(find_spec, ONNX_ENGINES):
         share, decibels = compare_outputs(find_outputs(path, engine, spec, held_out), expected)
         print(f'{os.path.basename(path):20}{engine:14}{share:16.1%}{decibels:7.1f} dB')
         if not share >= LEAST_ANSWERS:
@@ -156,7 +153,7 @@ def parse_batch(text):
 def check_formats(formats, pixels, batch):
     """Raises: UserError for packages that a format needs, or its check, and for what it cannot take."""
     missing = [] if find_spec('onnx') else ['onnx']
-    missing += [] if 'onnx' not in formats or find_spec('onnxruntime') or find_spec('openvino') else ['onnxruntime']
+    missing += [] if 'onnx' not in formats or any(map(find_spec, ONNX_ENGINES)) else ['onnxruntime']
     if formats != ['paddle'] and missing:
         raise UserError(f'-format {formats[-1]} needs {" and ".join(missing)}: pip install -r requirements-deploy.txt, '
                         'or choose -format paddle')
@@ -242,7 +239,6 @@ def export(config, args, batch, folder):
     """Write the network to a folder as the flags say, and compare what is there with it."""
     import paddle
 
-    from deploy.predictor import ONNX, Spec, find_class_names
     from mobileone import model_convert
     from transforms import Normalize
     from weights import load_model
@@ -262,8 +258,7 @@ def export(config, args, batch, folder):
     artefacts = write(fused, spec, folder, args.format)
     print(f'{"file":20}{"engine":14}{"compared on":20}{"difference":>12}{"relative":>12}')
     for name, engine in artefacts:
-        for kind, pixels in images.items():
-            compare(expected[kind], pixels, kind, spec, os.path.join(folder, name), engine)
+        compare(os.path.join(folder, name), engine, spec, images, expected)
     if args.precision == 'int8':
         make_int8(fused, spec, os.path.join(folder, ONNX), args)
 

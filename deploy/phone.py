@@ -1,4 +1,4 @@
-"""The ONNX file of a network, converted for engines of phones: ncnn and MNN."""
+"""Convert the ONNX file of a network for the engines that run on phones: ncnn and MNN."""
 import os
 import shutil
 import subprocess
@@ -9,7 +9,7 @@ import numpy as np
 
 from utils import UserError, one_line
 
-# format -> its file, and how to get what converts and checks it
+# format -> its file, and how to install its converter and its engine
 FORMATS = {'ncnn': ('model.ncnn.param', 'pip install ncnn && pip install --no-deps pnnx'),
            'mnn': ('model.mnn', 'pip install MNN')}
 
@@ -20,7 +20,7 @@ def find_converter(name):
         return None
     if name == 'ncnn':  # not its command, which imports PyTorch
         package = find_spec('pnnx')
-        return package and os.path.join(package.submodule_search_locations[0], 'pnnx')
+        return package and shutil.which(os.path.join(package.submodule_search_locations[0], 'pnnx'))
     return shutil.which(os.path.join(os.path.dirname(sys.executable), 'mnnconvert')) or shutil.which('mnnconvert')
 
 
@@ -39,19 +39,24 @@ def convert(name, onnx, spec):
     if process.returncode or target not in made:
         last = (process.stderr.strip() or process.stdout.strip()).rpartition('\n')[2]
         raise UserError(f'-format {name}: its converter failed with status {process.returncode} ({one_line(last)}); '
-                        'leave the format out, or install another version')
-    for other in made - {target, 'model.ncnn.bin'}:  # pnnx leaves much
+                        'leave the format out, free the disk if it is full (`df -h`), or install another version')
+    for other in made - {target, 'model.ncnn.bin'}:  # pnnx leaves its intermediate files
         os.remove(os.path.join(folder, other))
 
 
+def _broken(path):
+    return UserError(f'{os.path.basename(path)}: its engine cannot read what the converter wrote; check that the disk is not full '
+                     '(`df -h`), or leave the format out')
+
+
 def load_ncnn(path):
-    """run(images) of model.ncnn.param, an image at a time, in float32 as the network is."""
+    """run(images) of model.ncnn.param, one image at a time, in float32 as the network is. Raises: UserError."""
     import ncnn
     net = ncnn.Net()
     for option in ('use_fp16_packed', 'use_fp16_storage', 'use_fp16_arithmetic', 'use_bf16_storage'):
         setattr(net.opt, option, False)
-    net.load_param(path)
-    net.load_model(path.replace('.param', '.bin'))
+    if net.load_param(path) or net.load_model(f'{path[:-len("param")]}bin'):  # inference would crash
+        raise _broken(path)
 
     def run(images):
         rows = []
@@ -64,9 +69,12 @@ def load_ncnn(path):
 
 
 def load_mnn(path):
-    """run(images) of model.mnn."""
+    """run(images) of model.mnn. Raises: UserError."""
     import MNN
-    module = MNN.nn.load_module_from_file(path, ['image'], [])
+    try:
+        module = MNN.nn.load_module_from_file(path, ['image'], [])
+    except SystemError:
+        raise _broken(path) from None
 
     def run(images):
         source = MNN.expr.const(images, images.shape, MNN.expr.NCHW, MNN.expr.float)

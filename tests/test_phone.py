@@ -16,10 +16,20 @@ def test_files_for_phones(name, files, args, trained, tmp_path):  # noqa: F811
     if not phone.find_converter(name):
         pytest.skip(f'needs {name}')
     more = [] if args else ['onnx']
-    out = export(trained, tmp_path / 'x', '-format', *more, name, *args).stdout
+    folder = tmp_path / 'net.params'  # a name that holds ".param", too
+    out = export(trained, folder, '-format', *more, name, *args).stdout
     lines = [line for line in out.splitlines() if line.startswith(files[-1])]
     assert len(lines) == 2 and all(float(line.split()[-1]) < 1e-4 for line in lines)
-    assert sorted(os.listdir(tmp_path / 'x')) == [*files, *(f'model.{kind}' for kind in more)]
+    assert sorted(os.listdir(folder)) == [*files, *(f'model.{kind}' for kind in more)]
+    os.truncate(folder / files[0], 1000)  # as on a full disk
+    with pytest.raises(UserError, match=f'^{files[-1]}: its engine cannot read what the converter wrote'):
+        phone.LOADERS[name](str(folder / files[-1]))
+
+
+def test_a_package_without_its_converter(tmp_path, monkeypatch):
+    monkeypatch.setattr(phone, 'find_spec', lambda name: type('Spec', (), {
+        'submodule_search_locations': [str(tmp_path)]}))
+    assert phone.find_converter('ncnn') is None
 
 
 def test_a_converter_that_fails_says_why(trained, tmp_path, monkeypatch):  # noqa: F811

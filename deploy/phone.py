@@ -45,8 +45,8 @@ def convert(name, onnx, spec):
 
 
 def _broken(path):
-    return UserError(f'{os.path.basename(path)}: its engine cannot read what the converter wrote; check that the disk is not full '
-                     '(`df -h`), or leave the format out')
+    return UserError(f'{os.path.basename(path)}: its engine cannot read what the converter wrote; check that the disk '
+                     'is not full (`df -h`), or leave the format out')
 
 
 def load_ncnn(path):

@@ -6,6 +6,7 @@ by it where it is used (arXiv 1906.04721, section 4.1). There are two ways here 
 tries both, and the network as it is, and keeps what is most like the network on images that it was not given.
 """
 import copy
+import errno
 import functools
 import os
 import tempfile
@@ -14,6 +15,7 @@ import numpy as np
 import onnx
 import paddle
 import paddle.nn as nn
+from google.protobuf.message import DecodeError
 from onnxruntime.quantization import CalibrationDataReader, QuantFormat, QuantType, quantize_static
 
 from deploy.onnx_graph import build_onnx
@@ -159,8 +161,11 @@ def write_int8(model, spec, pixels, path):
     with tempfile.TemporaryDirectory(dir=os.path.dirname(path)) as folder:
         source = os.path.join(folder, 'float.onnx')
         onnx.save(proto, source)
-        quantize_static(source, path, _Images(spec, pixels), QuantFormat.QDQ, per_channel=True,
-                        activation_type=QuantType.QUInt8, weight_type=QuantType.QInt8, nodes_to_exclude=FLOAT_NODES)
+        try:
+            quantize_static(source, path, _Images(spec, pixels), QuantFormat.QDQ, per_channel=True,
+                            activation_type=QuantType.QUInt8, weight_type=QuantType.QInt8, nodes_to_exclude=FLOAT_NODES)
+        except DecodeError:  # of a file that onnx has written, in C++, without noticing that the disk is full
+            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC)) from None
     proto = onnx.load(path)
     del proto.metadata_props[:]
     onnx.helper.set_model_props(proto, spec.to_metadata())

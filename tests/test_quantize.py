@@ -2,6 +2,7 @@
 import dataclasses
 import gzip
 import os
+import resource
 import sys
 
 import numpy as np
@@ -133,7 +134,7 @@ def export_command(trained, output):
 def test_what_is_exported(exported, trained, tmp_path):
     output, lines = exported
     assert os.listdir(output) == ['model.onnx']
-    start = next(number for number, line in enumerate(lines) if line.startswith('int8 by 48 images; of 16 others:'))
+    start = next(number for number, line in enumerate(lines) if line.startswith('int8 from 48 images; on 16 others:'))
     assert [line[:34].split() for line in lines[start + 1:]] == [
         ['plain'], ['weights', 'equalized'], ['activations', 'equalized'], ['model.onnx', 'onnxruntime'],
         ['model.onnx', 'openvino'], [f'exported to {output}: model.onnx'[:34].split()][0]]
@@ -177,7 +178,9 @@ def test_images_for_calibration(trained, fashion, tmp_path):
     spec = trained[2]
     pixels = read_calibration(str(fashion / 'val_list.txt'), 10, spec, 10)
     names = [line.rsplit(' ', 1)[0] for line in (fashion / 'val_list.txt').read_text().splitlines()]
-    assert len(pixels) == 10 and len(read_calibration(str(fashion / 'val_list.txt'), 256, spec, 10)) == len(names)
+    assert len(pixels) == 10
+    for count in (256, 10 ** 20):
+        assert len(read_calibration(str(fashion / 'val_list.txt'), count, spec, 10)) == len(names)
     predictor = Predictor(trained[0] / 'best.pdparams')
     for index, name in ((0, names[0]), (1, names[3]), (-1, names[-1])):
         assert pixels[index].tobytes() == predictor.pixels(fashion / name).tobytes()
@@ -204,7 +207,30 @@ def test_int8_mistakes(trained, fashion, tmp_path):
     assert f'{tmp_path}/image.png: cannot read the image' in fails(*command, few)
     few.write_text('\n'.join(8 * ['image.png']))
     assert "few.txt:1: 'image.png' is not \"path label\"" in fails(*command, few)
+    assert 'model.onnx' not in run(*command, few, status=2).stdout, 'found before anything is written'
     assert sorted(os.listdir(tmp_path)) == ['empty', 'few.txt']
+
+
+def test_a_full_disk(trained, tmp_path, monkeypatch):
+    """Of which onnx's shape inference says nothing: what it writes is longer than the file that it reads."""
+    _, model, spec = trained
+    path, pixels = float_file(model, spec, tmp_path), demo_images('t10k', 16)[0]
+    limits = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (os.path.getsize(path) + 500, limits[1]))
+    try:
+        with pytest.raises(OSError, match='No space left on device'):
+            int8.write_int8(model, spec, pixels, str(tmp_path / 'int8.onnx'))
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, limits)
+    assert os.listdir(tmp_path) == ['model.onnx']
+
+
+def test_a_package_that_cannot_be_imported(trained, fashion, tmp_path):
+    (tmp_path / 'onnxruntime.py').write_text('raise ImportError("libcudart.so: no such file")')
+    message = fails(*export_command(trained, tmp_path / 'x'), '-calibration', fashion / 'val',
+                    env={'PYTHONPATH': str(tmp_path)})
+    assert 'a package cannot be imported (ImportError: libcudart.so: no such file): install it again' in message
+    assert os.listdir(tmp_path) == ['onnxruntime.py']
 
 
 def test_int8_that_answers_otherwise_is_none(trained, fashion, tmp_path, monkeypatch):

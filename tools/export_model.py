@@ -9,7 +9,7 @@
 a folder of model.onnx (ONNX Runtime, OpenVINO and others) and of inference.pdmodel, on PaddlePaddle 3 inference.json
 too (Paddle Inference), with inference.yml; tools.predict takes it. Each file is loaded again by its engine and compared
 with the given network, on random images and on those of the val list, if there is one. With -precision int8, model.onnx
-alone is written, and then made int8 with the help of images of -calibration. docs/deployment.md has more.
+alone is written, and made int8 with the images of -calibration. docs/deployment.md has more.
 """
 import contextlib
 import dataclasses
@@ -26,7 +26,7 @@ from images import read_image
 from runtime.files import sync
 from runtime.program import prepare_runtime, remedy, run_program
 from tools.make_list import EXTENSIONS
-from utils import UserError, setup_logger
+from utils import UserError, describe_error, setup_logger
 
 # share of the largest output by which an exported network may differ, and what changes no probability
 TOLERANCE, NEGLIGIBLE = 3e-4, 1e-5
@@ -115,20 +115,19 @@ def read_calibration(path, count, spec, num_classes):
     if len(paths) < LEAST_IMAGES:
         raise UserError(f'-calibration {path}: {len(paths)} images, but int8 needs at least {LEAST_IMAGES}, better '
                         'hundreds: add images such as the network will see')
-    chosen = np.unique(np.linspace(0, len(paths) - 1, count).astype(int))
+    chosen = np.unique(np.linspace(0, len(paths) - 1, min(count, len(paths))).astype(int))
     return np.stack([spec.transform(read_image(paths[index], spec.exif_transpose, spec.bit_depth))
                      for index in chosen])
 
 
-def make_int8(model, spec, path, args):
-    """Make the ONNX file of a fused network int8, and print how much it answers as before, with each engine.
+def make_int8(model, spec, path, pixels, source):
+    """Make the ONNX file of a fused network int8, and print how many of its answers are unchanged, with each engine.
 
-    Raises: UserError if that is too little.
+    pixels: uint8 [N, size, size, 3], images from `source`. Raises: UserError if too few are.
     """
     from deploy.quantize import compare_outputs, find_outputs, quantize
-    pixels = read_calibration(args.calibration, args.num_images, spec, model.fc.weight.shape[1])
     scores, best, held_out, expected = quantize(model, spec, pixels, path)
-    print(f'int8 by {len(pixels) - len(held_out)} images; of {len(held_out)} others:{"same answers":>16}{"SNR":>10}')
+    print(f'int8 from {len(pixels) - len(held_out)} images; on {len(held_out)} others:{"same answers":>14}{"SNR":>10}')
     for way, (share, decibels) in scores.items():
         print(f'{way:34}{share:16.1%}{decibels:7.1f} dB{" (kept)" * (way == best)}')
     for engine in filter(find_spec, ONNX_ENGINES):
@@ -136,7 +135,7 @@ def make_int8(model, spec, path, args):
         print(f'{os.path.basename(path):20}{engine:14}{share:16.1%}{decibels:7.1f} dB')
         if not share >= LEAST_ANSWERS:
             raise UserError(f"-precision int8: {engine} gives the network's answers for {share:.1%} of {len(held_out)} "
-                            f'images of {args.calibration} that it was not calibrated with, less than '
+                            f'images of {source} that it was not calibrated with, less than '
                             f'{LEAST_ANSWERS:.0%}; nothing was exported: give more images of the kind that the network '
                             'was trained on, or leave it in floating point')
 
@@ -214,8 +213,8 @@ def main():
                         '(default: dynamic)')
     parser.add_argument('-precision', choices=['float32', 'int8'], default='float32',
                         help='of weights and activations (default: float32)')
-    parser.add_argument('-calibration', metavar='PATH', help='images for int8: a list file as for training, or a '
-                        'folder')
+    parser.add_argument('-calibration', metavar='PATH', help='images for int8: a list file like those of training, '
+                        'or a folder')
     parser.add_argument('-num_images', metavar='N', type=int, default=256, help='images of -calibration to use, a '
                         'quarter of them to compare on (default: 256)')
     parser.add_argument('-raw', action='store_true', help="a checkpoint's raw weights, not its EMA")
@@ -231,7 +230,11 @@ def main():
     check_formats(args.format, args.normalize, batch)
     with new_folder(args.output) as folder:
         prepare_runtime()
-        export(config, args, batch, folder)
+        try:
+            export(config, args, batch, folder)
+        except ImportError as error:
+            raise UserError(f'a package cannot be imported ({describe_error(error)}): install it again, see '
+                            'requirements-deploy.txt') from None
     print(f'exported to {args.output}: {", ".join(sorted(os.listdir(args.output)))}')
 
 
@@ -248,6 +251,8 @@ def export(config, args, batch, folder):
     spec = dataclasses.replace(
         Spec.of_config(config, find_class_names(config.MODEL.PRETRAINED, config.MODEL.NUM_CLASSES)),
         pixels=args.normalize or 'normalized', softmax=args.softmax, batch=batch)
+    calibration = read_calibration(args.calibration, args.num_images, spec, config.MODEL.NUM_CLASSES) if (
+        args.precision == 'int8') else None
     images = sample_images(config, bool(args.data_path))
     normalize = Normalize(spec.mean, spec.std)
     with paddle.no_grad():
@@ -260,7 +265,7 @@ def export(config, args, batch, folder):
     for name, engine in artefacts:
         compare(os.path.join(folder, name), engine, spec, images, expected)
     if args.precision == 'int8':
-        make_int8(fused, spec, os.path.join(folder, ONNX), args)
+        make_int8(fused, spec, os.path.join(folder, ONNX), calibration, args.calibration)
 
 
 if __name__ == '__main__':

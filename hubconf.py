@@ -10,36 +10,39 @@ dependencies = ['numpy', 'paddle', 'PIL', 'tqdm', 'yacs', 'yaml']
 _CONFIGS = _os.path.join(_os.path.dirname(_os.path.abspath(__file__)), 'configs')
 
 
-def _build(name, pretrained, fused):
+def _build(name, pretrained, fused, num_classes):
     config = _get_config(_os.path.join(_CONFIGS, f'{name}.yaml'))
-    model = _load_model(config, pretrained)[0] if pretrained else _build_mobileone(config)
+    config.MODEL.NUM_CLASSES = num_classes
+    model = _load_model(config, _os.fspath(pretrained))[0] if pretrained else _build_mobileone(config)
     return _model_convert(model) if fused else model
 
 
-def mobileone_s0(pretrained='', fused=False):
-    """MobileOne-S0: [N, 3, H, W] images -> [N, 1000] logits.
+def mobileone_s0(pretrained='', fused=False, num_classes=1000):
+    """MobileOne-S0: [N, 3, H, W] images -> [N, num_classes] logits.
 
-    pretrained: a weight file of this project, fused or not; '': random weights. fused: return the fused network.
+    pretrained: path of a weight file of this project, fused or not; '': random weights.
+    fused: return the fused network, in evaluation mode.
+    num_classes: of the weights.
     Raises: UserError for a file that cannot be read, and for weights that do not fit.
     """
-    return _build('mobileone_s0', pretrained, fused)
+    return _build('mobileone_s0', pretrained, fused, num_classes)
 
 
-def mobileone_s1(pretrained='', fused=False):
+def mobileone_s1(pretrained='', fused=False, num_classes=1000):
     """MobileOne-S1; as mobileone_s0."""
-    return _build('mobileone_s1', pretrained, fused)
+    return _build('mobileone_s1', pretrained, fused, num_classes)
 
 
-def mobileone_s2(pretrained='', fused=False):
+def mobileone_s2(pretrained='', fused=False, num_classes=1000):
     """MobileOne-S2; as mobileone_s0."""
-    return _build('mobileone_s2', pretrained, fused)
+    return _build('mobileone_s2', pretrained, fused, num_classes)
 
 
-def mobileone_s3(pretrained='', fused=False):
+def mobileone_s3(pretrained='', fused=False, num_classes=1000):
     """MobileOne-S3; as mobileone_s0."""
-    return _build('mobileone_s3', pretrained, fused)
+    return _build('mobileone_s3', pretrained, fused, num_classes)
 
 
-def mobileone_s4(pretrained='', fused=False):
+def mobileone_s4(pretrained='', fused=False, num_classes=1000):
     """MobileOne-S4; as mobileone_s0."""
-    return _build('mobileone_s4', pretrained, fused)
+    return _build('mobileone_s4', pretrained, fused, num_classes)

@@ -31,7 +31,11 @@ def test_networks_with_weights(is_fused, tmp_path):
 
 
 def test_from_another_folder(tmp_path):
-    """In a process of its own, whose current folder is another."""
-    code = (f"import paddle; model = paddle.hub.load({str(ROOT)!r}, 'mobileone_s4', source='local'); "
+    """In a process of its own, whose current folder is another: weights of ten classes, by a path that is no string."""
+    config = variant_config('s0')
+    config.MODEL.NUM_CLASSES = 10
+    checkpoint.save(build_mobileone(config).state_dict(), str(tmp_path / 'weights.pdparams'))
+    code = (f"import pathlib, paddle; model = paddle.hub.load({str(ROOT)!r}, 'mobileone_s0', source='local', "
+            "pretrained=pathlib.Path('weights.pdparams'), num_classes=10); "
             'print(type(model).__name__, list(model.fc.weight.shape))')
-    assert run('-c', code, cwd=tmp_path, fork=False).stdout.splitlines()[-1] == 'MobileOne [2048, 1000]'
+    assert run('-c', code, cwd=tmp_path, fork=False).stdout.splitlines()[-1] == 'MobileOne [1024, 10]'

@@ -238,7 +238,7 @@ def find_engine(path, engine='auto'):
     able += ['paddle'] * (not os.path.isdir(path) and files[0].endswith(WEIGHTS))
     if not able:
         raise UserError(f'{path}: neither weights ({", ".join(WEIGHTS)}), nor an .onnx file, nor a folder of '
-                        'tools.export_model')
+                        f'tools.export_model with {ONNX} or {PROGRAMS[0]}: export those, too')
     if engine == 'auto':
         engine = next((name for name in able if importlib.util.find_spec(ENGINES[name][0])), able[0])
     if engine not in able:

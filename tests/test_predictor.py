@@ -313,7 +313,7 @@ def test_without_the_packages(exported, monkeypatch):
 
 
 def test_files_that_no_engine_runs(trained, exported, tmp_path):
-    for path, message in ((tmp_path / 'nothing', 'no such file'), (tmp_path, 'neither weights'),
+    for path, message in ((tmp_path / 'nothing', 'no such file'), (tmp_path, 'neither weights .* with model.onnx or'),
                           (trained[0] / 'config.yaml', 'neither weights')):
         with pytest.raises(UserError, match=f'{path}: {message}'):
             Predictor(path)

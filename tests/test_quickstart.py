@@ -16,7 +16,10 @@ def test_cells_run(trained, fashion, tmp_path):  # noqa: F811
     cells = [''.join(cell['source']) for cell in json.loads((ROOT / 'quickstart.ipynb').read_text())['cells']
              if cell['cell_type'] == 'code']
     (tmp_path / 'notebook.py').write_text('\n\n'.join(['import matplotlib', "matplotlib.use('Agg')", *cells]))
+    (tmp_path / 'exported').mkdir()
+    (tmp_path / 'exported/theirs').touch()
     out = run('notebook.py', cwd=tmp_path, fork=False).stdout
+    assert (tmp_path / 'exported/theirs').exists(), 'what the user has exported as README.md shows'
     assert 'raw weights' in out and out.count('stride ') == 5 and 'onnxruntime class ' in out
     assert float(out.split('largest difference of the logits: ')[1].split()[0]) < 1e-4
     assert out.count(' ms\n') == 3

@@ -1,9 +1,9 @@
-"""A fused MobileOne as an ONNX file in int8, after its channels have been scaled to suit eight bits. Needs no training.
+"""Write a fused MobileOne as an int8 ONNX file, its channels rescaled to suit eight bits. Needs no training.
 
-A tensor has one scale for all its channels, so a channel of small values gets few of its 256 levels. But a network of
-ReLUs computes the same when a channel of an activation is divided by a positive number where it is made and multiplied
-by it where it is used (arXiv 1906.04721, section 4.1). There are two ways here to choose those numbers, `quantize`
-tries both, and the network as it is, and keeps what is most like the network on images that it was not given.
+A tensor has one scale for all its channels, so a channel of small values gets few of the 256 levels. But a network of
+ReLUs computes the same when a channel of an activation is divided by a positive number where it is produced and
+multiplied by it where it is used (arXiv 1906.04721, section 4.1). There are two ways here to choose those numbers.
+`quantize` tries both, and the network as it is, and keeps the one closest to the original on held-out images.
 """
 import copy
 import errno
@@ -22,20 +22,20 @@ from deploy.onnx_graph import build_onnx
 from deploy.predictor import LOADERS, run_batches
 from transforms import Normalize
 
-# passes over the network after which its weights' ranges no longer move
+# passes over the network, after which the ranges of its weights no longer change
 SWEEPS = 20
-# images at a time, for calibration keeps much in memory
+# images at a time: calibration needs much memory
 BATCH = 8
-# every so many images are kept from calibration, to compare on
+# one image in this many is held out from calibration, to compare on
 HOLD_OUT = 4
 # nodes of deploy.onnx_graph that stay in floating point
 FLOAT_NODES = ['shifted', 'normalized', 'probabilities']
 
 
 def find_links(model):
-    """What lies around each ReLU of a fused network, in order: (convolution, its SEBlock or None, who uses the result).
+    """What lies around each ReLU of a fused network, in order: (convolution, its SEBlock or None, user of the result).
 
-    That is the next convolution, or the classifier, which gets the means over the map.
+    The user is the next convolution, or the classifier, which gets the means over the map.
     """
     made = [(getattr(block, name).conv, getattr(block, f'{name[:2]}_se', None))
             for stage in model.stages for block in stage for name in block.convs]
@@ -67,7 +67,7 @@ def _multiply(tensor, axis, factors):
 def divide_activation(link, numerator, denominator=1):
     """Divide the channels of a link's activation by numerator / denominator, [C] each, which changes no output.
 
-    Channels for which that is 0 or infinite are always zero, or nobody uses them; they stay as they are.
+    Channels for which that is 0 or infinite are always zero, or unused; they stay as they are.
     """
     conv, se, user = link
     with np.errstate(divide='ignore', invalid='ignore'):
@@ -86,9 +86,9 @@ def _copy(model):
 
 
 def equalize_weights(model):
-    """A fused network scaled so that each channel has the same range in the weights that make it and that use it.
+    """A fused network scaled so that each channel has the same range in the weights that produce it and that use it.
 
-    Cross-layer equalization, arXiv 1906.04721, section 4.1. Returns: a new network, of the same outputs.
+    Cross-layer equalization, arXiv 1906.04721, section 4.1. Returns: a new network with the same outputs.
     """
     model = _copy(model)
     for _ in range(SWEEPS):
@@ -99,12 +99,12 @@ def equalize_weights(model):
 
 
 def equalize_activations(model, largest):
-    """A fused network scaled by its activations, as a list of their largest values, float [C] each, says.
+    """A fused network scaled by the ranges of its activations. largest: their largest values, as `find_largest` says.
 
     Before a depthwise convolution, whose channels each have a scale of their own, all channels get the same range.
-    Before a dense one, where weights of one output share a scale, the range is divided between activation and weight:
-    SmoothQuant with alpha 0.5, arXiv 2211.10438, equation 4. Last to first, for a layer's weights are to be those that
-    its own outputs' scales leave. Returns: a new network, of the same outputs.
+    Before a dense one, where the weights of one output share a scale, the range is split between activation and
+    weight: SmoothQuant with alpha 0.5, arXiv 2211.10438, equation 4. From last to first, because scaling a layer's
+    outputs changes the weights that scaling its inputs looks at. Returns: a new network with the same outputs.
     """
     model = _copy(model)
     for link, top in reversed(list(zip(find_links(model), largest))):
@@ -119,7 +119,7 @@ def equalize_activations(model, largest):
 def find_largest(model, spec, pixels):
     """The largest value of each channel after each ReLU of a fused network, a list of float32 [C].
 
-    Where there is SE, the largest magnitude before it: that tensor is quantized too, and not only its positive part.
+    With SE, the largest magnitude before it: that tensor is quantized too, its negative part included.
     pixels: uint8 [N, size, size, 3].
     """
     normalize, found = Normalize(spec.mean, spec.std), []
@@ -137,7 +137,7 @@ def find_largest(model, spec, pixels):
 
 
 class _Images(CalibrationDataReader):
-    """Batches of a model's input. The last one begins again at the first image, for a model may take whole ones only.
+    """Batches of a model's input. The last one is filled up with the first images, as a model may need whole batches.
     """
 
     def __init__(self, spec, pixels):
@@ -150,13 +150,13 @@ class _Images(CalibrationDataReader):
 
 
 def write_int8(model, spec, pixels, path):
-    """Write a fused network as an ONNX file in int8, like `build_onnx` in all else.
+    """Write a fused network as an int8 ONNX file, otherwise like that of `build_onnx`.
 
-    Weights have a signed scale per output channel, activations an unsigned one per tensor, from their smallest and
-    largest values on calibration images. pixels: uint8 [N, size, size, 3].
+    Weights are signed, with a scale per output channel; activations are unsigned, with a scale per tensor, from their
+    smallest and largest values on the calibration images. pixels: uint8 [N, size, size, 3].
     """
     proto = build_onnx(model, spec)
-    # there is nothing to fuse, but ONNX Runtime would advise it
+    # there is nothing to fuse, but ONNX Runtime would recommend it
     onnx.helper.set_model_props(proto, {'onnx.quant.pre_process': 'onnxruntime.quant'})
     with tempfile.TemporaryDirectory(dir=os.path.dirname(path)) as folder:
         source = os.path.join(folder, 'float.onnx')
@@ -185,10 +185,10 @@ def compare_outputs(outputs, expected):
 
 
 def quantize(model, spec, pixels, path):
-    """Replace the ONNX file of a fused network by one in int8: plain, or equalized in one of two ways.
+    """Replace the ONNX file of a fused network with an int8 one: plain, or equalized in one of two ways.
 
-    pixels: uint8 [N, size, size, 3], images such as the network will see. One of HOLD_OUT is held out; the way
-    of the largest signal-to-noise ratio on those is kept: of answers, one more or less would decide.
+    pixels: uint8 [N, size, size, 3], images like those that the network will see. One in HOLD_OUT is held out; the way
+    with the highest signal-to-noise ratio on those is kept (answers are too few: a single one could decide).
     Returns: ({way: `compare_outputs`}, the kept way, the pixels held out, the network's outputs for them).
     """
     is_held_out = np.arange(len(pixels)) % HOLD_OUT == HOLD_OUT - 1

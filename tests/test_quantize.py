@@ -1,4 +1,4 @@
-"""Exports in int8: scaled channels change nothing, and save the answers of networks whose channels differ in scale."""
+"""Int8 exports: scaling channels changes nothing, and keeps the answers of networks whose channels differ in scale."""
 import dataclasses
 import gzip
 import os
@@ -137,7 +137,7 @@ def test_what_is_exported(exported, trained, tmp_path):
     start = next(number for number, line in enumerate(lines) if line.startswith('int8 from 48 images; on 16 others:'))
     assert [line[:34].split() for line in lines[start + 1:]] == [
         ['plain'], ['weights', 'equalized'], ['activations', 'equalized'], ['model.onnx', 'onnxruntime'],
-        ['model.onnx', 'openvino'], [f'exported to {output}: model.onnx'[:34].split()][0]]
+        ['model.onnx', 'openvino'], f'exported to {output}: model.onnx'[:34].split()]
     assert sum(line.endswith('(kept)') for line in lines) == 1
     proto, other = onnx.load(output / 'model.onnx'), build_onnx(*trained[1:])
     onnx.checker.check_model(proto, full_check=True)

@@ -33,7 +33,7 @@ class _Graph:
         return self.add('Mul', [x, y], name)
 
     def normalize(self, x, spec):
-        """Pixels as `spec.pixels` says -> normalised floats. Not folded into the stem, which pads with zeros after it.
+        """Pixels as `spec.pixels` says -> normalized floats. Not folded into the stem, which pads with zeros after it.
         """
         if spec.pixels == 'uint8':
             x = self.add('Cast', [x], 'pixels', to=TensorProto.FLOAT)

@@ -84,7 +84,7 @@ class Spec:
         return EvalTransform(self.image_size, self.crop_pct, self.interpolation)
 
     def shift_and_scale(self):
-        """Float32 arrays [3, 1, 1]: normalised = (pixel - shift) * scale, as `transforms.Normalize` computes it."""
+        """Float32 arrays [3, 1, 1]: normalized = (pixel - shift) * scale, as `transforms.Normalize` computes it."""
         mean, std = (np.array(values, 'float32').reshape(-1, 1, 1) for values in (self.mean, self.std))
         largest = np.float32(1 if self.pixels == 'unit' else 255)
         return largest * mean, 1 / (largest * std)

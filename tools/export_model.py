@@ -2,14 +2,15 @@
 
   python -m tools.export_model -cfg configs/mobileone_s0.yaml -pretrained mobileone_s0.pdparams -output exported
   python -m tools.export_model -cfg output/demo/config.yaml -pretrained output/demo/best.pdparams -output exported
-  python -m tools.export_model -cfg configs/mobileone_s0.yaml -pretrained mobileone_s0.pdparams -output exported \
+  python -m tools.export_model -cfg configs/mobileone_s0.yaml -pretrained mobileone_s0.pdparams -output exported \\
     -precision int8 -calibration data/train_list.txt
 
 -pretrained is a weight file, fused or not, or a training checkpoint (its EMA weights, if it has some). -output becomes
 a folder of model.onnx (ONNX Runtime, OpenVINO and others) and of inference.pdmodel, on PaddlePaddle 3 inference.json
 too (Paddle Inference), with inference.yml; tools.predict takes it. Each file is loaded again by its engine and compared
 with the given network, on random images and on those of the val list, if there is one. With -precision int8, model.onnx
-alone is written, and made int8 with the images of -calibration. docs/deployment.md has more.
+alone is written, and made int8 with the images of -calibration. -format ncnn mnn is for phones. docs/deployment.md has
+more.
 """
 import contextlib
 import dataclasses
@@ -207,7 +208,7 @@ def main():
     parser.add_argument('-format', nargs='+', choices=['paddle', 'onnx', *phone.FORMATS],
                         help='formats to write (default: paddle onnx; of int8: onnx)')
     parser.add_argument('-softmax', action='store_true', help='let the network give probabilities, not logits')
-    parser.add_argument('-normalize', choices=['uint8', 'unit'], help='let the network normalise its images: it takes '
+    parser.add_argument('-normalize', choices=['uint8', 'unit'], help='let the network normalize its images: it takes '
                         'uint8 pixels, or floats from 0 to 1')
     parser.add_argument('-batch', metavar='N', default='dynamic', help='images at a time, and the image size fixed '
                         '(default: dynamic)')

@@ -204,6 +204,8 @@ def test_int8_mistakes(trained, fashion, tmp_path):
     few.write_text('\n'.join(lines[:7]))
     assert 'few.txt: 7 images, but int8 needs at least 8' in fails(*command, few)
     few.write_text('\n'.join(8 * ['image.png 0']))
+    assert f'image, {tmp_path}/image.png, does not exist; the paths of a list are rel' in fails(*command, few)
+    few.write_text(f'{fashion}/{lines[0]}\n' + '\n'.join(8 * ['image.png 0']))
     assert f'{tmp_path}/image.png: cannot read the image' in fails(*command, few)
     few.write_text('\n'.join(8 * ['image.png']))
     assert "few.txt:1: 'image.png' is not \"path label\"" in fails(*command, few)

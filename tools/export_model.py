@@ -116,6 +116,9 @@ def read_calibration(path, count, spec, num_classes):
     if len(paths) < LEAST_IMAGES:
         raise UserError(f'-calibration {path}: {len(paths)} images, but int8 needs at least {LEAST_IMAGES}, better '
                         'hundreds: add images such as the network will see')
+    if not os.path.isdir(path) and not os.path.exists(paths[0]):
+        raise UserError(f'-calibration {path}: its first image, {paths[0]}, does not exist; the paths of a list are '
+                        'relative to its folder')
     chosen = np.unique(np.linspace(0, len(paths) - 1, min(count, len(paths))).astype(int))
     return np.stack([spec.transform(read_image(paths[index], spec.exif_transpose, spec.bit_depth))
                      for index in chosen])

@@ -190,7 +190,8 @@ def test_int8_mistakes(trained, fashion, tmp_path):
     output = tmp_path / 'x'
     command = export_command(trained, output)
     assert '-precision int8 needs -calibration: a list or a folder' in fails(*command)
-    assert '-calibration is for -precision int8' in fails(*command[:-2], '-calibration', fashion / 'val')
+    for flag, value in (('-calibration', fashion / 'val'), ('-num_images', '64')):
+        assert f'{flag} is for -precision int8' in fails(*command[:-2], flag, value)
     command.append('-calibration')
     for formats in (['paddle'], ['onnx', 'ncnn']):
         message = fails(*command, fashion / 'val', '-format', *formats)

@@ -171,8 +171,9 @@ def check_formats(formats, pixels, batch):
 def check_int8(args):
     """Raises: UserError for flags that -precision int8 needs or excludes, and for its package."""
     if args.precision != 'int8':
-        if args.calibration:
-            raise UserError('-calibration is for -precision int8: add that, or leave it out')
+        for flag in ('calibration', 'num_images'):
+            if getattr(args, flag) is not None:
+                raise UserError(f'-{flag} is for -precision int8: add that, or leave it out')
         return
     if not args.calibration:
         raise UserError('-precision int8 needs -calibration: a list or a folder of images of the kind that the network '
@@ -180,6 +181,7 @@ def check_int8(args):
     if set(args.format) != {'onnx'}:
         raise UserError(f'-precision int8 is for -format onnx alone, not {" ".join(args.format)}: leave the rest out, '
                         'or export it to another folder')
+    args.num_images = 256 if args.num_images is None else args.num_images
     if args.num_images < LEAST_IMAGES:
         raise UserError(f'-num_images is {args.num_images}, but must be at least {LEAST_IMAGES}, better hundreds')
     if not find_spec('onnxruntime'):
@@ -219,7 +221,7 @@ def main():
                         help='of weights and activations (default: float32)')
     parser.add_argument('-calibration', metavar='PATH', help='images for int8: a list file like those of training, '
                         'or a folder')
-    parser.add_argument('-num_images', metavar='N', type=int, default=256, help='images of -calibration to use, a '
+    parser.add_argument('-num_images', metavar='N', type=int, help='images of -calibration to use, a '
                         'quarter of them to compare on (default: 256)')
     parser.add_argument('-raw', action='store_true', help="a checkpoint's raw weights, not its EMA")
     args = parser.parse_args()

@@ -9,6 +9,7 @@ from PIL import Image
 
 from runtime import checkpoint
 from tools.benchmark.latency import ACCURACY, Worker
+from tools.benchmark.launches import count_launches
 from utils import UserError
 from weights import build_network
 
@@ -32,6 +33,22 @@ def test_processes(fashion, call_main):
         *program, *args, '-repeats', '0')
     # in processes of their own
     assert '-nproc 1: main_multi_gpu.py: error: ' in fails(*program, *args, 'TRAIN.ACCUM_ITER', '1000')
+
+
+def test_launches():
+    layer, x = paddle.nn.Linear(4, 3), paddle.ones([2, 4])
+    optimizer = paddle.optimizer.SGD(0.1, parameters=layer.parameters())
+
+    def step():
+        layer(x).tanh().sum().backward()
+        optimizer.step()
+        optimizer.clear_grad()
+    step()
+    assert count_launches(lambda: None) == 0
+    assert count_launches(lambda: x + x) == 1
+    # matmul, add, tanh, sum; the gradient of the loss itself; four gradients; an update of weight and bias
+    for _ in range(2):
+        assert count_launches(step) == 4 + 1 + 4 + 2
 
 
 @pytest.fixture

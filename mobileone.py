@@ -1,9 +1,15 @@
 """MobileOne in PaddlePaddle: "An Improved One millisecond Mobile Backbone", arXiv 2206.04040.
 
 A layer trains with parallel branches (section 3.2, figure 3: k convolutions, a 1x1 "scale" and a batch-norm "skip",
-summed) and is fused into one convolution with a bias for use.
+summed) and is fused into one convolution with a bias for use. A convolution is linear in its kernel. So the branches
+are one convolution in training too: of their stacked kernels there (`merged_branches`), of the kernels' sum in use
+(`MobileOneBlock.equivalent_kernel_bias`).
 """
+import contextlib
 import copy
+import functools
+import math
+from typing import NamedTuple
 
 import numpy as np
 import paddle
@@ -66,6 +72,8 @@ class MobileOneBlock(nn.Layer):
     def __init__(self, in_channels, out_channels, num_branches=1, stride=1, use_se=False, deploy=False, use_pw=True):
         super().__init__()
         self.deploy = deploy
+        # name of a layer -> its MergedLayer, while `merged_branches` is open
+        self.merged = {}
         self.act = nn.ReLU()
         dw_channels = in_channels if use_pw else out_channels
         # name of a layer -> its convolution's shape
@@ -94,10 +102,35 @@ class MobileOneBlock(nn.Layer):
                 branches.append(getattr(self, f'{name[:2]}_{other}'))
         return branches
 
+    def mergeable_branches(self, name):
+        """The convolutions of the layer `name` if they can be merged in training, else an empty list.
+
+        That takes two or more, with nothing about them that a merged layer would pass over.
+        """
+        branches = [] if self.deploy else [branch for branch in self._branches(name) if isinstance(branch, ConvNorm)]
+        if len(branches) < 2 or not all(map(_is_plain, branches)):
+            return []
+        return branches if len({(branch.norm._momentum, branch.norm._epsilon) for branch in branches}) == 1 else []
+
+    def _merged_forward(self, x, name):
+        """The layer `name` by its MergedLayer: one convolution and one norm, and the skip, if any, beside them."""
+        conv, merged = self.convs[name], self.merged[name]
+        size, groups, kernel = conv['kernel_size'], conv.get('groups', 1), merged.kernel
+        if groups > 1 and _is_on_cpu(x):
+            groups, kernel = _widen_groups(groups, kernel, x.shape[-1])
+        y = F.conv2d(x, kernel, stride=conv.get('stride', 1), padding=size // 2, groups=groups)
+        y = F.batch_norm(y, merged.mean, merged.variance, merged.weight, merged.bias, True, merged.norm._momentum,
+                         merged.norm._epsilon)
+        y = _sum_neighbors(y, kernel.shape[0] // conv['out_channels'])
+        skip = getattr(self, f'{name[:2]}_skip', None)
+        return y if skip is None else y + skip(x)
+
     def forward(self, x):
         for name in self.convs:
             if self.deploy:
                 x = getattr(self, name)(x)
+            elif name in self.merged:
+                x = self._merged_forward(x, name)
             else:
                 x = sum_tensors([branch(x) for branch in self._branches(name)])
             if hasattr(self, f'{name[:2]}_se'):
@@ -165,14 +198,18 @@ def _fold_batch_norm(branch, conv):
         norm, kernel = branch.norm, branch.conv.weight.astype('float64')
     else:
         norm, kernel = branch, _identity_kernel(conv['in_channels'], conv.get('groups', 1))
-    margin = (size - kernel.shape[-1]) // 2
-    if margin:
-        kernel = F.pad(kernel, [margin] * 4)
+    kernel = _pad_kernel(kernel, size)
     # Paddle's kernels (2.6.2, 3.3.1) take epsilon in single precision: 1e-5 rounded matters where a variance is tiny
     epsilon = float(np.float32(norm._epsilon))
     scale = norm.weight.astype('float64') / paddle.sqrt(norm._variance.astype('float64') + epsilon)
     bias = norm.bias.astype('float64') - norm._mean.astype('float64') * scale
     return kernel * scale.reshape([-1, 1, 1, 1]), bias
+
+
+def _pad_kernel(kernel, size):
+    """[O, I, K, K] -> [O, I, size, size], with zeros around it."""
+    margin = (size - kernel.shape[-1]) // 2
+    return F.pad(kernel, [0] * 4 + [margin] * 4) if margin else kernel
 
 
 def _identity_kernel(channels, groups):
@@ -181,6 +218,118 @@ def _identity_kernel(channels, groups):
     if groups == channels:
         kernel = paddle.ones([channels, 1], dtype='float64')
     return kernel.reshape([channels, channels // groups, 1, 1])
+
+
+class MergedLayer(NamedTuple):
+    """The k convolutions of a layer as one, and their batch norms as one. Outputs o * k to o * k + k - 1 belong to o.
+
+    kernel [O * k, I / groups, K, K]; weight, bias, mean, variance of the norm [O * k]; norm: one of the k.
+    """
+    kernel: paddle.Tensor
+    weight: paddle.Tensor
+    bias: paddle.Tensor
+    mean: paddle.Tensor
+    variance: paddle.Tensor
+    norm: nn.BatchNorm2D
+
+
+@contextlib.contextmanager
+def merged_branches(stages):
+    """While it is open, the convolutions of a layer are one in unfused blocks that train, wherever that is possible.
+
+    Outputs and gradients are those of the branches, and so are the statistics, which the norms get at the end.
+    The tensors of all norms are gathered together, since on a GPU a step takes as long as its operators are many.
+    """
+    blocks = [block for stage in stages for block in stage.children() if isinstance(block, MobileOneBlock)]
+    layers = [(block, name, branches) for block in blocks for name in block.convs
+              if (branches := block.mergeable_branches(name))]
+    if not layers:
+        yield
+        return
+    norms = [branch.norm for _, _, branches in layers for branch in branches]
+    channels = [norm.weight.shape[0] for norm in norms]
+    order, back, sizes = _neighbors(tuple(len(branches) for _, _, branches in layers), tuple(channels),
+                                    paddle.device.get_device())
+
+    def gather(attribute):
+        return paddle.gather(paddle.concat([getattr(norm, attribute) for norm in norms]), order).split(sizes)
+    with paddle.amp.auto_cast(enable=False):
+        kernels = [_stack_kernels(branches, block.convs[name]['kernel_size']) for block, name, branches in layers]
+        weights, biases = gather('weight'), gather('bias')
+        with paddle.no_grad():
+            means, variances = gather('_mean'), gather('_variance')
+    for (block, name, branches), *tensors in zip(layers, kernels, weights, biases, means, variances):
+        block.merged[name] = MergedLayer(*tensors, branches[0].norm)
+    try:
+        yield
+    finally:
+        for block, _, _ in layers:
+            block.merged = {}
+    with paddle.no_grad():
+        for attribute, tensors in (('_mean', means), ('_variance', variances)):
+            values = paddle.gather(paddle.concat(tensors), back).split(channels)
+            for norm, value in zip(norms, values):
+                value._share_buffer_to(getattr(norm, attribute))
+
+
+def _is_plain(branch):
+    """Whether a branch is a convolution and a batch norm in training, and nothing else."""
+    layers = (branch, branch.conv, branch.norm)
+    return ([type(layer) for layer in layers] == [ConvNorm, nn.Conv2D, nn.BatchNorm2D] and branch.norm.training
+            and not branch.norm._use_global_stats
+            and not any(layer._forward_pre_hooks or layer._forward_post_hooks for layer in layers))
+
+
+def _stack_kernels(branches, size):
+    """Kernels of k branches [O, I / groups, K, K] -> [O * k, I / groups, size, size], in the order of a MergedLayer."""
+    return paddle.stack([_pad_kernel(branch.conv.weight, size) for branch in branches], axis=1).flatten(0, 1)
+
+
+@functools.lru_cache(maxsize=16)
+def _neighbors(counts, channels, device):
+    """How vectors of norms, in a row, become those of MergedLayers in a row: (order, the order back, their sizes).
+
+    counts: norms of each layer; channels: of each norm; device: where the orders are.
+    """
+    parts, sizes, start, norm = [], [], 0, 0
+    for count in counts:
+        sizes.append(count * channels[norm])
+        parts.append(start + np.arange(sizes[-1]).reshape([count, -1]).T.ravel())
+        start, norm = start + sizes[-1], norm + count
+    order = np.concatenate(parts)
+    return paddle.to_tensor(order), paddle.to_tensor(np.argsort(order)), sizes
+
+
+def _is_on_cpu(x):
+    return x.place.is_cpu_place()
+
+
+def _widen_groups(groups, kernel, size):
+    """Groups and kernel of the same depthwise convolution as one of fewer, denser groups, where maps are small.
+
+    Paddle's convolution on a CPU is a matrix product for each image and group, each too small there.
+    kernel [C * k, 1, K, K] -> [C * k, width, K, K] with zeros between the channels of a group; size: of the map.
+    """
+    width = 1 if size >= 28 else 4 if size >= 14 else 8
+    width = math.gcd(width, groups)
+    if width == 1:
+        return groups, kernel
+    diagonal = paddle.eye(width, dtype=kernel.dtype).reshape([width, 1, width, 1, 1])
+    blocks = kernel.reshape([groups // width, width, -1, 1, *kernel.shape[2:]]) * diagonal
+    return groups // width, blocks.reshape([kernel.shape[0], width, *kernel.shape[2:]])
+
+
+def _sum_neighbors(x, count):
+    """Sums of `count` neighboring channels: [N, C * count, H, W] -> [N, C, H, W]."""
+    batch, channels, *size = x.shape
+    x = x.reshape([batch, channels // count, count, -1])
+    if _is_on_cpu(x):  # where a sum over an axis in the middle takes 6 to 12 times as long
+        x = paddle.matmul(paddle.ones([1, count], dtype=x.dtype), x)
+    else:
+        # auto_cast would first make a copy of all branches in single precision, in which this adds up anyway
+        with paddle.amp.auto_cast(enable=False):
+            x = x.sum(axis=2)
+    return x.reshape([batch, -1, *size])
 
 
 class MobileOne(nn.Layer):
@@ -223,9 +372,11 @@ class MobileOne(nn.Layer):
         Map s is [N, feature_channels[s], H / feature_strides[s], W / feature_strides[s]], rounded up.
         """
         maps = []
-        for stage in self.stages:
-            x = stage(x)
-            maps.append(x)
+        # to_static converts what it calls, but knows no generators
+        with merged_branches(self.stages) if paddle.in_dynamic_mode() else contextlib.nullcontext():
+            for stage in self.stages:
+                x = stage(x)
+                maps.append(x)
         return maps
 
     def forward(self, x):

@@ -95,8 +95,8 @@ def build_optimizer(config, model):
     groups = [{'params': decayed, 'weight_decay': float(config.TRAIN.WEIGHT_DECAY)},
               {'params': rest, 'weight_decay': 0.0}]
     if options.NAME.lower() == 'sgd':
-        return paddle.optimizer.Momentum(learning_rate=0.0, momentum=options.MOMENTUM,
-                                         use_nesterov=options.NESTEROV, parameters=groups)
+        return paddle.optimizer.Momentum(learning_rate=0.0, momentum=options.MOMENTUM, parameters=groups,
+                                         use_nesterov=options.NESTEROV, use_multi_tensor=True)
     return paddle.optimizer.AdamW(learning_rate=0.0, beta1=options.BETAS[0], beta2=options.BETAS[1],
                                   epsilon=options.EPS, parameters=groups)
 
@@ -104,11 +104,16 @@ def build_optimizer(config, model):
 def set_weight_decay(optimizer, value):
     """Set the decay of the decayed group from the next step on.
 
-    Through a private field, the only way there is: both optimizers read it at every step (seen in Paddle 2.6.2 and
-    3.3.1, and by a test on either).
+    Through private fields, the only way there is: AdamW reads one at every step, Momentum at its first step alone,
+    when it copies it for each tensor (seen in Paddle 2.6.2 and 3.3.1, and by a test on either).
     """
     decayed = optimizer._param_groups[0]
-    decayed['regularization_coeff' if isinstance(optimizer, paddle.optimizer.Momentum) else 'weight_decay'] = value
+    if isinstance(optimizer, paddle.optimizer.Momentum):
+        decayed['regularization_coeff'] = value
+        for groups in optimizer._regularization_coeff_dict.values():
+            groups[0][:] = [value] * len(groups[0])
+    else:
+        decayed['weight_decay'] = value
 
 
 def _states(optimizer, model):
@@ -159,12 +164,36 @@ class ModelEma:
         for parameter in self.network.parameters():
             parameter.stop_gradient = True
         # the tensors themselves, which loading and training change in place: collected once, not at each step
-        own = model.state_dict()
-        self.pairs = [(average, own[name]) for name, average in self.network.state_dict().items()]
+        average, own = self.network.state_dict(), model.state_dict()
+        # vectors are joined in one operator as they are; the others, which would each be flattened, share memory
+        self.vectors = [tensor for tensor in own.values() if tensor.ndim == 1]
+        order = [name for name in own if own[name].ndim != 1] + [name for name in own if own[name].ndim == 1]
+        self.kernels = FlatTensors([tensor for tensor in own.values() if tensor.ndim != 1])
+        self.average = FlatTensors([average[name] for name in order])
 
     @paddle.no_grad()
     def update(self, decay):
         """average = decay * average + (1 - decay) * model, in place."""
-        for average, tensor in self.pairs:
-            average.scale_(decay)
-            average.add_(tensor * (1 - decay))
+        own = paddle.concat([self.kernels.buffer(), *self.vectors])
+        self.average.buffer().scale_(decay).add_(own.scale_(1 - decay))
+
+
+class FlatTensors:
+    """Tensors that share the memory of one vector, so that one operator serves all.
+
+    What gives one of them other memory, as Layer.to does, undoes that without a word: `buffer` looks before each use.
+    """
+
+    def __init__(self, tensors):
+        self.tensors = tensors
+        self._buffer = paddle.empty([0])
+
+    @paddle.no_grad()
+    def buffer(self):
+        """The vector of all tensors, one after the other."""
+        if not all(tensor._is_shared_buffer_with(self._buffer) for tensor in self.tensors):
+            self._buffer, start = paddle.concat([tensor.flatten() for tensor in self.tensors]), 0
+            for tensor in self.tensors:
+                self._buffer._slice(start, start + tensor.size)._share_buffer_to(tensor)
+                start += tensor.size
+        return self._buffer

@@ -1,18 +1,22 @@
 """Metrics, the training step and the evaluation, in one process."""
 import contextlib
 import multiprocessing
+import re
+from types import SimpleNamespace
 
 import numpy as np
 import paddle
 import paddle.nn.functional as F
 import pytest
+from conftest import ROOT, run, variant_config
 
 import engine
-from datasets import get_dataloader, get_dataset
+from datasets import TrainSampler, get_dataloader, get_dataset
 from losses import LabelSmoothingCrossEntropyLoss
 from mobileone import build_mobileone
 from optim import Schedule, build_schedule
 from run import build_training
+from tools.benchmark.launches import count_launches
 from transforms import Normalize
 from utils import UserError
 from weights import load_into
@@ -220,13 +224,64 @@ def test_mixed_precision_is_asked_for_in_training_and_evaluation(config, loaders
     training.precision = engine.Precision(config)
     assert training.precision.scaler.enable == (dtype == 'float16')
     engine.train_step(training, [next(iter(loaders[0]))], 0)
-    expected = {'enable': True, 'level': level.upper(), 'dtype': dtype}
-    assert contexts == [expected] and calls == ['scale', 'unscale_', 'step', 'update']
+    expected = {'enable': True, 'level': level.upper(), 'dtype': dtype, 'custom_white_list': {'depthwise_conv2d'}}
+    gathering = {'enable': False}  # of merged branches, in float32
+    assert contexts == [expected, gathering] and calls == ['scale', 'unscale_', 'step', 'update']
+    contexts.clear()
     engine.evaluate([('raw', training.model)], loaders[1], training.normalize, auto_cast=training.precision.auto_cast)
-    assert contexts == [expected] * (1 + len(loaders[1]))
+    assert contexts == [expected] * len(loaders[1])
     monkeypatch.setattr(paddle.amp, f'is_{dtype}_supported', lambda: False)
     with pytest.raises(UserError, match=f"AMP_DTYPE is '{dtype}', which this GPU cannot"):
         engine.Precision(config)
+
+
+@pytest.mark.parametrize('level', ['O1', 'O2'])
+def test_every_convolution_is_in_half_precision(fashion, level):
+    """Of a GPU's training, traced on a CPU: Paddle logs the type that it wants, before it finds that there is no GPU.
+
+    What a batch norm or a sum has here says nothing: they follow their inputs, which stay float32 on a CPU.
+    """
+    # Paddle reads its own variables when it is loaded
+    process = run(ROOT / 'tests/workers.py', 'amp', fashion, level, fork=False, env={
+        'PYTHONPATH': f'{ROOT}:{ROOT / "tests"}', 'GLOG_v': '6', 'GLOG_minloglevel': '0', 'GLOG_logtostderr': '1'})
+    depthwise, dense = map(int, process.stdout.split())
+    wanted = re.findall(r"Change (\w+)'s AMP type from (\w+) to FP32", process.stderr)
+    types = re.findall(r'AMP GetAmpDestDtype: op\((\w+)\)', process.stderr)
+    for operator, count in (('conv2d', dense), ('depthwise_conv2d', depthwise)):
+        assert count and types.count(operator) == count and wanted.count((operator, 'bfloat16')) == count
+    assert types.count('batch_norm') > 0 and not any(operator == 'batch_norm' for operator, _ in wanted)
+
+
+def test_the_host_never_waits_for_the_device_in_a_step(config, loaders, monkeypatch):
+    config.TRAIN.GRAD_CLIP, config.TRAIN.RANDOM_ERASE_PROB = 1.0, 0.5
+    training = build_training(config, build_mobileone(config), loaders[0])
+    batch = next(iter(loaders[0]))
+    engine.train_step(training, [batch], 0)  # makes what it needs once
+
+    def wait(tensor, *args):
+        raise AssertionError('waits for the device')
+    for name in ('numpy', 'item', 'tolist', '__float__', '__int__', '__bool__', '__array__'):
+        monkeypatch.setattr(paddle.Tensor, name, wait)
+    sums = engine.train_step(training, [batch, batch], 1)
+    with pytest.raises(AssertionError, match='waits for the device'):
+        float(sums[0])
+
+
+@pytest.mark.parametrize('on_cpu, most', [(True, 1200), (False, 950)])
+def test_launches_of_a_step(monkeypatch, on_cpu, most):
+    """Of S0 with EMA, label smoothing and SGD, by the operators for a CPU and by those for a GPU."""
+    monkeypatch.setattr('mobileone._is_on_cpu', lambda x: on_cpu)
+    config = variant_config('s0')
+    assert config.TRAIN.MODEL_EMA and config.TRAIN.SMOOTHING and config.TRAIN.OPTIMIZER.NAME == 'SGD'
+    model = build_mobileone(config)
+    training = build_training(config, model, SimpleNamespace(batch_sampler=TrainSampler(8, 2, seed=0)))
+    model.train()
+    batch = paddle.zeros([2, 64, 64, 3], 'uint8'), paddle.zeros([2], 'int64')
+
+    def step():
+        engine.train_step(training, [batch], 0)
+    step()
+    assert count_launches(step) <= most
 
 
 def test_synchronised_batch_norms_keep_names_and_weights(config):

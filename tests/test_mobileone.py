@@ -1,4 +1,5 @@
 """The network: names, sizes, branches, fusion."""
+import copy
 import json
 import pathlib
 
@@ -263,3 +264,145 @@ def test_blocks_inside_a_larger_network_are_fused():
     with paddle.no_grad():
         expected = model(images).numpy()
         np.testing.assert_allclose(fused(images).numpy(), expected, atol=1e-4 * np.abs(expected).max())
+
+
+# what merges: widths and lists for the class, and the maps of 64 pixels are 32, 16, 8, 4 and 2
+NARROW = dict(channels=[8, 8, 16, 16, 24], strides=[2, 2, 2, 2, 2], expansions=[1.0] * 5, num_classes=10)
+MERGED = [dict(num_blocks=[1, 2, 1, 2, 1], num_branches=[4] * 5),
+          dict(num_blocks=[1, 1, 2, 1, 1], num_branches=[1] * 5),
+          dict(num_blocks=[1, 1, 1, 2, 1], num_branches=[1, 2, 1, 3, 1], use_se=True)]
+
+
+def branch_by_branch(monkeypatch):
+    monkeypatch.setattr(MobileOneBlock, 'mergeable_branches', lambda self, name: [])
+
+
+def trained_step(model, x):
+    """(output, gradients, state) of a step in training; both dictionaries by name."""
+    model.train()
+    output = model(x)
+    (output * paddle.to_tensor(np.random.default_rng(2).standard_normal(output.shape))).sum().backward()
+    gradients = {name: p.grad.numpy() for name, p in model.named_parameters() if not p.stop_gradient}
+    return output.numpy(), gradients, {name: tensor.numpy() for name, tensor in model.state_dict().items()}
+
+
+def assert_steps_equal(first, second, atol=1e-12):
+    np.testing.assert_allclose(first[0], second[0], rtol=0, atol=atol)
+    for one, other in zip(first[1:], second[1:]):
+        assert one.keys() == other.keys()
+        for name in one:
+            np.testing.assert_allclose(one[name], other[name], rtol=0, atol=atol * max(1, np.abs(one[name]).max()),
+                                       err_msg=name)
+
+
+@pytest.mark.parametrize('on_cpu', [True, False])
+@pytest.mark.parametrize('options', MERGED)
+def test_merged_branches_equal_the_branches(monkeypatch, options, on_cpu):
+    """Outputs, gradients and statistics, in float64, by the operators for a CPU and by those for a GPU."""
+    model = MobileOne(**NARROW, **options)
+    randomise(model)
+    model.to(dtype='float64')
+    convolutions, conv2d = [], paddle.nn.functional.conv2d
+    monkeypatch.setattr('mobileone._is_on_cpu', lambda x: on_cpu)
+    monkeypatch.setattr(paddle.nn.functional, 'conv2d', lambda *args, **kwargs: convolutions.append(kwargs['groups'])
+                        or conv2d(*args, **kwargs))
+    x = images(64, 'float64', batch=3)
+    merged = trained_step(copy.deepcopy(model), x)
+    layers = [(block, name) for stage in model.stages for block in stage for name in block.convs
+              if len(getattr(block, f'{name}_blocks')) + hasattr(block, f'{name[:2]}_1x1') > 1]
+    assert len(convolutions) == len(layers) > 3
+    # maps of 32 pixels, 16 and fewer: groups of one channel, of four and of eight
+    assert set(convolutions) == ({1, 8, 8 // 4, 16 // 8} if on_cpu else {1, 8, 16})
+    branch_by_branch(monkeypatch)
+    assert_steps_equal(merged, trained_step(copy.deepcopy(model), x))
+    assert len(convolutions) == len(layers)
+
+
+def test_statistics_of_merged_branches(monkeypatch):
+    """Equal to those of the branches after whatever gives the norms other memory."""
+    def trainings():
+        """The states after each of some steps, of which each begins with what a user may do to a network."""
+        paddle.seed(0)
+        model, x = MobileOne(**NARROW, **MERGED[0]), images(32)
+        initial = {name: tensor.numpy() for name, tensor in model.state_dict().items()}
+        yield trained_step(model, x)
+        model = copy.deepcopy(model)
+        yield trained_step(model, x)
+        model.set_state_dict(initial)
+        yield trained_step(model, x)
+        model.stages[1][0].dw_1x1.norm._mean.set_value(np.full(8, 3, 'float32'))
+        yield trained_step(model, x)
+        model.eval()
+        model(x)
+        yield trained_step(model, x)
+        with paddle.no_grad():
+            model.train()
+            model(x)
+        yield trained_step(model, x)
+        model.to(dtype='float64')
+        yield trained_step(model, x.astype('float64'))
+        yield trained_step(model, x.astype('float64'))
+    merged = list(trainings())
+    # all differ but the third, which begins as the first does
+    assert len({step[2]['stages.1.0.dw_1x1.norm._mean'].tobytes() for step in merged}) == len(merged) - 1
+    branch_by_branch(monkeypatch)
+    for one, other in zip(merged, trainings()):
+        # not the gradients, for single precision is not enough for them
+        assert_steps_equal((one[0], one[2]), (other[0], other[2]), atol=1e-4)
+
+
+def test_layers_that_are_more_than_branches_stay_apart():
+    """A hook runs, a norm in evaluation keeps its statistics, another kind of layer is called."""
+    model = MobileOne(**NARROW, **MERGED[0])
+    model.train()
+    block = model.stages[1][0]
+    branch, calls = block.dw_3x3_blocks[1], []
+    assert len(block.mergeable_branches('dw_3x3')) == 5 and len(block.mergeable_branches('pw_1x1')) == 4
+    for layer in (branch, branch.conv, branch.norm):
+        for register in (layer.register_forward_pre_hook, layer.register_forward_post_hook):
+            hook = register(lambda called, *args: calls.append(called))
+            model(images(32))
+            assert calls == [layer] and block.mergeable_branches('dw_3x3') == []
+            hook.remove()
+            calls.clear()
+            assert len(block.mergeable_branches('dw_3x3')) == 5
+    for attribute, value in (('training', False), ('_use_global_stats', True)):
+        before = branch.norm._mean.numpy()
+        old = getattr(branch.norm, attribute)
+        setattr(branch.norm, attribute, value)
+        model(images(32))
+        np.testing.assert_array_equal(branch.norm._mean.numpy(), before)
+        setattr(branch.norm, attribute, old)
+    model(images(32))
+    assert (branch.norm._mean.numpy() != before).any()
+    branch.norm._momentum = 0.5
+    assert block.mergeable_branches('dw_3x3') == []
+    branch.norm._momentum = 0.9
+    branch.conv = paddle.nn.utils.spectral_norm(branch.conv)
+    assert block.mergeable_branches('dw_3x3') == []
+    synchronised = paddle.nn.SyncBatchNorm.convert_sync_batchnorm(model)
+    assert not any(block.mergeable_branches(name) for stage in synchronised.stages for block in stage
+                   for name in block.convs)
+
+
+def test_merged_branches_may_be_frozen():
+    model = MobileOne(**NARROW, **MERGED[0])
+    branch = model.stages[1][0].pw_1x1_blocks[2]
+    for tensor in branch.parameters():
+        tensor.stop_gradient = True
+    trained_step(model, images(32))
+    assert branch.conv.weight.grad is None and model.stages[1][0].pw_1x1_blocks[1].conv.weight.grad is not None
+
+
+def test_training_as_a_static_graph():
+    """There the branches are apart."""
+    x, outputs = images(32), []
+    for convert in (lambda model: model, lambda model: paddle.jit.to_static(model, full_graph=True)):
+        paddle.seed(0)
+        model = MobileOne(**NARROW, **MERGED[0])
+        model.train()
+        with paddle.no_grad():
+            output = convert(model)(x).numpy()
+        outputs.append((output, model.stages[1][0].dw_1x1.norm._mean.numpy()))
+    np.testing.assert_allclose(outputs[0][0], outputs[1][0], rtol=0, atol=1e-4)
+    np.testing.assert_allclose(outputs[0][1], outputs[1][1], rtol=0, atol=1e-5)

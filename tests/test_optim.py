@@ -1,4 +1,5 @@
 """Schedules at their boundaries, parameter groups, optimizers by their arithmetic, the moving average."""
+import copy
 import math
 
 import numpy as np
@@ -17,7 +18,9 @@ from optim import (
     set_weight_decay,
     warmup_cosine,
 )
+from tools.benchmark.launches import count_launches
 from utils import UserError
+from weights import load_into
 
 
 def test_learning_rate():
@@ -158,6 +161,38 @@ def test_ema(config):
     assert any('_variance' in name for name in expected)
     for name, tensor in model.state_dict().items():
         np.testing.assert_array_equal(tensor.numpy(), own[name])
+
+
+def test_ema_is_that_of_each_tensor_to_the_bit(config):
+    """In four launches, also after something has given tensors other memory."""
+    model = build_mobileone(config)
+    ema = ModelEma(model)
+
+    def update(decay):
+        expected = {}
+        for name, average in ema.network.state_dict().items():
+            tensor = model.state_dict()[name]
+            tensor.set_value(tensor + 1.5)
+            expected[name] = (average * decay + tensor * (1 - decay)).numpy()
+        ema.update(decay)
+        for network in (ema.network, model):
+            assert not any(tensor.isnan().any() for tensor in network.state_dict().values())
+        for name, average in ema.network.state_dict().items():
+            np.testing.assert_array_equal(average.numpy(), expected[name], err_msg=name)
+    update(0.3)
+    assert count_launches(lambda: ema.update(0.5)) <= 4
+    weights = {name: np.full(tensor.shape, 2, 'float32') for name, tensor in ema.network.state_dict().items()}
+    load_into(ema.network, weights, 'x')
+    assert count_launches(lambda: ema.update(0.5)) <= 4  # loading changes values in place
+    update(0.9)
+    ema, model = copy.deepcopy((ema, model))
+    update(0.8)
+    update(0.7)
+    for network in (ema.network, model):
+        network.to(dtype='float64')
+    update(0.6)
+    update(0.5)
+    assert count_launches(lambda: ema.update(0.5)) <= 4
 
 
 def test_label_smoothing():

@@ -4,6 +4,7 @@ import signal
 import sys
 import time
 from pathlib import Path
+from types import SimpleNamespace
 
 from runtime.program import prepare_runtime, run_program
 
@@ -14,6 +15,7 @@ import paddle  # noqa: E402
 from conftest import NARROW  # noqa: E402
 
 import engine  # noqa: E402
+import mobileone  # noqa: E402
 from config import get_config, get_parser, resolve_config, update_config  # noqa: E402
 from datasets import get_dataloader, get_dataset  # noqa: E402
 from mobileone import build_mobileone  # noqa: E402
@@ -224,6 +226,37 @@ def fail(folder, how):
             os.kill(os.getpid(), signal.SIGKILL)
         raise UserError('a mistake')
     reduce_over_ranks([0])
+
+
+class _GPUTracer:
+    """Paddle's tracer, which says that it is on a GPU."""
+
+    def __getattr__(self, name):
+        if name == '_expected_place':
+            return SimpleNamespace(is_gpu_place=lambda: True, is_xpu_place=lambda: False,
+                                   is_custom_place=lambda: False)
+        return getattr(paddle.base.framework._dygraph_tracer(), name)
+
+    def __setattr__(self, name, value):
+        setattr(paddle.base.framework._dygraph_tracer(), name, value)
+
+
+def amp(folder, level):
+    """Forward pass of training as on a GPU with AMP. Says the numbers of depthwise and of dense convolutions."""
+    training, loader, config = build(folder, None, 'AMP', 'True', 'AMP_LEVEL', level, 'AMP_DTYPE', 'bfloat16')
+    auto_cast = sys.modules['paddle.amp.auto_cast']
+    auto_cast._dygraph_tracer = _GPUTracer
+    auto_cast._is_gpu_bfloat16_supported = lambda: True
+    paddle.device.get_device = lambda: 'gpu:0'
+    mobileone._is_on_cpu = lambda x: False
+    images, _ = next(iter(loader))
+    training.model.train()
+    with engine.Precision(config).auto_cast():
+        training.model(training.normalize(images))
+    convs = [conv for stage in training.model.stages for block in stage for conv in block.convs.values()]
+    depthwise = sum(conv.get('groups', 1) > 1 for conv in convs)
+    gates = sum(isinstance(layer, mobileone.SEBlock) for layer in training.model.sublayers())
+    say(f'{depthwise} {len(convs) - depthwise + 2 * gates}')
 
 
 if __name__ == '__main__':

@@ -103,14 +103,15 @@ class MobileOneBlock(nn.Layer):
         return branches
 
     def mergeable_branches(self, name):
-        """The convolutions of the layer `name` if they can be merged in training, else an empty list.
+        """[(convolution, norm)] of the layer `name` if its convolutions can be merged in training, else an empty list.
 
         That takes two or more, with nothing about them that a merged layer would pass over.
         """
         branches = [] if self.deploy else [branch for branch in self._branches(name) if isinstance(branch, ConvNorm)]
-        if len(branches) < 2 or not all(map(_is_plain, branches)):
+        pairs = [(branch.conv, branch.norm) for branch in branches]
+        if len(pairs) < 2 or not all(_is_plain(branch, *pair) for branch, pair in zip(branches, pairs)):
             return []
-        return branches if len({(branch.norm._momentum, branch.norm._epsilon) for branch in branches}) == 1 else []
+        return pairs if len({(norm._momentum, norm._epsilon) for _, norm in pairs}) == 1 else []
 
     def _merged_forward(self, x, name):
         """The layer `name` by its MergedLayer: one convolution and one norm, and the skip, if any, beside them."""
@@ -241,25 +242,26 @@ def merged_branches(stages):
     The tensors of all norms are gathered together, since on a GPU a step takes as long as its operators are many.
     """
     blocks = [block for stage in stages for block in stage.children() if isinstance(block, MobileOneBlock)]
-    layers = [(block, name, branches) for block in blocks for name in block.convs
-              if (branches := block.mergeable_branches(name))]
+    layers = [(block, name, pairs) for block in blocks for name in block.convs
+              if (pairs := block.mergeable_branches(name))]
     if not layers:
         yield
         return
-    norms = [branch.norm for _, _, branches in layers for branch in branches]
+    norms = [norm for _, _, pairs in layers for _, norm in pairs]
     channels = [norm.weight.shape[0] for norm in norms]
-    order, back, sizes = _neighbors(tuple(len(branches) for _, _, branches in layers), tuple(channels),
+    order, back, sizes = _neighbors(tuple(len(pairs) for _, _, pairs in layers), tuple(channels),
                                     paddle.device.get_device())
 
     def gather(attribute):
         return paddle.gather(paddle.concat([getattr(norm, attribute) for norm in norms]), order).split(sizes)
     with paddle.amp.auto_cast(enable=False):
-        kernels = [_stack_kernels(branches, block.convs[name]['kernel_size']) for block, name, branches in layers]
+        kernels = [_stack_kernels([conv.weight for conv, _ in pairs], block.convs[name]['kernel_size'])
+                   for block, name, pairs in layers]
         weights, biases = gather('weight'), gather('bias')
         with paddle.no_grad():
             means, variances = gather('_mean'), gather('_variance')
-    for (block, name, branches), *tensors in zip(layers, kernels, weights, biases, means, variances):
-        block.merged[name] = MergedLayer(*tensors, branches[0].norm)
+    for (block, name, pairs), *tensors in zip(layers, kernels, weights, biases, means, variances):
+        block.merged[name] = MergedLayer(*tensors, pairs[0][1])
     try:
         yield
     finally:
@@ -272,17 +274,16 @@ def merged_branches(stages):
                 value._share_buffer_to(getattr(norm, attribute))
 
 
-def _is_plain(branch):
+def _is_plain(branch, conv, norm):
     """Whether a branch is a convolution and a batch norm in training, and nothing else."""
-    layers = (branch, branch.conv, branch.norm)
-    return ([type(layer) for layer in layers] == [ConvNorm, nn.Conv2D, nn.BatchNorm2D] and branch.norm.training
-            and not branch.norm._use_global_stats
-            and not any(layer._forward_pre_hooks or layer._forward_post_hooks for layer in layers))
+    return ((type(branch), type(conv), type(norm)) == (ConvNorm, nn.Conv2D, nn.BatchNorm2D) and norm.training
+            and not norm._use_global_stats
+            and not any(layer._forward_pre_hooks or layer._forward_post_hooks for layer in (branch, conv, norm)))
 
 
-def _stack_kernels(branches, size):
+def _stack_kernels(kernels, size):
     """Kernels of k branches [O, I / groups, K, K] -> [O * k, I / groups, size, size], in the order of a MergedLayer."""
-    return paddle.stack([_pad_kernel(branch.conv.weight, size) for branch in branches], axis=1).flatten(0, 1)
+    return paddle.stack([_pad_kernel(kernel, size) for kernel in kernels], axis=1).flatten(0, 1)
 
 
 @functools.lru_cache(maxsize=16)

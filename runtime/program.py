@@ -209,10 +209,10 @@ def run_program(main):
     except KeyboardInterrupt:
         sys.exit(_fail('interrupted', 130))
     except Exception as error:
-        shortage = _shortage(error)
-        if not shortage:
+        limit = shortage(error)
+        if not limit:
             raise
-        sys.exit(_fail(shortage, 2))
+        sys.exit(_fail(limit, 2))
 
 
 def _prepare_streams():
@@ -268,7 +268,7 @@ def remedy(error):
     return _REMEDIES.get(errno.errorcode.get(error.errno), 'check the path and its permissions')
 
 
-def _shortage(error):
+def shortage(error):
     """A line on the limit of the system that an exception has met; '' if it has met none."""
     text = str(error)
     # by its name in the traceback of a data worker, too

@@ -8,8 +8,9 @@ from conftest import NARROW, ROOT, fails, run
 from PIL import Image
 
 from runtime import checkpoint
-from tools.benchmark.latency import ACCURACY, Worker
+from tools.benchmark.latency import ACCURACY
 from tools.benchmark.launches import count_launches
+from tools.benchmark.turns import Worker
 from utils import UserError
 from weights import build_network
 
@@ -133,13 +134,13 @@ def test_plot_of_latency(latency, tmp_path):
 
 
 def test_a_worker_that_ends_says_why(tmp_path):
-    row = {'engine': 'paddle', 'precision': 'float32', 'batch': 1, 'threads': 1}
-    with Worker(row, str(tmp_path)) as worker, pytest.raises(UserError, match='config.yaml: cannot read the config'):
-        worker.milliseconds(0)
-    with Worker(row, str(tmp_path)) as worker:
+    module, row = 'tools.benchmark.latency_worker', {'threads': 1, 'batch': 1}
+    with Worker(module, row, str(tmp_path)) as worker, pytest.raises(UserError, match='config.yaml: cannot read the'):
+        worker.turn(1)
+    with Worker(module, row, str(tmp_path)) as worker:
         worker.process.kill()
-        with pytest.raises(UserError, match='its process ended with status -9'):
-            worker.milliseconds(0)
+        with pytest.raises(UserError, match=r'its process ended with status -9 \(killed: memory may not suffice\)'):
+            worker.turn(1)
 
 
 @pytest.mark.parametrize('args, message', [

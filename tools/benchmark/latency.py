@@ -19,19 +19,12 @@ tools.export_model, calibrated with random images, which does not change its tim
   timm                PyTorch: timm's network of that name, reparameterized, random weights
 """
 import contextlib
-import importlib.metadata
 import importlib.util
 import io
 import itertools
 import json
 import os
-import platform
-import re
-import statistics
-import subprocess
-import sys
 import tempfile
-import time
 
 import numpy as np
 
@@ -40,8 +33,9 @@ from runtime.files import replace, write_text
 from runtime.program import prepare_runtime, usable_cores
 from runtime.settings import ArgumentParser
 from tools import import_pyplot
-from tools.benchmark.worker import INT8
-from utils import UserError, one_line
+from tools.benchmark.latency_worker import INT8
+from tools.benchmark.turns import compare, describe_cpu, find_versions, measure, with_range
+from utils import UserError
 
 # engine -> the packages that it needs; of Paddle perhaps a major version
 ENGINES = {
@@ -49,10 +43,8 @@ ENGINES = {
     'inference-pdmodel': ('paddle',), 'inference-plain': ('paddle 2',), 'inference-json': ('paddle 3',),
     'onnxruntime': ('onnx', 'onnxruntime'), 'openvino': ('onnx', 'openvino'), 'timm': ('torch', 'timm'),
 }
-PRECISIONS = {'bfloat16': ('inference-openvino', 'openvino'), 'int8': ('onnxruntime', 'openvino')}
 DISTRIBUTIONS = ('paddlepaddle', 'paddlepaddle-gpu', 'onnxruntime', 'onnxruntime-gpu', 'openvino', 'torch', 'timm')
-# seconds before a turn; threads of OpenMP go on waiting for 0.2 s after their work
-PAUSE = 0.3
+PRECISIONS = {'bfloat16': ('inference-openvino', 'openvino'), 'int8': ('onnxruntime', 'openvino')}
 # top-1 accuracy at 224 pixels, of the README's table
 ACCURACY = {'mobileone_s0': 71.14, 'mobileone_s1': 75.65, 'mobileone_s2': 77.22, 'mobileone_s3': 77.74,
             'mobileone_s4': 79.07}
@@ -72,20 +64,6 @@ def choose_engines(names):
         if missing(name):
             raise UserError(f'-engines {name}: needs {" and ".join(missing(name))}: install it, or leave it out')
     return names or [name for name in ENGINES if not missing(name)]
-
-
-def describe_machine():
-    """The CPU's name, whether it computes in bfloat16, and {package: version} of the engines."""
-    text = ''
-    with contextlib.suppress(OSError), open('/proc/cpuinfo', encoding='utf-8') as file:
-        text = file.read()
-    name = re.search(r'^model name\s*: (.*)', text, re.M)
-    versions = {}
-    for package in DISTRIBUTIONS:
-        with contextlib.suppress(importlib.metadata.PackageNotFoundError):
-            versions[package] = importlib.metadata.version(package)
-    return (name[1] if name else platform.processor() or platform.machine(),
-            bool(re.search(r'\b(avx512_bf16|amx_bf16)\b', text)), versions)
 
 
 def read_config(path, weights):
@@ -127,68 +105,6 @@ def export(config, folder, onnx):
         write_paddle(fused, spec, os.path.join(folder, 'plain'), plain=True)
 
 
-class Worker:
-    """A process of worker.py for a row, which ends with this `with`."""
-
-    def __init__(self, row, folder):
-        self.errors = tempfile.TemporaryFile()  # noqa: SIM115  open until the end
-        self.process = subprocess.Popen(
-            [sys.executable, '-m', 'tools.benchmark.worker', json.dumps([row, folder, os.getpid()])], bufsize=0,
-            stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=self.errors,
-            env={**os.environ, 'OMP_NUM_THREADS': str(row['threads'])})
-
-    def __enter__(self):
-        return self
-
-    def __exit__(self, *_):
-        with self.errors, self.process:
-            pass
-
-    def milliseconds(self, seconds):
-        """Of a call, measured for some seconds. Raises: UserError that says why the process has ended."""
-        with contextlib.suppress(BrokenPipeError):
-            self.process.stdin.write(f'{seconds}\n'.encode())
-        line = self.process.stdout.readline()
-        if line:
-            return float(line)
-        status = self.process.wait()
-        self.errors.seek(0)
-        last = one_line(self.errors.read().decode(errors='replace').strip().rpartition('\n')[2])
-        # its own words, unless it has crashed or was killed
-        raise UserError(last.partition(': error: ')[2] or f'its process ended with status {status} {last}'.strip())
-
-
-def measure(rows, folder, turns, seconds):
-    """Add 'turns' to each row, milliseconds of as many turns, or 'error', what its engine cannot do."""
-    times = [[] for _ in rows]
-    with contextlib.ExitStack() as stack:
-        workers = [stack.enter_context(Worker(row, folder)) for row in rows]
-        for _ in range(1 + turns):
-            for row, worker, measured in zip(rows, workers, times):
-                if 'error' not in row:
-                    time.sleep(PAUSE)
-                    try:
-                        measured.append(worker.milliseconds(seconds))
-                    except UserError as error:
-                        row['error'] = str(error)
-    for row, measured in zip(rows, times):
-        if 'error' not in row:
-            row['turns'] = measured[1:]  # the first one warms up
-
-
-def compare(rows):
-    """Add the median 'milliseconds' of its turns to each row that has some, and the 'ratio' to the best float32 row.
-
-    The ratio, median of those within a turn, is None where no float32 row has turns.
-    """
-    measured = [row for row in rows if 'turns' in row]
-    for row in measured:
-        row['milliseconds'] = statistics.median(row['turns'])
-    best = fastest(measured)
-    for row in measured:
-        row['ratio'] = best and statistics.median(own / other for own, other in zip(row['turns'], best['turns']))
-
-
 def fastest(rows):
     """The float32 row of the smallest median; None without one."""
     return min((row for row in rows if row['precision'] == 'float32' and 'milliseconds' in row),
@@ -206,7 +122,7 @@ def show(row, as_json):
 
 
 def describe_times(row):
-    spread = f'{row["milliseconds"]:10.2f} ({min(row["turns"]):.2f} to {max(row["turns"]):.2f})'
+    spread = with_range(row['turns'], 2)
     return f'{spread:32}{row["ratio"]:.2f}' if row['ratio'] else spread
 
 
@@ -278,7 +194,7 @@ def main():
     os.environ['CUDA_VISIBLE_DEVICES'] = ''  # the workers' too
     prepare_runtime()
     engines = choose_engines(args.engines)
-    cpu, has_bfloat16, versions = describe_machine()
+    (cpu, has_bfloat16), versions = describe_cpu(), find_versions(*DISTRIBUTIONS)
     able = {'bfloat16': has_bfloat16, 'int8': not missing('onnxruntime')}  # which makes the int8 file
     precisions = [(engine, precision) for engine in engines for precision in ('float32', *PRECISIONS)
                   if precision == 'float32' or able[precision] and engine in PRECISIONS[precision]]
@@ -293,8 +209,8 @@ def main():
             for batch, threads in itertools.product(args.batch, args.threads):
                 group = [{'network': config.MODEL.NAME, 'batch': batch, 'threads': threads, 'engine': engine,
                           'precision': precision} for engine, precision in precisions]
-                measure(group, folder, args.turns, args.seconds)
-                compare(group)
+                measure('tools.benchmark.latency_worker', group, folder, args.turns, args.seconds)
+                compare(group, fastest)
                 for row in group:
                     show({**row, 'cpu': cpu, 'versions': versions, 'weights': kind}, args.json)
                 rows += group

@@ -1,16 +1,15 @@
 """One engine of tools.benchmark.latency, in a process of its own."""
-import json
 import os
 import statistics
-import sys
 import time
 
 import numpy as np
 
 from config import get_config
 from deploy.predictor import LOADERS, load_program
-from runtime.program import end_with_parent, prepare_runtime, run_program
-from utils import UserError, describe_error
+from runtime.program import prepare_runtime, run_program
+from tools.benchmark.turns import answer_turns
+from utils import UserError
 
 # engine -> its program, and what Paddle Inference runs it by
 PROGRAMS = {
@@ -67,25 +66,14 @@ def milliseconds(run, images, seconds):
     return 1000 * statistics.median(times)
 
 
-def main():
-    """Answer each line on stdin, seconds to measure for, with a line of milliseconds. argv: row, folder, parent's PID.
-    """
-    row, folder, parent = json.loads(sys.argv[1])
-    end_with_parent(parent)
-    answers = os.fdopen(os.dup(1), 'w', buffering=1)
-    os.dup2(2, 1)  # what an engine prints is no answer
+def start(row, folder):
+    """turn(seconds) -> milliseconds of a call of a row's engine. folder: as `latency.export` writes it."""
     config = get_config(os.path.join(folder, 'config.yaml'))
     size = config.DATA.IMAGE_SIZE
     images = np.random.default_rng(0).standard_normal([row['batch'], 3, size, size], 'float32')
-    try:
-        run = load(row['engine'], folder, config, row['threads'], row['precision'])
-        for line in sys.stdin:
-            print(milliseconds(run, images, float(line)), file=answers)
-    except UserError:
-        raise
-    except Exception as error:  # of an engine, of its own types
-        raise UserError(describe_error(error)) from None
+    run = load(row['engine'], folder, config, row['threads'], row['precision'])
+    return lambda seconds: milliseconds(run, images, seconds)
 
 
 if __name__ == '__main__':
-    run_program(main)
+    run_program(lambda: answer_turns(start))

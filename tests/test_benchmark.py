@@ -1,6 +1,7 @@
 """tools.benchmark: what it prints, not how fast anything is."""
 import importlib.util
 import json
+import types
 
 import paddle
 import pytest
@@ -10,6 +11,7 @@ from PIL import Image
 from runtime import checkpoint
 from tools.benchmark.latency import ACCURACY
 from tools.benchmark.launches import count_launches
+from tools.benchmark.train_worker import Trainer, repeated, turn
 from tools.benchmark.turns import Worker
 from utils import UserError
 from weights import build_network
@@ -133,8 +135,9 @@ def test_plot_of_latency(latency, tmp_path):
     assert all(f'| {name} | {accuracy} |' in text for name, accuracy in ACCURACY.items()) and len(ACCURACY) == 5
 
 
-def test_a_worker_that_ends_says_why(tmp_path):
-    module, row = 'tools.benchmark.latency_worker', {'threads': 1, 'batch': 1}
+@pytest.mark.parametrize('name', ['latency_worker', 'train_worker'])
+def test_a_worker_that_ends_says_why(tmp_path, name):
+    module, row = f'tools.benchmark.{name}', {'threads': 1, 'batch': 1}
     with Worker(module, row, str(tmp_path)) as worker, pytest.raises(UserError, match='config.yaml: cannot read the'):
         worker.turn(1)
     with Worker(module, row, str(tmp_path)) as worker:
@@ -155,3 +158,129 @@ def test_mistakes_with_latency(latency, args, message):
     if args[-1] == 'timm' and importlib.util.find_spec('timm'):
         pytest.skip('timm is installed')
     assert message in latency(*args, start=fails)
+
+
+@pytest.fixture
+def train(config, tmp_path):
+    """Runs tools.benchmark train on a narrow network; returns the process."""
+    config.MODEL.NAME = 'narrow'
+    (tmp_path / 'narrow.yaml').write_text(config.dump())
+
+    def call(*args, start=run, **more):
+        return start('-m', 'tools.benchmark', 'train', '-cfg', tmp_path / 'narrow.yaml', '-threads', '1', '-turns', '2',
+                     '-steps', '2', *args, **more)
+    return call
+
+
+def test_training_on_a_synthetic_batch(train):
+    rows = [json.loads(line) for line in train('-batch_size', '2', '3', '-json').stdout.splitlines()]
+    rows = [row for row in rows if row['framework'] == 'paddle']
+    assert [row['batch'] for row in rows] == [2, 3] and rows[0]['launches'] == rows[1]['launches'] > 50
+    for row in rows:
+        assert len(row['turns']) == 2 and min(row['turns']) <= row['milliseconds'] <= max(row['turns'])
+        assert row['images_per_second'] > 0 and row['memory'] > 0 and row['waiting'] is None and row['ratio'] == 1
+        assert row['machine'] and any(name.startswith('paddlepaddle') for name in row['versions'])
+
+
+def test_training_on_images(train, fashion):
+    """Of several epochs, for they have seven batches each."""
+    lines = train('-data_path', fashion, '-batch_size', '8', '-num_workers', '0', '2').stdout.splitlines()
+    assert 'narrow at 32 pixels; 2 turns of 2 steps' in lines[0]
+    rows = [line.split() for line in lines[2:] if line.startswith('paddle')]
+    assert [row[:4] for row in rows] == [['paddle', 'float32', '8', workers] for workers in '02']
+    assert all(row[-2].endswith('%') for row in rows) and rows[0][-1] == '1.00'
+
+
+def test_what_a_turn_measures():
+    """The host waits for the device at both ends of the steps that count, and data workers have no batch ahead."""
+    events = []
+    cuda = types.SimpleNamespace(synchronize=lambda: events.append('wait'), max_memory_allocated=lambda: 7,
+                                 empty_cache=lambda: events.append('free'))
+    loader = types.SimpleNamespace(loader=types.SimpleNamespace(num_workers=1), waited=0.0)
+
+    def count(window):
+        events.append('count')
+        return 5
+    window = [(None, [1, 2]), (None, [3])]
+    trainer = Trainer(lambda: repeated(window), lambda window: events.append(len(window)), cuda, None, loader, count)
+    result = turn(trainer, 2)
+    assert events == [2, 2, 2, 'wait', 2, 2, 'wait', 'count', 'free']
+    assert (result['memory'], result['launches'], result['waiting']) == (7, 5, 0)
+    assert result['images_per_second'] * result['milliseconds'] == pytest.approx(1000 * 3)
+    events.clear()
+    assert turn(trainer, 1)['launches'] == 5 and 'count' not in events
+
+
+def test_training_beside_timm(train, tmp_path):
+    """By a stand-in for it; a row that has no memory says so, and the others go on."""
+    for name, code in TRAINING_STAND_INS.items():
+        path = tmp_path / 'fake' / name
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_text(code)
+    env = {'PYTHONPATH': f'{tmp_path}/fake:{ROOT}'}
+    lines = train('-batch_size', '2', '3', env=env, fork=False).stdout.splitlines()[2:]
+    rows = [line.split() for line in lines]
+    assert [row[:3] for row in rows] == [[name, 'float32', batch] for batch in '23' for name in ('paddle', 'timm')]
+    assert rows[1][-1] == '1.00' and float(rows[0][-1]) > 0 and rows[2][-1] == '1.00'
+    assert lines[3].endswith('  memory does not suffice: use smaller batches, images or networks, or a machine with '
+                             'more of it')
+    assert 'timm has no network wide' in train('-opts', 'MODEL.NAME', 'wide', env=env, fork=False).stdout
+
+
+TRAINING_STAND_INS = {
+    'torch.py': '''
+import contextlib, types
+class Tensor:
+    def __init__(self, size): self.size = size
+    def __len__(self): return self.size[0]
+    def __truediv__(self, count): return self
+    def backward(self): pass
+float16 = 'float16'
+set_num_threads = lambda threads: None
+randn = lambda size, device: Tensor(size)
+randint = lambda high, size, device: Tensor(size)
+autocast = lambda device, dtype, enabled: contextlib.nullcontext()
+class Scaler:
+    def __init__(self, device, enabled): assert (device, enabled) == ('cpu', False)
+    def scale(self, loss): return loss
+    def step(self, optimizer): optimizer.step()
+    def update(self): pass
+amp = types.SimpleNamespace(GradScaler=Scaler)
+backends = types.SimpleNamespace(cudnn=types.SimpleNamespace())
+''',
+    'timm/__init__.py': '''
+class Network:
+    def to(self, device): return self
+    def train(self): return self
+    def __call__(self, images):
+        assert images.size in ([2, 3, 32, 32], [3, 3, 32, 32])
+        if len(images) == 3:
+            raise RuntimeError("CUDA out of memory.\\nTried to allocate 2 GiB")
+        return images
+is_model = lambda name: name == 'narrow'
+create_model = lambda name, num_classes: Network()
+''',
+    'timm/loss.py': 'LabelSmoothingCrossEntropy = lambda smoothing: lambda logits, labels: logits',
+    'timm/optim.py': '''
+import types
+def create_optimizer_v2(model, name, lr, weight_decay):
+    assert name == 'sgd'
+    return types.SimpleNamespace(step=lambda: None, zero_grad=lambda: None)
+''',
+    'timm/utils.py': '''
+import types
+ModelEmaV3 = lambda model, decay: types.SimpleNamespace(update=lambda model: None)
+''',
+}
+
+
+@pytest.mark.parametrize('args, message', [
+    (['-steps', '0'], '-threads, -steps and -turns must be at least 1'),
+    (['-batch_size', '2', '0'], 'DATA.BATCH_SIZE is 0, but must be at least 1'),
+    (['-num_workers', '2'], '-num_workers has no effect on a synthetic batch: add -data_path'),
+    (['-data_path', 'nowhere'], 'nowhere/train_list.txt: cannot read the list'),
+    (['-precision', 'float32', 'O1'], 'mixed precision (-precision O1 O2, -dtype) has no effect on a CPU'),
+    (['-dtype', 'bfloat16'], 'mixed precision (-precision O1 O2, -dtype) has no effect on a CPU'),
+])
+def test_mistakes_with_training(train, args, message):
+    assert message in train(*args, start=fails)

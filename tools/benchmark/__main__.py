@@ -2,8 +2,10 @@
 
   python -m tools.benchmark ddp -h
   python -m tools.benchmark latency -h
+  python -m tools.benchmark train -h
 
 ddp: how training speeds up with processes. latency: how long a network takes, by every engine that is installed.
+train: how fast a network trains.
 """
 import importlib
 import sys
@@ -11,7 +13,7 @@ import sys
 from runtime.program import run_program
 from runtime.settings import ArgumentParser
 
-COMMANDS = ('ddp', 'latency')
+COMMANDS = ('ddp', 'latency', 'train')
 
 
 def main():

@@ -1,0 +1,173 @@
+"""One row of tools.benchmark.train, in a process of its own."""
+import contextlib
+import itertools
+import os
+import re
+import time
+import types
+from dataclasses import dataclass
+from typing import Callable, Optional
+
+from config import get_config, resolve_config, with_values
+from runtime.program import prepare_runtime, run_program, use_device
+from tools.benchmark.turns import answer_turns
+from utils import UserError
+
+# images of ImageNet's training set, for the schedules of a run on synthetic images
+IMAGENET = 1281167
+
+
+@dataclass
+class Trainer:
+    """What a turn measures: step(window) on windows(), a generator of lists of batches that does not end."""
+    windows: Callable
+    step: Callable
+    # paddle.device.cuda or torch.cuda, whose functions have the same names; None on a CPU
+    cuda: Optional[types.ModuleType]
+    # of this process before the training was built, in bytes; None where the system does not say
+    memory_before: Optional[int]
+    # of the images; None where they are synthetic
+    loader: object = None
+    # operator launches of step(window), counted after the first turn; None: not counted
+    count: Optional[Callable] = None
+    launches: Optional[int] = None
+
+
+def turn(trainer, steps):
+    """Measure some steps. The host waits for the device only before the first and after the last of them.
+
+    Returns: {milliseconds: of a step, images_per_second, waiting: share of the time that the host waited for images,
+    launches: operators of a step, memory: peak in bytes, of the GPU's tensors or of what the process has grown by}
+    """
+    wait, loader = trainer.cuda.synchronize if trainer.cuda else lambda: None, trainer.loader
+    with contextlib.closing(trainer.windows()) as windows:
+        # the first step after a pause is slow; and data workers, two batches each ahead, start all at once
+        for window in itertools.islice(windows, 1 + 2 * (loader.loader.num_workers if loader else 0)):
+            trainer.step(window)
+        wait()
+        waited, images, start = loader.waited if loader else 0, 0, time.perf_counter()
+        for window in itertools.islice(windows, steps):
+            trainer.step(window)
+            images += sum(len(labels) for _, labels in window)
+        wait()
+        seconds = time.perf_counter() - start
+        result = {'milliseconds': 1000 * seconds / steps, 'images_per_second': images / seconds,
+                  'waiting': (loader.waited - waited) / seconds if loader else None, 'memory': peak_memory(trainer)}
+        if trainer.count and trainer.launches is None:
+            trainer.launches = trainer.count(next(windows))
+    if trainer.cuda:
+        trainer.cuda.empty_cache()  # for the other rows
+    return {**result, 'launches': trainer.launches}
+
+
+def peak_memory(trainer):
+    if trainer.cuda:
+        return trainer.cuda.max_memory_allocated()
+    return trainer.memory_before and resident_memory('VmHWM') - trainer.memory_before
+
+
+def resident_memory(kind):
+    """Bytes of this process in memory, VmRSS: now, VmHWM: at most so far. None where the system does not say."""
+    with contextlib.suppress(OSError), open('/proc/self/status', encoding='utf-8') as file:
+        return 1024 * int(re.search(rf'{kind}:\s*(\d+)', file.read())[1])
+
+
+def repeated(window):
+    while True:
+        yield window
+
+
+def load_paddle(row, config):
+    """The Trainer of this project's training."""
+    prepare_runtime()
+    import paddle
+
+    import engine
+    from datasets import TrainSampler
+    from mobileone import build_mobileone
+    from run import build_loader, build_training, check_shared_memory
+    from tools.benchmark.launches import count_launches
+
+    def read(epochs):
+        for epoch in epochs:
+            loader.batch_sampler.set_epoch(epoch)
+            with contextlib.closing(iter(loader)) as batches:
+                yield from engine.windows(batches, config.TRAIN.ACCUM_ITER)
+
+    def step(window):
+        engine.train_step(training, window, next(numbers))
+
+    cuda = paddle.device.cuda if use_device().startswith('gpu') else None
+    paddle.seed(config.SEED)
+    memory, numbers = resident_memory('VmRSS'), itertools.count()
+    if row['workers'] is None:
+        size = config.DATA.IMAGE_SIZE
+        batch = (paddle.randint(0, 256, [row['batch'], size, size, 3]).astype('uint8'),
+                 paddle.randint(0, config.MODEL.NUM_CLASSES, [row['batch']], 'int64'))
+        loader = types.SimpleNamespace(batch_sampler=TrainSampler(IMAGENET, row['batch'], config.SEED))
+        source, windows = None, lambda: repeated([batch] * config.TRAIN.ACCUM_ITER)
+    else:
+        check_shared_memory(config)
+        source = loader = build_loader(config, True)
+        # other images in each turn, which the system does not have in its cache
+        epochs = itertools.count(1)
+        windows = lambda: read(epochs)  # noqa: E731
+    training = build_training(config, build_mobileone(config), loader)
+    training.model.train()
+    return Trainer(windows, step, cuda, memory, source, lambda window: count_launches(lambda: step(window)))
+
+
+def load_timm(row, config):
+    """The Trainer of timm's network of this name, trained by PyTorch with timm's optimizer, loss and EMA."""
+    import timm
+    import torch
+    from timm.loss import LabelSmoothingCrossEntropy
+    from timm.optim import create_optimizer_v2
+    from timm.utils import ModelEmaV3
+    name, train = config.MODEL.NAME, config.TRAIN
+    if not timm.is_model(name):
+        raise UserError(f'timm has no network {name}')
+    if row['device'] == 'cuda' and not torch.cuda.is_available():
+        raise UserError('PyTorch finds no GPU')
+    torch.set_num_threads(row['threads'])
+    torch.backends.cudnn.benchmark = True  # as timm's train.py does
+    memory, size, device = resident_memory('VmRSS'), config.DATA.IMAGE_SIZE, row['device']
+    model = timm.create_model(name, num_classes=config.MODEL.NUM_CLASSES).to(device).train()
+    ema = ModelEmaV3(model, decay=train.MODEL_EMA_DECAY) if train.MODEL_EMA else None
+    optimizer = create_optimizer_v2(model, train.OPTIMIZER.NAME.lower(), lr=train.BASE_LR,
+                                    weight_decay=train.WEIGHT_DECAY)
+    criterion = LabelSmoothingCrossEntropy(train.SMOOTHING)
+    dtype = getattr(torch, config.AMP_DTYPE.lower())
+    scaler = torch.amp.GradScaler(device, enabled=config.AMP and dtype == torch.float16)
+    batch = (torch.randn([row['batch'], 3, size, size], device=device),
+             torch.randint(config.MODEL.NUM_CLASSES, [row['batch']], device=device))
+
+    def step(window):
+        for images, labels in window:
+            with torch.autocast(device, dtype, enabled=config.AMP):
+                loss = criterion(model(images), labels)
+            scaler.scale(loss / len(window)).backward()
+        scaler.step(optimizer)
+        scaler.update()
+        optimizer.zero_grad()
+        if ema:
+            ema.update(model)
+    return Trainer(lambda: repeated([batch] * train.ACCUM_ITER), step, torch.cuda if device == 'cuda' else None, memory)
+
+
+def config_of(row, config):
+    """The config of a row. config: that of all rows. Raises: UserError for a value that cannot be."""
+    return resolve_config(with_values(config, {
+        'DATA.BATCH_SIZE': row['batch'], 'DATA.NUM_WORKERS': row['workers'] or 0, 'AMP': row['precision'] != 'float32',
+        'AMP_LEVEL': 'O2' if row['precision'] == 'O2' else 'O1'}))
+
+
+def start(row, folder):
+    """turn(steps) of a row. folder: holds config.yaml, the config of all rows."""
+    config = config_of(row, get_config(os.path.join(folder, 'config.yaml')))
+    trainer = (load_timm if row['framework'] == 'timm' else load_paddle)(row, config)
+    return lambda steps: turn(trainer, steps)
+
+
+if __name__ == '__main__':
+    run_program(lambda: answer_turns(start))

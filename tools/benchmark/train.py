@@ -4,18 +4,17 @@
   python -m tools.benchmark train -cfg configs/mobileone_s0.yaml -batch_size 32 128 -precision float32 O1 O2 -json
   python -m tools.benchmark train -cfg configs/mobileone_s0.yaml -data_path /dataset/imagenet -num_workers 4 8 16
 
-A step is the one that main_single_gpu.py takes, with the config's EMA, label smoothing, mixup and optimizer, on images
-of DATA.IMAGE_SIZE: without -data_path on one synthetic batch in memory, with it on batches from data workers. Each row
-has a process of its own; those of a batch size take turns of STEPS steps, with a pause in between. The first step after
-a pause does not count, nor do the first two batches of each data worker. Printed are medians of the turns, with their
-range. timm's network trains on a synthetic batch with timm's optimizer, label smoothing and EMA, with autocast at O1.
+A step is the one that a run takes, with the config's EMA, loss, mixup and optimizer, on images of DATA.IMAGE_SIZE:
+without -data_path on one synthetic batch in memory, with it on batches from data workers. timm's network trains on a
+synthetic batch, with timm's optimizer, label smoothing and EMA, and with autocast in place of O1. Each row has a
+process of its own; the rows of a batch size take turns of STEPS steps, with a pause in between. The first turn and the
+first step after a pause do not count, nor do two steps per data worker. Printed are medians of the turns, and
 
-  launches  operators that a step starts, counted by PaddlePaddle's profiler
-  MiB       peak memory: on a GPU of tensors, on a CPU what the process has grown by
+  range     of the times of a step in the turns
+  launches  operators that a step starts, by PaddlePaddle's profiler
+  MiB       peak memory: on a GPU of tensors, on a CPU what the process grows by
   waiting   share of the time that the host waits for images; - with a synthetic batch
-  ratio     of the time of a step to that of the first row of the batch size, of timm's if there is one, turn by turn
-
-On a GPU the second command takes about ten minutes.
+  ratio     of times, turn by turn, to timm's first row of the batch size, or without one to the first row
 """
 import importlib.util
 import itertools
@@ -45,7 +44,7 @@ def parse_args():
                         'precision (default: all of them)')
     parser.add_argument('-dtype', choices=('float16', 'bfloat16'), help="of mixed precision (default: the config's)")
     parser.add_argument('-threads', metavar='N', type=int, help='threads on a CPU (default: as many as cores)')
-    parser.add_argument('-steps', metavar='N', type=int, help='steps of a turn (default: 50 on a GPU, 2 on a CPU)')
+    parser.add_argument('-steps', metavar='N', type=int, help='steps of a turn (default: 30 on a GPU, 2 on a CPU)')
     parser.add_argument('-turns', metavar='N', type=int, default=5, help='turns of each row (default: 5)')
     parser.add_argument('-json', action='store_true', help='print a JSON object per row instead of the table')
     args = parser.parse_args()
@@ -57,18 +56,13 @@ def parse_args():
     return args
 
 
-def read_config(args):
-    """The config of all rows; see `train_worker.config_of`."""
-    config = update_config(get_config(), args)
-    return resolve_config(with_values(config, {'TRAIN.CURRICULUM': [], 'AMP_DTYPE': args.dtype or config.AMP_DTYPE}))
-
-
 def make_rows(args, config, on_gpu, batch):
     """The rows of a batch size, timm's last."""
     precisions = args.precision or (PRECISIONS if on_gpu else PRECISIONS[:1])
     workers = (args.workers or [config.DATA.NUM_WORKERS]) if args.data_path else [None]
     common = {'network': config.MODEL.NAME, 'image_size': config.DATA.IMAGE_SIZE, 'batch': batch,
-              'device': 'cuda' if on_gpu else 'cpu', 'threads': args.threads or (1 if on_gpu else usable_cores())}
+              'device': 'cuda' if on_gpu else 'cpu', 'amp_dtype': config.AMP_DTYPE,
+              'threads': args.threads or (1 if on_gpu else usable_cores())}
     rows = [{**common, 'framework': 'paddle', 'precision': precision, 'workers': count}
             for precision, count in itertools.product(precisions, workers)]
     if all(map(importlib.util.find_spec, ('torch', 'timm'))):  # PyTorch has no O2
@@ -103,13 +97,15 @@ def describe(row):
     launches = '-' if row['launches'] is None else row['launches']
     memory = '-' if row['memory'] is None else round(row['memory'] / 2 ** 20)
     waiting = '-' if row['waiting'] is None else f'{row["waiting"]:.0%}'
-    return (f'{start}{row["images_per_second"]:10.1f}  {with_range(row["turns"], 1):30}{launches:>9} {memory:>7} {waiting:>8} '
-            f'{row["ratio"]:6.2f}')
+    return (f'{start}{row["images_per_second"]:10.1f}  {with_range(row["turns"], 1):30}{launches:>9} {memory:>7} '
+            f'{waiting:>8} {row["ratio"]:6.2f}')
 
 
 def main():
     args = parse_args()
-    config = read_config(args)
+    config = update_config(get_config(), args)
+    config = resolve_config(with_values(config, {
+        'TRAIN.CURRICULUM': [], 'AMP_DTYPE': args.dtype or config.AMP_DTYPE}))
     prepare_runtime()
     import paddle
 
@@ -124,10 +120,11 @@ def main():
         get_dataset(config)
     machine = paddle.device.cuda.get_device_name() if on_gpu else describe_cpu()[0]
     versions = find_versions('paddlepaddle', 'paddlepaddle-gpu', 'torch', 'timm')
-    steps = args.steps or (50 if on_gpu else 2)
+    steps = args.steps or (30 if on_gpu else 2)
     if not args.json:
         print(f'{machine}; {", ".join(map(" ".join, versions.items()))}; {config.MODEL.NAME} at '
-              f'{config.DATA.IMAGE_SIZE} pixels; {args.turns} turns of {steps} steps')
+              f'{config.DATA.IMAGE_SIZE} pixels; {args.turns} turns of {steps} steps' +
+              (f'; O1 and O2 in {config.AMP_DTYPE}' if on_gpu else ''))
         print('framework precision batch  workers  images/s  ms per step (range)            launches     MiB  waiting  '
               'ratio')
     with tempfile.TemporaryDirectory() as folder:

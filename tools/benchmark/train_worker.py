@@ -24,11 +24,11 @@ class Trainer:
     step: Callable
     # paddle.device.cuda or torch.cuda, whose functions have the same names; None on a CPU
     cuda: Optional[types.ModuleType]
-    # of this process before the training was built, in bytes; None where the system does not say
+    # bytes of this process before the training was built
     memory_before: Optional[int]
-    # of the images; None where they are synthetic
+    # None: the images are synthetic
     loader: object = None
-    # operator launches of step(window), counted after the first turn; None: not counted
+    # operator launches of step(window); None: they are not counted
     count: Optional[Callable] = None
     launches: Optional[int] = None
 
@@ -41,7 +41,7 @@ def turn(trainer, steps):
     """
     wait, loader = trainer.cuda.synchronize if trainer.cuda else lambda: None, trainer.loader
     with contextlib.closing(trainer.windows()) as windows:
-        # the first step after a pause is slow; and data workers, two batches each ahead, start all at once
+        # the first step after a pause is slow; and the first batches of data workers, two of each, come all at once
         for window in itertools.islice(windows, 1 + 2 * (loader.loader.num_workers if loader else 0)):
             trainer.step(window)
         wait()
@@ -72,9 +72,25 @@ def resident_memory(kind):
         return 1024 * int(re.search(rf'{kind}:\s*(\d+)', file.read())[1])
 
 
-def repeated(window):
+def repeated(value):
     while True:
-        yield window
+        yield value
+
+
+class SyntheticLoader:
+    """What a training needs of a loader, with one random batch on the device again and again."""
+
+    def __init__(self, config):
+        import paddle
+
+        from datasets import TrainSampler
+        n, size = config.DATA.BATCH_SIZE, config.DATA.IMAGE_SIZE
+        self.batch_sampler = TrainSampler(IMAGENET, n, config.SEED)
+        self.batch = (paddle.randint(0, 256, [n, size, size, 3], 'int32').astype('uint8'),
+                      paddle.randint(0, config.MODEL.NUM_CLASSES, [n], 'int64'))
+
+    def __iter__(self):
+        return repeated(self.batch)
 
 
 def load_paddle(row, config):
@@ -83,12 +99,11 @@ def load_paddle(row, config):
     import paddle
 
     import engine
-    from datasets import TrainSampler
     from mobileone import build_mobileone
     from run import build_loader, build_training, check_shared_memory
     from tools.benchmark.launches import count_launches
 
-    def read(epochs):
+    def windows():
         for epoch in epochs:
             loader.batch_sampler.set_epoch(epoch)
             with contextlib.closing(iter(loader)) as batches:
@@ -99,22 +114,15 @@ def load_paddle(row, config):
 
     cuda = paddle.device.cuda if use_device().startswith('gpu') else None
     paddle.seed(config.SEED)
-    memory, numbers = resident_memory('VmRSS'), itertools.count()
-    if row['workers'] is None:
-        size = config.DATA.IMAGE_SIZE
-        batch = (paddle.randint(0, 256, [row['batch'], size, size, 3]).astype('uint8'),
-                 paddle.randint(0, config.MODEL.NUM_CLASSES, [row['batch']], 'int64'))
-        loader = types.SimpleNamespace(batch_sampler=TrainSampler(IMAGENET, row['batch'], config.SEED))
-        source, windows = None, lambda: repeated([batch] * config.TRAIN.ACCUM_ITER)
-    else:
-        check_shared_memory(config)
-        source = loader = build_loader(config, True)
-        # other images in each turn, which the system does not have in its cache
-        epochs = itertools.count(1)
-        windows = lambda: read(epochs)  # noqa: E731
+    check_shared_memory(config)
+    memory, is_synthetic = resident_memory('VmRSS'), row['workers'] is None
+    # every turn has other images, which the system has not kept in memory
+    numbers, epochs = itertools.count(), itertools.count(1)
+    loader = SyntheticLoader(config) if is_synthetic else build_loader(config, True)
     training = build_training(config, build_mobileone(config), loader)
     training.model.train()
-    return Trainer(windows, step, cuda, memory, source, lambda window: count_launches(lambda: step(window)))
+    return Trainer(windows, step, cuda, memory, None if is_synthetic else loader,
+                   lambda window: count_launches(lambda: step(window)))
 
 
 def load_timm(row, config):

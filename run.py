@@ -4,6 +4,7 @@ Of several processes, rank 0 alone writes; what is decided (an error, the best e
 the same on every rank.
 """
 import contextlib
+import functools
 import os
 import re
 import shutil
@@ -23,7 +24,7 @@ from mixup import build_mixup
 from mobileone import build_mobileone
 from runtime import checkpoint, files, folder
 from runtime.loader import StoppedWaiting, shared_memory
-from runtime.program import STOPPED, StopRequest
+from runtime.program import STOPPED, StopRequest, cores_per_process
 from runtime.settings import leaves
 from transforms import Normalize, RandomErase
 from utils import (
@@ -43,6 +44,18 @@ from weights import is_fused, load_into, load_model
 def build_loader(config, is_train, epoch=1):
     """The loader of this rank's share of the training images, as they are in an epoch, or of the validation images."""
     return get_dataloader(config, get_dataset(config, is_train, epoch), is_train, rank(), world_size())
+
+
+def warn_of_waiting(num_workers, share):
+    """Log that waiting for images takes this share of the time, and what to do about it."""
+    cores = cores_per_process()
+    if num_workers < cores - 1:
+        more = min(cores - 1, 2 * num_workers or 8)
+        remedy = f'set DATA.NUM_WORKERS {more}, for it is {num_workers} and this process has {cores} cores'
+    else:
+        remedy = (f'DATA.NUM_WORKERS is {num_workers} and this process has {cores} cores, so more workers would hardly '
+                  'help: use more cores, a faster disk, or images that are resized beforehand')
+    LOG.warning(f'warning: {share:.0%} of the time is spent waiting for images: {remedy}')
 
 
 def build_normalize(config):
@@ -116,6 +129,7 @@ class Run:
                 LOG.info(f'epoch {epoch}: images of {stage.image_size} pixels, AutoAugment '
                          f'{stage.auto_augment_strength:g}')
             self.part = self.part or engine.EpochPart.none(epoch)
+            train_loader.on_slow = functools.partial(warn_of_waiting, train_loader.num_workers)
             with self.answering(train_loader):
                 metrics = engine.train_one_epoch(self.training, train_loader, self.part, config.REPORT_FREQ,
                                                  self.should_stop, self.after_step)
@@ -360,7 +374,7 @@ def run_evaluation(config, loader):
     write_record(config, None, 0, 'val', name, results[name])
 
 
-def check_shared_memory(config):
+def check_shared_memory(config, num_workers):
     """Raises: UserError where /dev/shm has no room for the batches that data workers hand over."""
     data, train = config.DATA, config.TRAIN
     batches = [((data.BATCH_SIZE_EVAL or data.BATCH_SIZE) * data.IMAGE_SIZE ** 2, 1)]
@@ -368,11 +382,11 @@ def check_shared_memory(config):
         side = max([stage['IMAGE_SIZE'] for stage in train.CURRICULUM] or [data.IMAGE_SIZE])
         batches.append((data.BATCH_SIZE * side ** 2, train.ACCUM_ITER))
     for pixels, kept in batches:
-        needed, free = (round(count / 2 ** 20) for count in shared_memory(data.NUM_WORKERS, 3 * pixels, kept))
+        needed, free = (round(count / 2 ** 20) for count in shared_memory(num_workers, 3 * pixels, kept))
         if needed > free:
-            raise UserError(f'/dev/shm has {free} MiB free, but the batches of {data.NUM_WORKERS} data workers need '
-                            f'{needed} MiB: start the container with --shm-size={2 * needed}m or --ipc=host, or set '
-                            'DATA.NUM_WORKERS 0')
+            raise UserError(f'/dev/shm has {free} MiB free, but the batches of {num_workers} data workers need '
+                            f'{needed} MiB: start the container with --shm-size={2 * needed}m or --ipc=host, or lower '
+                            'DATA.NUM_WORKERS; 0 needs none')
 
 
 def find_facts(config, loaders):
@@ -406,7 +420,7 @@ def run(config):
         checkpoint.check_exists(path, key)
     if not config.EVAL:
         optim.build_schedule(config, loaders[0].batch_sampler)  # all epochs have as many batches
-    check_shared_memory(config)
+    check_shared_memory(config, loaders[0].num_workers)
     check_agreement(lambda: find_facts(config, loaders))
     config = with_values(config, {'SAVE': from_main(lambda: folder.prepare_folder(
         config.SAVE, config.MODEL.RESUME, config.MODEL.NAME, config.EVAL))})
@@ -418,8 +432,9 @@ def run(config):
 
 
 def _run_in_folder(config, loaders):
-    LOG.info(f'PaddlePaddle {paddle.__version__} on {paddle.device.get_device()}, processes: {world_size()}, folder '
-             f'{config.SAVE}, config:\n{config.dump(default_flow_style=None).rstrip()}')
+    LOG.info(f'PaddlePaddle {paddle.__version__} on {paddle.device.get_device()}, processes: {world_size()}, data '
+             f'workers of each: {loaders[0].num_workers}, folder {config.SAVE}, config:\n'
+             f'{config.dump(default_flow_style=None).rstrip()}')
     for loader in loaders:
         LOG.info(describe_dataset(loader.dataset, config.MODEL.NUM_CLASSES))
     if config.TRAIN.CURRICULUM and not config.EVAL:

@@ -20,11 +20,13 @@ import paddle
 from paddle.io import DataLoader, Dataset, get_worker_info
 from paddle.io.dataloader.dataloader_iter import _DataLoaderIterMultiProcess, _set_SIGCHLD_handler
 
-from runtime.program import STOP_SIGNALS, end_with_parent, environment_number
+from runtime.program import STOP_SIGNALS, cores_per_process, end_with_parent, environment_number
 from utils import LOG, UserError, blocked
 
 # seconds of waiting for a batch after which it is said, and again
 PATIENCE = 60
+# what makes an iteration slow: waits of more than this share of its time, and of more than these seconds
+SLOW_SHARE, SLOW_SECONDS = 0.2, 10
 
 
 class StoppedWaiting(Exception):
@@ -118,6 +120,33 @@ def _name_the_dead():
     signal.signal(signal.SIGCHLD, handler)
 
 
+def default_workers():
+    """Data workers of this process where nobody says how many: its share of the cores less one, from 1 to 8."""
+    return max(1, min(8, cores_per_process() - 1))
+
+
+class Waits:
+    """Adds up an iteration's waits for batches, and calls on_slow(their share of the time) once when it is slow.
+
+    The first wait does not count, for the workers start in it.
+    """
+
+    def __init__(self, on_slow):
+        self.on_slow = on_slow
+        self.began = None
+        self.seconds = 0.0
+
+    def add(self, start, end):
+        """Count a wait from start to end, in seconds of one clock."""
+        if self.began is None:
+            self.began = end
+            return
+        self.seconds += end - start
+        if self.on_slow and self.seconds > max(SLOW_SECONDS, SLOW_SHARE * (end - self.began)):
+            self.on_slow(self.seconds / (end - self.began))
+            self.on_slow = None
+
+
 def shared_memory(num_workers, batch_bytes, kept=1):
     """Bytes of /dev/shm that the loaders of this machine's processes need, and that are free; (0, 0) without workers.
 
@@ -166,20 +195,26 @@ def _fetch(batches, place, requests, results):
 class Loader:
     """Iterates over batches of tensors (uint8 [N, H, W, 3], int64 [N]); `waited` adds up the seconds this took.
 
+    num_workers: processes that read images; 0: none, this one does; -1: `default_workers`. As an attribute, how many
+    there are.
     timeout: seconds after which a wait for a batch is an error; 0: never.
     should_stop(): whether a wait is to end by StoppedWaiting, asked a few times a second.
+    on_slow(share): called at most once in an iteration, when waiting for batches takes too much of the time (`Waits`).
     Raises: UserError for an image that cannot be read, when it is read, and after the timeout.
     """
 
     def __init__(self, dataset, batch_sampler, num_workers, timeout=0):
+        num_workers = default_workers() if num_workers < 0 else num_workers
         self.dataset = dataset
         self.timeout = timeout
         self.should_stop = lambda: False
+        self.on_slow = lambda share: None
         self.caught = _Caught(dataset, num_workers)
         self.batch_sampler = batch_sampler
         # a worker whose parent is killed may wait for ever for what that was writing
         self.loader = DataLoader(self.caught, batch_sampler=batch_sampler, num_workers=num_workers,
                                  collate_fn=_collate, worker_init_fn=functools.partial(_start_worker, os.getpid()))
+        self.num_workers = self.loader.num_workers  # Paddle has none where they cannot be forked
         self.waited = 0.0
 
     def __len__(self):
@@ -187,7 +222,7 @@ class Loader:
 
     def __iter__(self):
         others = set(multiprocessing.active_children())
-        if self.loader.num_workers:
+        if self.num_workers:
             _name_the_dead()
         try:
             with blocked([*STOP_SIGNALS, _END]):  # in the workers too, until each has said what it does about them
@@ -198,12 +233,15 @@ class Loader:
         place = paddle.framework._current_expected_place()
         thread = threading.Thread(target=_fetch, args=[batches, place, requests, results], daemon=True)
         thread.start()
+        waits = Waits(self.on_slow)
         try:
             while True:
                 start = time.perf_counter()
                 requests.put(True)
                 batch = self._wait(results)
-                self.waited += time.perf_counter() - start
+                end = time.perf_counter()
+                self.waited += end - start
+                waits.add(start, end)
                 if batch is None:
                     return
                 if isinstance(batch, Exception):
@@ -220,7 +258,7 @@ class Loader:
             requests.put(None)
             if not batches._shutdown:
                 _end_at_once(batches)
-            if self.loader.num_workers:
+            if self.num_workers:
                 thread.join(1)  # it may be waiting for the workers' end too, of which only one of two waits learns
 
     def _wait(self, results):

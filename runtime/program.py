@@ -78,8 +78,7 @@ def _prepare_cpu():
     # a GPU build warns of the CUDA libraries that this machine lacks
     os.environ.setdefault('GLOG_minloglevel', '2')
     # Paddle computes on one thread unless told otherwise
-    processes = environment_number('PADDLE_LOCAL_SIZE', 1)
-    os.environ.setdefault('OMP_NUM_THREADS', str(max(1, usable_cores() // processes)))
+    os.environ.setdefault('OMP_NUM_THREADS', str(cores_per_process()))
     try:
         with open('/proc/cpuinfo', encoding='utf-8') as file:
             amd = 'AuthenticAMD' in file.read()
@@ -123,6 +122,11 @@ def use_device(index=0):
 def usable_cores():
     """Cores that this process may use; not every system knows a process's affinity."""
     return len(os.sched_getaffinity(0)) if hasattr(os, 'sched_getaffinity') else os.cpu_count()
+
+
+def cores_per_process():
+    """This process's share of the usable cores, at least 1: a group's processes on a machine have equal shares."""
+    return max(1, usable_cores() // environment_number('PADDLE_LOCAL_SIZE', 1))
 
 
 def join_process_group():

@@ -52,6 +52,7 @@ def config():
     """A config like NARROW, 10 classes, to edit."""
     config = get_config()
     config.DATA.IMAGE_SIZE = 32
+    config.DATA.NUM_WORKERS = 1
     config.MODEL.NUM_CLASSES = 10
     config.MODEL.NUM_BLOCKS = [1, 1, 1, 2, 1]
     config.MODEL.CHANNELS = [4, 4, 8, 8, 8]

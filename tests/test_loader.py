@@ -15,8 +15,8 @@ from paddle.io import Dataset
 
 import runtime.loader
 from datasets import get_dataloader, get_dataset
-from runtime.loader import Loader, StoppedWaiting, shared_memory
-from runtime.program import STOP_SIGNALS
+from runtime.loader import Loader, StoppedWaiting, Waits, default_workers, shared_memory
+from runtime.program import STOP_SIGNALS, cores_per_process
 from utils import LOG, UserError
 
 
@@ -143,7 +143,7 @@ def test_a_small_dev_shm_is_said_before_the_first_batch(fashion, tmp_path, count
     needed = {1: 11, 2: 23}[count]
     assert process.stderr == (
         f'main_multi_gpu.py: error: /dev/shm has 1 MiB free, but the batches of 2 data workers need {needed} MiB: '
-        f'start the container with --shm-size={2 * needed}m or --ipc=host, or set DATA.NUM_WORKERS 0\n')
+        f'start the container with --shm-size={2 * needed}m or --ipc=host, or lower DATA.NUM_WORKERS; 0 needs none\n')
     command += ['DATA.NUM_WORKERS', '0', 'TRAIN.NUM_EPOCHS', '1']
     assert subprocess.run(['unshare', '-m', 'sh', '-c', 'mount -t tmpfs -o size=1m tmpfs /dev/shm; exec "$@"', 'sh',
                            *map(str, command)], cwd=ROOT, capture_output=True).returncode == 0
@@ -183,3 +183,43 @@ except test_loader.StoppedWaiting:
     print(time.time())"""
     stopped = float(run('-c', code, env={'PYTHONPATH': f'{ROOT}:{ROOT / "tests"}'}).stdout)
     assert time.time() - stopped < 5
+
+
+@pytest.mark.parametrize('cores, processes, workers', [
+    (1, 1, 1), (2, 1, 1), (4, 1, 3), (9, 1, 8), (64, 1, 8), (64, 8, 7), (24, 8, 2), (8, 8, 1), (4, 8, 1)])
+def test_default_workers_fill_the_share_of_the_cores(monkeypatch, cores, processes, workers):
+    """All but one, of the cores that this process may use, shared with the other processes on this machine."""
+    monkeypatch.setattr(os, 'sched_getaffinity', lambda pid: set(range(cores)), raising=False)
+    monkeypatch.setattr(os, 'cpu_count', lambda: 1000)
+    if processes > 1:
+        monkeypatch.setenv('PADDLE_LOCAL_SIZE', str(processes))
+    assert cores_per_process() == max(1, cores // processes) and default_workers() == workers
+    assert [Loader(Images(0), [[0]], number).num_workers for number in (-1, 0, 3)] == [workers, 0, 3]
+
+
+def test_an_iteration_is_slow_once():
+    """By numbers in place of a clock: a long first wait, then a step of 10 s and a wait for each batch."""
+    def shares(first, *waits):
+        said, now = [], first
+        counted = Waits(said.append)
+        counted.add(0, first)
+        for wait in waits:
+            now += 10 + wait
+            counted.add(now - wait, now)
+        return said
+
+    assert shares(1000, *[2] * 50) == []  # the workers' start, and waits of a sixth
+    assert shares(1, *[3] * 50) == [pytest.approx(3 / 13)]  # after 12 s of waiting
+    assert shares(1, 9, 0.5) == []  # few seconds
+    assert shares(1, 30, 30) == [pytest.approx(30 / 40)]
+    assert shares(1, *[0] * 100, 300) == [pytest.approx(300 / 1310)]
+
+
+def test_who_iterates_over_a_loader_is_told_that_it_is_slow(monkeypatch):
+    monkeypatch.setattr(runtime.loader, 'SLOW_SECONDS', 0)
+    loader, said = Loader(Images(0.01), [[0]] * 5, 0), []
+    assert len(list(loader)) == 5  # whoever does not ask is not told
+    loader.on_slow = said.append
+    for iteration in (1, 2):
+        assert len(list(loader)) == 5 and len(said) == iteration
+    assert all(0.2 < share <= 1 for share in said)

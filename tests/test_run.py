@@ -9,12 +9,14 @@ import pytest
 
 import engine
 import optim
+import run as run_module
+import runtime.loader
 from datasets import get_dataloader, get_dataset
 from mobileone import build_mobileone
-from run import Run, build_training
+from run import Run, build_training, check_shared_memory, save_config, warn_of_waiting
 from run import run as train
 from runtime import checkpoint
-from utils import UserError
+from utils import LOG, UserError
 
 
 @pytest.fixture
@@ -103,3 +105,67 @@ def test_the_error_of_a_bad_loss_names_the_last_checkpoint(config, fashion, tmp_
         assert str(error.value) == (
             'the loss of training, epoch 1, steps 2 to 3, is nan: lower TRAIN.BASE_LR, or check MODEL.PRETRAINED and '
             f'the labels; the last good checkpoint is {last}')
+
+
+def test_training_that_waits_for_images_says_so_once_an_epoch(config, fashion, tmp_path, monkeypatch):
+    """And evaluation, in which workers have most of the time, does not."""
+    monkeypatch.setattr(runtime.loader, 'SLOW_SECONDS', 0)
+    monkeypatch.setattr(runtime.loader, 'SLOW_SHARE', 0)
+    monkeypatch.setattr(run_module, 'cores_per_process', lambda: 1)
+    config.DATA.DATA_PATH, config.SAVE, config.TRAIN.NUM_EPOCHS = str(fashion), str(tmp_path), 2
+    config.TRAIN.WARMUP_EPOCHS, config.DATA.NUM_WORKERS, config.DATA.BATCH_SIZE = 0, 0, 16
+    train(config)
+    lines = (tmp_path / 'log.txt').read_text().splitlines()
+    said = [number for number, line in enumerate(lines) if 'warning: ' in line]
+    ends = [number for number, line in enumerate(lines) if ' train raw: ' in line]
+    assert len(said) == 2 and said[0] < ends[0] < said[1] < ends[1]
+    assert 'of the time is spent waiting for images: DATA.NUM_WORKERS is 0' in lines[said[0]]
+
+
+@pytest.mark.parametrize('workers, cores, remedy', [
+    (0, 4, 'set DATA.NUM_WORKERS 3, for it is 0 and this process has 4 cores'),
+    (0, 64, 'set DATA.NUM_WORKERS 8, for it is 0 and this process has 64 cores'),
+    (8, 64, 'set DATA.NUM_WORKERS 16, for it is 8 and this process has 64 cores'),
+    (8, 12, 'set DATA.NUM_WORKERS 11, for it is 8 and this process has 12 cores'),
+    (7, 8, 'DATA.NUM_WORKERS is 7 and this process has 8 cores, so more workers would hardly help: use more cores, a '
+           'faster disk, or images that are resized beforehand'),
+])
+def test_the_remedy_for_waiting_depends_on_the_cores(monkeypatch, workers, cores, remedy):
+    said = []
+    monkeypatch.setattr(run_module, 'cores_per_process', lambda: cores)
+    monkeypatch.setattr(LOG, 'warning', said.append)
+    warn_of_waiting(workers, 0.436)
+    assert said == [f'warning: 44% of the time is spent waiting for images: {remedy}']
+
+
+def test_default_workers_are_logged_and_need_shared_memory(config, fashion, tmp_path, monkeypatch):
+    """The saved config keeps the -1: a run that goes on elsewhere has the workers of that machine."""
+    asked = []
+    monkeypatch.setattr(runtime.loader, 'default_workers', lambda: 3)
+    monkeypatch.setattr(run_module, 'shared_memory', lambda workers, *args: asked.append(workers) or (0, 0))
+    config.DATA.DATA_PATH, config.SAVE = str(fashion), str(tmp_path)
+    config.TRAIN.NUM_EPOCHS, config.TRAIN.WARMUP_EPOCHS, config.DATA.NUM_WORKERS = 1, 0, -1
+    train(config)
+    assert ', data workers of each: 3, folder ' in (tmp_path / 'log.txt').read_text() and set(asked) == {3}
+    assert 'NUM_WORKERS: -1' in (tmp_path / 'config.yaml').read_text()
+
+
+def test_shared_memory_for_the_default_workers(config, monkeypatch):
+    monkeypatch.setattr(run_module, 'shared_memory', lambda workers, *args: (workers * 2 ** 20, 2 ** 20))
+    check_shared_memory(config, 1)
+    with pytest.raises(UserError, match='/dev/shm has 1 MiB free, but the batches of 7 data workers need 7 MiB: .* or '
+                                        'lower DATA.NUM_WORKERS; 0 needs none'):
+        check_shared_memory(config, 7)
+
+
+def test_a_resume_with_other_workers_is_not_a_difference(config, fashion, tmp_path, monkeypatch, caplog):
+    monkeypatch.setattr(LOG, 'propagate', True)
+    caplog.set_level('INFO', LOG.name)
+    config.DATA.DATA_PATH, config.SAVE, config.MODEL.RESUME = str(fashion), str(tmp_path), 'auto'
+    for workers in (2, -1, 0):
+        config.DATA.NUM_WORKERS = workers
+        save_config(config)
+    assert caplog.records == []
+    config.SEED = 5
+    save_config(config)
+    assert 'not as in' in caplog.text and 'SEED' in caplog.text

@@ -12,7 +12,15 @@ import sys
 
 from config import get_config, get_parser, resolve_config, update_config
 from runtime.launcher import run_processes
-from runtime.program import environment_number, join_process_group, prepare_runtime, run_program, use_device
+from runtime.program import (
+    count_gpus,
+    environment_number,
+    join_process_group,
+    prepare_runtime,
+    run_program,
+    use_device,
+)
+from runtime.settings import add_device_flag
 from utils import UserError
 
 
@@ -20,13 +28,13 @@ def main():
     parser = get_parser(__doc__)
     parser.add_argument('-nproc', metavar='N', type=int, help='processes to start on this machine, unless a launcher '
                         'did (default: one per visible GPU, one without GPUs)')
+    add_device_flag(parser)
     args = parser.parse_args()
     config = update_config(get_config(), args)
     resolve_config(config)  # a mistake is said before processes are started
     threads = os.environ.get('OMP_NUM_THREADS')
-    prepare_runtime()
-    from paddle import device
-    gpus = device.cuda.device_count()
+    prepare_runtime(args.device)
+    gpus = count_gpus(args.device)
     if 'PADDLE_TRAINER_ID' not in os.environ:  # no launcher has started us
         count = max(1, gpus) if args.nproc is None else args.nproc
         if count < 1 or 0 < gpus < count:
@@ -40,7 +48,7 @@ def main():
             # not sys.argv[0], which a notebook's is its own
             sys.exit(run_processes([sys.executable, __file__, *sys.argv[1:]], count))
     import run
-    use_device(environment_number('FLAGS_selected_gpus', 0))
+    use_device(args.device, environment_number('FLAGS_selected_gpus', 0))
     join_process_group()
     run.run(config)
 

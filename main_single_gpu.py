@@ -7,16 +7,20 @@ The run's folder (-output) gets config.yaml, log.txt, log.jsonl, latest.pdparams
 """
 from config import get_config, get_parser, update_config
 from runtime.program import environment_number, prepare_runtime, run_program, use_device
+from runtime.settings import add_device_flag
 from utils import UserError
 
 
 def main():
-    config = update_config(get_config(), get_parser(__doc__).parse_args())
+    parser = get_parser(__doc__)
+    add_device_flag(parser)
+    args = parser.parse_args()
+    config = update_config(get_config(), args)
     if environment_number('PADDLE_TRAINERS_NUM', 1) > 1:
         raise UserError('a launcher has started several processes: give it main_multi_gpu.py')
-    prepare_runtime()
+    prepare_runtime(args.device)
     import run
-    use_device()
+    use_device(args.device)
     run.run(config)
 
 

@@ -304,7 +304,7 @@ def load_program(program, threads=None, bfloat16=False, engine='openvino'):
     config.disable_glog_info()
     if threads:
         config.set_cpu_math_library_num_threads(threads)
-    if device.cuda.device_count():
+    if device.get_device().startswith('gpu'):
         # MB of memory to begin with, and the current GPU; not measured
         config.enable_use_gpu(256, int(device.get_device().partition(':')[2] or 0))
     elif engine == 'openvino' and program.endswith('.pdmodel') and hasattr(config, 'enable_openvino_engine'):

@@ -24,17 +24,17 @@ STOP_SIGNALS = tuple(getattr(signal, name) for name in ('SIGINT', 'SIGTERM', 'SI
 STOPPED = 75
 
 
-def prepare_runtime():
+def prepare_runtime(device=None):
     """Set what must be set before Paddle is imported, and import it: call it before anything else that does.
 
-    On a machine without a GPU, Paddle computes on all cores that the process may use.
+    On a machine without a GPU, and with the `device` 'cpu', Paddle computes on all cores that the process may use.
 
     Raises: UserError when the installed NumPy is one that the installed Paddle crashes on, and for a launcher's
     environment variable that is no number.
     """
     for name in _LOWEST:
         environment_number(name)  # Paddle would read them its own way
-    if _check_versions() == 'paddlepaddle' or not glob.glob('/dev/nvidia[0-9]*'):
+    if _check_versions() == 'paddlepaddle' or device == 'cpu' or not _has_driver():
         _prepare_cpu()
     # Paddle (2.6.2, 3.3.1) answers SIGTERM with a stack trace, in which a data worker just forked may deadlock; and it
     # leaves its batches in shared memory, unless Python ends in order. So the signal waits until it can be answered,
@@ -112,10 +112,50 @@ def environment_number(name, default=None):
     return numbers[0]
 
 
-def use_device(index=0):
-    """Compute on this GPU, or on the CPU where Paddle finds none (a GPU build too). Returns: the device's name."""
+def _has_driver():
+    return bool(glob.glob('/dev/nvidia[0-9]*'))
+
+
+def count_gpus(device=None):
+    """How many GPUs there are to compute on: all that Paddle finds; none where `device` is 'cpu'.
+
+    Raises: UserError where it is 'gpu' and Paddle finds none.
+    """
     import paddle
-    paddle.set_device(f'gpu:{index}' if paddle.device.cuda.device_count() else 'cpu')
+    count = 0 if device == 'cpu' else paddle.device.cuda.device_count()
+    if device == 'gpu' and not count:
+        raise UserError(f'-device is gpu, but PaddlePaddle finds no GPU: {_why_no_gpu()}')
+    return count
+
+
+def _why_no_gpu():
+    """The likely reason why Paddle finds no GPU, and its remedy."""
+    import paddle
+    if not paddle.is_compiled_with_cuda():
+        return 'it is a build for CPUs; README.md has the commands that install one for GPUs'
+    if not _has_driver():
+        return 'there is no NVIDIA driver here (no /dev/nvidia0); install it, or start the container with --gpus all'
+    if 'CUDA_VISIBLE_DEVICES' in os.environ:
+        return (f'CUDA_VISIBLE_DEVICES is {os.environ["CUDA_VISIBLE_DEVICES"]!r}; unset it, or name GPUs that '
+                '`nvidia-smi -L` lists')
+    return (f'the NVIDIA driver may be too old for CUDA {paddle.version.cuda()}; compare the CUDA version that '
+            '`nvidia-smi` shows')
+
+
+def use_device(device=None, index=0):
+    """Compute on this GPU, or on the CPU: where `device` is 'cpu', or it is None and Paddle finds no GPU.
+
+    A GPU build that finds none says so on stderr, in a group of processes once.
+    Returns: the device's name. Raises: UserError as `count_gpus`.
+    """
+    import paddle
+    count = count_gpus(device)
+    paddle.set_device(f'gpu:{index}' if count else 'cpu')
+    is_main = os.environ.get('PADDLE_TRAINER_ID', '0') == '0'
+    if not count and device is None and paddle.is_compiled_with_cuda() and is_main:
+        with contextlib.suppress(OSError):  # nobody may read it
+            print(f'{program_name()}: warning: computing on the CPU, as PaddlePaddle finds no GPU: {_why_no_gpu()}; if '
+                  'the CPU is meant, give -device cpu', file=sys.stderr)
     return paddle.device.get_device()
 
 
@@ -130,13 +170,16 @@ def cores_per_process():
 
 
 def join_process_group():
-    """Join the group that Paddle's launcher or main_multi_gpu.py has made of several processes, if one has."""
+    """Join the group that Paddle's launcher or main_multi_gpu.py has made of several processes, if one has.
+
+    Call `use_device` before: processes on GPUs talk by NCCL, others by gloo.
+    """
     import paddle
     if 'PADDLE_TRAINER_ID' in os.environ:
         end_with_parent(environment_number('RUN_PROCESSES_PID'))
     if environment_number('PADDLE_TRAINERS_NUM', 1) == 1:
         return
-    if not paddle.device.cuda.device_count():
+    if not paddle.device.get_device().startswith('gpu'):
         os.environ['PADDLE_DISTRI_BACKEND'] = 'gloo'
     with contextlib.redirect_stderr(io.StringIO()):  # a banner on flags that Paddle (3.3.1) has set itself
         paddle.distributed.init_parallel_env()

@@ -278,6 +278,12 @@ class _Loader(yaml.SafeLoader):
         return super().construct_mapping(node, deep)
 
 
+def add_device_flag(parser):
+    """Give a parser the flag -device, for `prepare_runtime` and `use_device` of runtime/program.py."""
+    parser.add_argument('-device', choices=['gpu', 'cpu'], help='gpu: an error if there is none; cpu: even if there is '
+                        'a GPU (default: the GPU, or the CPU where there is none)')
+
+
 class ArgumentParser(argparse.ArgumentParser):
     """argparse with exact single-dash flags, values that may start with a minus, and errors of one line."""
 

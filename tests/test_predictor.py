@@ -395,6 +395,12 @@ def test_predict_program(trained, exported, tmp_path):
     process = run(*command, tmp_path / 'broken.png', tmp_path / 'photos', '-engine', 'inference', '-threads', '1',
                   status=1)
     assert process.stdout.splitlines() == out and process.stderr.startswith('tools.predict: error: ')
+    process = run(*command, tmp_path / 'photos', '-engine', 'inference', '-device', 'cpu')
+    assert process.stdout.splitlines() == out and process.stderr == ''
+    line = fails(*command, tmp_path / 'photos', '-engine', 'inference', '-device', 'gpu')
+    assert 'finds no GPU: it is a build for CPUs' in line
+    line = fails(*command, tmp_path / 'photos', '-engine', 'onnxruntime', '-device', 'gpu')
+    assert '-device is gpu, but the engine onnxruntime computes on the CPU: leave it out' in line
     assert '-top is 0, but must be at least 1' in fails(*command, tmp_path / 'photos', '-top', '0')
     assert "-plot 'no/bars.png': cannot be a file" in fails(*command, tmp_path / 'photos', '-plot', 'no/bars.png')
     process = run(*command, tmp_path / '*o*', status=1)  # a folder and a file, of which the folder is left out

@@ -288,3 +288,107 @@ run_program(predict.main)''', '-pretrained', weights, '-output', tmp_path / 'exp
     assert 'cannot be locked' in out and ' best top-1 ' in out
     several = 'from runtime.program import run_program; import main_multi_gpu; run_program(main_multi_gpu.main)'
     assert start(several, '-nproc', 2, status=2).stderr.endswith('error: 2 processes need Linux: give -nproc 1\n')
+
+
+@pytest.fixture
+def gpu_build(monkeypatch):
+    """A GPU build of PaddlePaddle that finds as many GPUs as gpu_build(count) says; returns a list of the devices set.
+    """
+    import paddle
+    chosen = []
+    monkeypatch.setattr(paddle, 'is_compiled_with_cuda', lambda: True)
+    monkeypatch.setattr(paddle.version, 'cuda', lambda: '12.6')
+    monkeypatch.setattr(paddle, 'set_device', chosen.append)
+
+    def find(count):
+        monkeypatch.setattr(paddle.device.cuda, 'device_count', lambda: count)
+        return chosen
+    return find
+
+
+@pytest.mark.parametrize('has_driver, visible, why', [
+    (False, '0', 'there is no NVIDIA driver here (no /dev/nvidia0); install it, or start the container with --gpus '
+                 'all'),
+    (True, '', "CUDA_VISIBLE_DEVICES is ''; unset it, or name GPUs that `nvidia-smi -L` lists"),
+    (True, '7', "CUDA_VISIBLE_DEVICES is '7'; unset it, or name GPUs that `nvidia-smi -L` lists"),
+    (True, None, 'the NVIDIA driver may be too old for CUDA 12.6; compare the CUDA version that `nvidia-smi` shows'),
+])
+def test_a_gpu_build_without_a_gpu_says_why(gpu_build, monkeypatch, capsys, has_driver, visible, why):
+    chosen = gpu_build(0)
+    monkeypatch.setattr(program, '_has_driver', lambda: has_driver)
+    monkeypatch.delenv('CUDA_VISIBLE_DEVICES', raising=False)
+    if visible is not None:
+        monkeypatch.setenv('CUDA_VISIBLE_DEVICES', visible)
+    with pytest.raises(UserError) as error:
+        program.use_device('gpu')
+    assert str(error.value) == f'-device is gpu, but PaddlePaddle finds no GPU: {why}'
+    assert capsys.readouterr().err == '' and chosen == []
+    program.use_device()
+    warning = f'computing on the CPU, as PaddlePaddle finds no GPU: {why}; if the CPU is meant, give -device cpu\n'
+    assert capsys.readouterr().err.partition(': warning: ')[2] == warning and chosen == ['cpu']
+
+
+def test_one_process_of_a_group_warns(gpu_build, monkeypatch, capsys):
+    gpu_build(0)
+    for rank in ('0', '1', '2'):
+        monkeypatch.setenv('PADDLE_TRAINER_ID', rank)
+        program.use_device()
+    assert capsys.readouterr().err.count('warning: ') == 1
+
+
+@pytest.mark.parametrize('gpus, device, index, used', [
+    (0, 'cpu', 0, 'cpu'), (8, 'cpu', 3, 'cpu'), (8, 'gpu', 3, 'gpu:3'), (8, None, 3, 'gpu:3'), (1, None, 0, 'gpu:0')])
+def test_a_device_that_is_asked_for_or_found_is_used_silently(gpu_build, capsys, gpus, device, index, used):
+    chosen = gpu_build(gpus)
+    program.use_device(device, index)
+    assert chosen == [used] and capsys.readouterr().err == ''
+    assert program.count_gpus(device) == (0 if used == 'cpu' else gpus)
+
+
+def test_a_build_for_cpus_computes_there_silently(capsys):
+    assert program.use_device() == program.use_device('cpu') == 'cpu' and capsys.readouterr().err == ''
+    with pytest.raises(UserError, match='it is a build for CPUs; README.md has the commands'):
+        program.use_device('gpu')
+
+
+@pytest.mark.parametrize('args', [
+    ['main_single_gpu.py'], ['main_multi_gpu.py'], ['main_multi_gpu.py', '-nproc', '2'],
+    ['-m', 'tools.fuse', '-pretrained', 'w']])
+def test_programs_take_a_device(args):
+    assert '-device is gpu, but PaddlePaddle finds no GPU: it is a build for CPUs' in fails(*args, '-device', 'gpu')
+    assert "argument -device: invalid choice: 'tpu'" in fails(*args, '-device=tpu')
+
+
+GPU_BUILD = """
+import sys, paddle
+paddle.is_compiled_with_cuda = lambda: True
+paddle.base.core.get_cuda_device_count = lambda: 0
+sys.argv[0] = {name!r}
+import {module}
+from runtime.program import run_program
+run_program({module}.main)"""
+
+
+@pytest.mark.parametrize('main', ['main_single_gpu', 'main_multi_gpu'])
+def test_a_gpu_build_without_a_gpu_trains_on_the_cpu(fashion, tmp_path, main):
+    code = GPU_BUILD.format(name=f'{main}.py', module=main)
+    for args, warnings in (([], 1), (['-device', 'cpu'], 0)):
+        folder = tmp_path / f'run {warnings}'
+        process = run('-c', code, *args, '-output', folder, *options(fashion, 'TRAIN.NUM_EPOCHS', '1'))
+        assert process.stderr.count('\n') == process.stderr.count(f'{main}.py: warning: computing on') == warnings
+        assert [row['split'] for row in records(folder)] == ['train', 'val', 'val']
+
+
+def test_a_cpu_that_is_asked_for_computes_on_all_cores(monkeypatch):
+    """Of a GPU build on a machine with a GPU too."""
+    monkeypatch.setattr(program, '_check_versions', lambda: 'paddlepaddle-gpu')
+    monkeypatch.setattr(program, '_has_driver', lambda: True)
+    monkeypatch.setattr(program, '_import_paddle', lambda: None)
+    prepared, before = [], signal.getsignal(signal.SIGTERM)
+    monkeypatch.setattr(program, '_prepare_cpu', lambda: prepared.append('cpu'))
+    try:
+        for device in (None, 'gpu', 'cpu'):
+            program.prepare_runtime(device)
+    finally:
+        signal.signal(signal.SIGTERM, before)
+    assert prepared == ['cpu']

@@ -16,6 +16,7 @@ import numpy as np
 from config import get_config, get_parser, resolve_config, update_config
 from runtime.files import replace
 from runtime.program import prepare_runtime, run_program, use_device
+from runtime.settings import add_device_flag
 from utils import UserError, setup_logger
 
 
@@ -84,6 +85,7 @@ def main():
     parser = get_parser(__doc__, ['data_path', 'image_size', 'pretrained'])
     parser.add_argument('-save', metavar='FILE', help='write the fused weights to this .pdparams or .safetensors')
     parser.add_argument('-no_data', action='store_true', help='compare on random images, without a data set')
+    add_device_flag(parser)
     args = parser.parse_args()
     if not args.pretrained:  # a run's config may name the weights that the run started from
         raise UserError('-pretrained is needed: the weights to fuse')
@@ -93,12 +95,12 @@ def main():
     if args.save and os.path.realpath(args.save) == os.path.realpath(config.MODEL.PRETRAINED):
         raise UserError(f'-save {args.save} would replace the unfused weights, and nothing brings them back: choose '
                         'another name')
-    prepare_runtime()
+    prepare_runtime(args.device)
     from datasets import get_dataloader, get_dataset
     from mobileone import model_convert
     from runtime import checkpoint
     from weights import is_fused, load_model
-    use_device()
+    use_device(args.device)
     loader = None if args.no_data else get_dataloader(config, get_dataset(config, False), False)
     setup_logger()
     model, _ = load_model(config, config.MODEL.PRETRAINED)

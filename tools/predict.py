@@ -17,7 +17,7 @@ from deploy.predictor import ENGINES, Predictor, find_engine
 from images import read_image
 from runtime.files import replace
 from runtime.program import prepare_runtime, run_program, use_device
-from runtime.settings import ArgumentParser
+from runtime.settings import ArgumentParser, add_device_flag
 from tools import import_pyplot
 from utils import UserError, one_line, program_name
 
@@ -99,6 +99,7 @@ def main():
     parser.add_argument('-json', action='store_true', help='print a JSON object per line and image')
     parser.add_argument('-engine', default='auto', choices=['auto', *ENGINES],
                         help='(default: the fastest that is installed and runs the model)')
+    add_device_flag(parser)
     parser.add_argument('-threads', metavar='N', type=int, help="threads of a CPU (default: the engine's choice)")
     parser.add_argument('-plot', metavar='FILE', help=f'draw the first {ROWS} images with their classes into this PNG')
     args = parser.parse_args()
@@ -109,11 +110,15 @@ def main():
         if not os.path.isdir(os.path.dirname(args.plot) or '.') or os.path.isdir(args.plot):
             raise UserError(f'-plot {args.plot!r}: cannot be a file; name a PNG in a folder that exists')
     paths = find_images(args.images)
-    if ENGINES[find_engine(args.model, args.engine)][0] == 'paddle':
+    engine = find_engine(args.model, args.engine)
+    if ENGINES[engine][0] == 'paddle':
         if args.threads:
             os.environ['OMP_NUM_THREADS'] = str(args.threads)
-        prepare_runtime()
-        use_device()
+        prepare_runtime(args.device)
+        use_device(args.device)
+    elif args.device == 'gpu':
+        raise UserError(f'-device is gpu, but the engine {engine} computes on the CPU: leave it out, or give weights '
+                        'or -engine inference')
     predictor = Predictor(args.model, get_config(args.cfg) if args.cfg else None, args.engine, args.threads)
     drawn, failed = [], False
     for path, result in predict(predictor, paths, args.top):

@@ -11,7 +11,7 @@ import os
 import sys
 
 from config import get_config, get_parser, resolve_config, update_config
-from runtime.launcher import run_processes
+from runtime.launcher import check_srun, run_processes
 from runtime.program import (
     count_gpus,
     environment_number,
@@ -32,6 +32,7 @@ def main():
     args = parser.parse_args()
     config = update_config(get_config(), args)
     resolve_config(config)  # a mistake is said before processes are started
+    check_srun(args.nproc)
     threads = os.environ.get('OMP_NUM_THREADS')
     prepare_runtime(args.device)
     gpus = count_gpus(args.device)

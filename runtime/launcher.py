@@ -9,10 +9,28 @@ import sys
 import tempfile
 import time
 
-from runtime.program import STOPPED, answer
+from runtime.program import STOPPED, answer, environment_number
+from utils import UserError, program_name
 
 # seconds for which we hold back what a process writes to stderr: when one fails, what the others say of it is no news
 HELD = 5.0
+
+
+def check_srun(processes):
+    """Raises: UserError where srun has started several tasks and no launcher has joined them: each would run alone.
+
+    processes: how many this one is to start, if it is said; 1 allows it.
+    """
+    tasks, nodes = (environment_number(f'SLURM_STEP_NUM_{what}', 1) for what in ('TASKS', 'NODES'))
+    if tasks == 1 or processes == 1 or 'PADDLE_TRAINER_ID' in os.environ:
+        return
+    command = f'srun --ntasks=1 python {program_name()} ...'
+    if nodes > 1:
+        command = (f"srun --ntasks={nodes} --ntasks-per-node=1 sh -c 'python -m paddle.distributed.launch --nnodes "
+                   f'{nodes} --rank $SLURM_NODEID --master $SLURM_LAUNCH_NODE_IPADDR:8090 --log_dir log/$SLURM_NODEID '
+                   f"{program_name()} ...'")
+    raise UserError(f'srun has started {tasks} tasks, which would be as many separate runs; start one task per '
+                    f'machine: {command} (if separate runs are meant, give -nproc 1)')
 
 
 class Rank:

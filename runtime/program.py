@@ -89,9 +89,9 @@ def _prepare_cpu():
         os.environ.setdefault('MKL_DEBUG_CPU_TYPE', '5')
 
 
-# numbers in the environment that Paddle's launcher or main_multi_gpu.py has put there, and their lowest values
+# numbers in the environment that Paddle's launcher, main_multi_gpu.py or srun has put there, and their lowest values
 _LOWEST = {'PADDLE_TRAINERS_NUM': 1, 'PADDLE_LOCAL_SIZE': 1, 'PADDLE_TRAINER_ID': 0, 'FLAGS_selected_gpus': 0,
-           'RUN_PROCESSES_PID': 1}
+           'RUN_PROCESSES_PID': 1, 'SLURM_STEP_NUM_TASKS': 1, 'SLURM_STEP_NUM_NODES': 1}
 
 
 def environment_number(name, default=None):

@@ -2,8 +2,11 @@
 import os
 import time
 
-from conftest import ROOT
+import pytest
+from conftest import ROOT, fails
 from forked import Program
+
+from runtime.launcher import check_srun
 
 GROUP = ('import sys, runtime.launcher as l; l.HELD = 0.5; '
          'sys.exit(l.run_processes([sys.executable, *sys.argv[1:]], 2))')
@@ -51,3 +54,27 @@ time.sleep(60)
     process.terminate()
     process.communicate(timeout=20)
     assert process.returncode == 75
+
+
+@pytest.mark.parametrize('tasks, nodes, command', [
+    ('8', '1', 'srun --ntasks=1 python main_multi_gpu.py ... (if'),
+    ('2', '2', "srun --ntasks=2 --ntasks-per-node=1 sh -c 'python -m paddle.distributed.launch --nnodes 2 --rank "
+               '$SLURM_NODEID --master $SLURM_LAUNCH_NODE_IPADDR:8090 --log_dir log/$SLURM_NODEID main_multi_gpu.py '
+               "...' (if"),
+])
+def test_tasks_of_srun_that_would_be_separate_runs(tasks, nodes, command):
+    line = fails('main_multi_gpu.py', env={'SLURM_STEP_NUM_TASKS': tasks, 'SLURM_STEP_NUM_NODES': nodes})
+    assert line.startswith(f'main_multi_gpu.py: error: srun has started {tasks} tasks, which would be as many ')
+    assert command in line and line.endswith('if separate runs are meant, give -nproc 1)')
+
+
+@pytest.mark.parametrize('processes, env', [
+    (None, {}), (None, {'SLURM_STEP_NUM_TASKS': '1', 'SLURM_STEP_NUM_NODES': '1'}),
+    (1, {'SLURM_STEP_NUM_TASKS': '8'}), (None, {'SLURM_STEP_NUM_TASKS': '2', 'PADDLE_TRAINER_ID': '3'})])
+def test_tasks_of_srun_that_are_meant(monkeypatch, processes, env):
+    """One task, -nproc 1, and those that Paddle's launcher has joined."""
+    for name in ('SLURM_STEP_NUM_TASKS', 'SLURM_STEP_NUM_NODES', 'PADDLE_TRAINER_ID'):
+        monkeypatch.delenv(name, raising=False)
+    for name, value in env.items():
+        monkeypatch.setenv(name, value)
+    check_srun(processes)

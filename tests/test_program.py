@@ -148,7 +148,7 @@ def test_characters_that_the_console_lacks(encoding, shown):
 @pytest.mark.parametrize('name, value', [
     ('PADDLE_TRAINERS_NUM', 'two'), ('PADDLE_TRAINERS_NUM', '0'), ('PADDLE_TRAINERS_NUM', '9' * 5000),
     ('PADDLE_TRAINER_ID', ''), ('PADDLE_TRAINER_ID', '-1'), ('PADDLE_LOCAL_SIZE', '1.5'), ('PADDLE_LOCAL_SIZE', '0'),
-    ('FLAGS_selected_gpus', '0,x')])
+    ('FLAGS_selected_gpus', '0,x'), ('SLURM_STEP_NUM_TASKS', 'all')])
 def test_numbers_in_the_environment(name, value):
     for program_name in ('main_single_gpu.py', 'main_multi_gpu.py'):
         error = run(program_name, status=2, env={name: value}, fork=False).stderr

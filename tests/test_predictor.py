@@ -399,8 +399,8 @@ def test_predict_program(trained, exported, tmp_path):
     assert process.stdout.splitlines() == out and process.stderr == ''
     line = fails(*command, tmp_path / 'photos', '-engine', 'inference', '-device', 'gpu')
     assert 'finds no GPU: it is a build for CPUs' in line
-    line = fails(*command, tmp_path / 'photos', '-engine', 'onnxruntime', '-device', 'gpu')
-    assert '-device is gpu, but the engine onnxruntime computes on the CPU: leave it out' in line
+    line = fails(*command, tmp_path / 'photos', '-engine', 'onnxruntime', '-device', 'cpu')
+    assert '-device is cpu, but the engine onnxruntime chooses by itself: leave it out' in line
     assert '-top is 0, but must be at least 1' in fails(*command, tmp_path / 'photos', '-top', '0')
     assert "-plot 'no/bars.png': cannot be a file" in fails(*command, tmp_path / 'photos', '-plot', 'no/bars.png')
     process = run(*command, tmp_path / '*o*', status=1)  # a folder and a file, of which the folder is left out

@@ -392,3 +392,23 @@ def test_a_cpu_that_is_asked_for_computes_on_all_cores(monkeypatch):
     finally:
         signal.signal(signal.SIGTERM, before)
     assert prepared == ['cpu']
+
+
+def test_a_cpu_that_is_asked_for_leaves_gpus_alone(fashion, tmp_path):
+    code = ('import sys, paddle; paddle.device.cuda.device_count = lambda: 2; import main_multi_gpu; '
+            'main_multi_gpu.main()')
+    process = run('-c', code, '-device', 'cpu', '-output', tmp_path / 'run', *options(fashion, 'TRAIN.NUM_EPOCHS', '1'))
+    assert ' on cpu, processes: 1, ' in process.stdout and process.stderr == ''
+
+
+@pytest.mark.parametrize('device, backend', [('gpu:1', None), ('cpu', 'gloo')])
+def test_processes_talk_by_gloo_on_the_cpu(monkeypatch, device, backend):
+    """Of a GPU build too."""
+    import paddle
+    monkeypatch.setattr(paddle.device, 'get_device', lambda: device)
+    monkeypatch.setattr(paddle.distributed, 'init_parallel_env', lambda: None)
+    monkeypatch.setenv('PADDLE_TRAINERS_NUM', '2')
+    monkeypatch.setenv('PADDLE_DISTRI_BACKEND', '')
+    monkeypatch.delenv('PADDLE_DISTRI_BACKEND')  # after the test too
+    program.join_process_group()
+    assert os.environ.get('PADDLE_DISTRI_BACKEND') == backend

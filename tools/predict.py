@@ -116,9 +116,9 @@ def main():
             os.environ['OMP_NUM_THREADS'] = str(args.threads)
         prepare_runtime(args.device)
         use_device(args.device)
-    elif args.device == 'gpu':
-        raise UserError(f'-device is gpu, but the engine {engine} computes on the CPU: leave it out, or give weights '
-                        'or -engine inference')
+    elif args.device:
+        raise UserError(f'-device is {args.device}, but the engine {engine} chooses by itself: leave it out, or give '
+                        'weights or -engine inference')
     predictor = Predictor(args.model, get_config(args.cfg) if args.cfg else None, args.engine, args.threads)
     drawn, failed = [], False
     for path, result in predict(predictor, paths, args.top):

@@ -33,8 +33,8 @@ KEYS = {
     'DATA.EXIF_TRANSPOSE': Key(False),
     # bits that gray pixels of more than 8 use, which are scaled from 0 to 2**BIT_DEPTH - 1; 0: as the file declares
     'DATA.BIT_DEPTH': Key(0, low=0, high=16),
-    # processes that read images; 0: the main process reads them itself; -1: its share of the machine's cores less one,
-    # but at least 1 and at most 8
+    # data workers, processes that read images; 0: the training process reads them itself; -1: its share of the
+    # machine's cores less one, but at least 1 and at most 8
     'DATA.NUM_WORKERS': Key(-1, low=-1),
     # seconds that a batch may take to come, of a dead network disk for example; 0: for ever
     'DATA.WORKER_TIMEOUT': Key(600, low=0),

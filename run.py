@@ -51,10 +51,10 @@ def warn_of_waiting(num_workers, share):
     cores = cores_per_process()
     if num_workers < cores - 1:
         more = min(cores - 1, 2 * num_workers or 8)
-        remedy = f'set DATA.NUM_WORKERS {more}, for it is {num_workers} and this process has {cores} cores'
+        remedy = f'set DATA.NUM_WORKERS {more} (now {num_workers}; cores: {cores})'
     else:
-        remedy = (f'DATA.NUM_WORKERS is {num_workers} and this process has {cores} cores, so more workers would hardly '
-                  'help: use more cores, a faster disk, or images that are resized beforehand')
+        remedy = (f'use more cores, a faster disk, or images that are resized beforehand; more than {num_workers} data '
+                  f'workers would hardly help (cores: {cores})')
     LOG.warning(f'warning: {share:.0%} of the time is spent waiting for images: {remedy}')
 
 
@@ -433,7 +433,7 @@ def run(config):
 
 def _run_in_folder(config, loaders):
     LOG.info(f'PaddlePaddle {paddle.__version__} on {paddle.device.get_device()}, processes: {world_size()}, data '
-             f'workers of each: {loaders[0].num_workers}, folder {config.SAVE}, config:\n'
+             f'workers per process: {loaders[0].num_workers}, folder {config.SAVE}, config:\n'
              f'{config.dump(default_flow_style=None).rstrip()}')
     for loader in loaders:
         LOG.info(describe_dataset(loader.dataset, config.MODEL.NUM_CLASSES))

@@ -310,7 +310,7 @@ def test_scripts(trained, fashion, tmp_path):
     variables = {'DATA_PATH': fashion, 'OUTPUT': folder, 'BATCH_SIZE': '8', 'CFG': 'configs/mobileone_s4.yaml'}
     out = script('run_train_multi.sh', *narrow, 'TRAIN.NUM_EPOCHS', '5', **variables)
     assert 'resumed' in out and 'after epoch 4' in out and 'NAME: mobileone_s4' in out
-    assert 'processes: 2, data workers of each: 1, folder' in out
+    assert 'processes: 2, data workers per process: 1, folder' in out
     assert [row['epoch'] for row in records(folder)] == [epoch for epoch in range(1, 6) for _ in range(3)]
 
     variables.update(PRETRAINED=folder / 'best.pdparams', OUTPUT=tmp_path / 'eval')

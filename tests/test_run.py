@@ -119,16 +119,16 @@ def test_training_that_waits_for_images_says_so_once_an_epoch(config, fashion, t
     said = [number for number, line in enumerate(lines) if 'warning: ' in line]
     ends = [number for number, line in enumerate(lines) if ' train raw: ' in line]
     assert len(said) == 2 and said[0] < ends[0] < said[1] < ends[1]
-    assert 'of the time is spent waiting for images: DATA.NUM_WORKERS is 0' in lines[said[0]]
+    assert 'of the time is spent waiting for images: use more cores' in lines[said[0]]
 
 
 @pytest.mark.parametrize('workers, cores, remedy', [
-    (0, 4, 'set DATA.NUM_WORKERS 3, for it is 0 and this process has 4 cores'),
-    (0, 64, 'set DATA.NUM_WORKERS 8, for it is 0 and this process has 64 cores'),
-    (8, 64, 'set DATA.NUM_WORKERS 16, for it is 8 and this process has 64 cores'),
-    (8, 12, 'set DATA.NUM_WORKERS 11, for it is 8 and this process has 12 cores'),
-    (7, 8, 'DATA.NUM_WORKERS is 7 and this process has 8 cores, so more workers would hardly help: use more cores, a '
-           'faster disk, or images that are resized beforehand'),
+    (0, 4, 'set DATA.NUM_WORKERS 3 (now 0; cores: 4)'),
+    (0, 64, 'set DATA.NUM_WORKERS 8 (now 0; cores: 64)'),
+    (8, 64, 'set DATA.NUM_WORKERS 16 (now 8; cores: 64)'),
+    (8, 12, 'set DATA.NUM_WORKERS 11 (now 8; cores: 12)'),
+    (7, 8, 'use more cores, a faster disk, or images that are resized beforehand; more than 7 data workers would '
+           'hardly help (cores: 8)'),
 ])
 def test_the_remedy_for_waiting_depends_on_the_cores(monkeypatch, workers, cores, remedy):
     said = []
@@ -146,7 +146,7 @@ def test_default_workers_are_logged_and_need_shared_memory(config, fashion, tmp_
     config.DATA.DATA_PATH, config.SAVE = str(fashion), str(tmp_path)
     config.TRAIN.NUM_EPOCHS, config.TRAIN.WARMUP_EPOCHS, config.DATA.NUM_WORKERS = 1, 0, -1
     train(config)
-    assert ', data workers of each: 3, folder ' in (tmp_path / 'log.txt').read_text() and set(asked) == {3}
+    assert ', data workers per process: 3, folder ' in (tmp_path / 'log.txt').read_text() and set(asked) == {3}
     assert 'NUM_WORKERS: -1' in (tmp_path / 'config.yaml').read_text()
 
 

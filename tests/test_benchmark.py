@@ -196,7 +196,7 @@ def test_what_a_turn_measures():
     events = []
     cuda = types.SimpleNamespace(synchronize=lambda: events.append('wait'), max_memory_allocated=lambda: 7,
                                  empty_cache=lambda: events.append('free'))
-    loader = types.SimpleNamespace(loader=types.SimpleNamespace(num_workers=1), waited=0.0)
+    loader = types.SimpleNamespace(num_workers=1, waited=0.0)
 
     def count(window):
         events.append('count')
@@ -205,7 +205,7 @@ def test_what_a_turn_measures():
     trainer = Trainer(lambda: repeated(window), lambda window: events.append(len(window)), cuda, None, loader, count)
     result = turn(trainer, 2)
     assert events == [2, 2, 2, 'wait', 2, 2, 'wait', 'count', 'free']
-    assert (result['memory'], result['launches'], result['waiting']) == (7, 5, 0)
+    assert (result['memory'], result['launches'], result['waiting'], result['workers']) == (7, 5, 0, 1)
     assert result['images_per_second'] * result['milliseconds'] == pytest.approx(1000 * 3)
     events.clear()
     assert turn(trainer, 1)['launches'] == 5 and 'count' not in events

@@ -37,12 +37,13 @@ def turn(trainer, steps):
     """Measure some steps. The host waits for the device only before the first and after the last of them.
 
     Returns: {milliseconds: of a step, images_per_second, waiting: share of the time that the host waited for images,
-    launches: operators of a step, memory: peak in bytes, of the GPU's tensors or of what the process has grown by}
+    workers: of the loader, launches: operators of a step, memory: peak in bytes, of the GPU's tensors or of what the
+    process has grown by}
     """
     wait, loader = trainer.cuda.synchronize if trainer.cuda else lambda: None, trainer.loader
     with contextlib.closing(trainer.windows()) as windows:
         # the first step after a pause is slow; and the first batches of data workers, two of each, come all at once
-        for window in itertools.islice(windows, 1 + 2 * (loader.loader.num_workers if loader else 0)):
+        for window in itertools.islice(windows, 1 + 2 * (loader.num_workers if loader else 0)):
             trainer.step(window)
         wait()
         waited, images, start = loader.waited if loader else 0, 0, time.perf_counter()
@@ -52,7 +53,8 @@ def turn(trainer, steps):
         wait()
         seconds = time.perf_counter() - start
         result = {'milliseconds': 1000 * seconds / steps, 'images_per_second': images / seconds,
-                  'waiting': (loader.waited - waited) / seconds if loader else None, 'memory': peak_memory(trainer)}
+                  'waiting': (loader.waited - waited) / seconds if loader else None, 'memory': peak_memory(trainer),
+                  'workers': loader.num_workers if loader else None}
         if trainer.count and trainer.launches is None:
             trainer.launches = trainer.count(next(windows))
     if trainer.cuda:
@@ -114,11 +116,11 @@ def load_paddle(row, config):
 
     cuda = paddle.device.cuda if use_device().startswith('gpu') else None
     paddle.seed(config.SEED)
-    check_shared_memory(config)
     memory, is_synthetic = resident_memory('VmRSS'), row['workers'] is None
     # every turn has other images, which the system has not kept in memory
     numbers, epochs = itertools.count(), itertools.count(1)
     loader = SyntheticLoader(config) if is_synthetic else build_loader(config, True)
+    check_shared_memory(config, 0 if is_synthetic else loader.num_workers)
     training = build_training(config, build_mobileone(config), loader)
     training.model.train()
     return Trainer(windows, step, cuda, memory, None if is_synthetic else loader,

@@ -117,9 +117,10 @@ class MobileOneBlock(nn.Layer):
         """The layer `name` by its MergedLayer: one convolution and one norm, and the skip, if any, beside them."""
         conv, merged = self.convs[name], self.merged[name]
         size, groups, kernel = conv['kernel_size'], conv.get('groups', 1), merged.kernel
+        stride = conv.get('stride', 1)
         if groups > 1 and _is_on_cpu(x):
-            groups, kernel = _widen_groups(groups, kernel, x.shape[-1])
-        y = F.conv2d(x, kernel, stride=conv.get('stride', 1), padding=size // 2, groups=groups)
+            groups, kernel = _widen_groups(groups, kernel, x.shape[-1] / stride)
+        y = F.conv2d(x, kernel, stride=stride, padding=size // 2, groups=groups)
         y = F.batch_norm(y, merged.mean, merged.variance, merged.weight, merged.bias, True, merged.norm._momentum,
                          merged.norm._epsilon)
         y = _sum_neighbors(y, kernel.shape[0] // conv['out_channels'])
@@ -309,10 +310,10 @@ def _widen_groups(groups, kernel, size):
     """Groups and kernel of the same depthwise convolution as one of fewer, denser groups, where maps are small.
 
     Paddle's convolution on a CPU is a matrix product for each image and group, each too small there.
-    kernel [C * k, 1, K, K] -> [C * k, width, K, K] with zeros between the channels of a group; size: of the map.
+    kernel [C * k, 1, K, K] -> [C * k, width, K, K] with zeros between the channels of a group; size: of the output.
     """
-    width = 1 if size >= 28 else 4 if size >= 14 else 8
-    width = math.gcd(width, groups)
+    # measured, docs/performance.md: more on larger maps costs more than it saves
+    width = math.gcd(groups, next((width for least, width in ((28, 1), (14, 2), (7, 4)) if size >= least), 8))
     if width == 1:
         return groups, kernel
     diagonal = paddle.eye(width, dtype=kernel.dtype).reshape([width, 1, width, 1, 1])

@@ -311,8 +311,8 @@ def test_merged_branches_equal_the_branches(monkeypatch, options, on_cpu):
     layers = [(block, name) for stage in model.stages for block in stage for name in block.convs
               if len(getattr(block, f'{name}_blocks')) + hasattr(block, f'{name[:2]}_1x1') > 1]
     assert len(convolutions) == len(layers) > 3
-    # maps of 32 pixels, 16 and fewer: groups of one channel, of four and of eight
-    assert set(convolutions) == ({1, 8, 8 // 4, 16 // 8} if on_cpu else {1, 8, 16})
+    # outputs of 16 pixels have groups of two channels, of 8 four, and smaller ones eight
+    assert set(convolutions) == ({1, 8 // 2, 16 // 4, 16 // 8} if on_cpu else {1, 8, 16})
     branch_by_branch(monkeypatch)
     assert_steps_equal(merged, trained_step(copy.deepcopy(model), x))
     assert len(convolutions) == len(layers)

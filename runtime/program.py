@@ -87,6 +87,12 @@ def _prepare_cpu():
     if amd:
         # the MKL inside Paddle (2.6.2, 3.3.1) takes its slowest path on AMD; 5 is AVX2
         os.environ.setdefault('MKL_DEBUG_CPU_TYPE', '5')
+    if sys.platform == 'linux':
+        # glibc returns large blocks to the system when they are freed, and every step would fault in their pages again
+        with contextlib.suppress(AttributeError):  # another C library
+            no_mmap, keep_all = (-4, 0), (-1, -1)  # M_MMAP_MAX, M_TRIM_THRESHOLD
+            for option in (no_mmap, keep_all):
+                ctypes.CDLL(None).mallopt(*option)
 
 
 # numbers in the environment that Paddle's launcher, main_multi_gpu.py or srun has put there, and their lowest values

@@ -3,6 +3,7 @@ import contextlib
 import glob
 import importlib.metadata
 import os
+import platform
 import signal
 import subprocess
 import sys
@@ -43,6 +44,22 @@ def test_threads_are_set_only_where_unset():
         unset = 'import os; os.environ.pop("OMP_NUM_THREADS", None); ' + code
         process = run('-c', unset, fork=False)
         assert process.stdout == f'{len(os.sched_getaffinity(0))}\n' and process.stderr == ''
+
+
+
+@pytest.mark.skipif(platform.libc_ver()[0] != 'glibc', reason='a setting of glibc')
+def test_freed_memory_is_kept_for_the_next_step():
+    """A tensor of 64 MiB has 16,384 pages, of which the second one finds all in memory."""
+    code = """import resource
+from runtime.program import prepare_runtime
+prepare_runtime()
+import paddle
+for _ in range(2):
+    before = resource.getrusage(resource.RUSAGE_SELF).ru_minflt
+    paddle.ones([2 ** 24])
+    print(resource.getrusage(resource.RUSAGE_SELF).ru_minflt - before)"""
+    first, second = map(int, run('-c', code, fork=False).stdout.split())
+    assert first > 10000 and second < 100
 
 
 def test_some_modules_import_no_paddle():

@@ -179,8 +179,8 @@ KEYS = {
     'EVAL': Key(False),
     # mixed precision in training and evaluation; no effect on a CPU
     'AMP': Key(False),
-    # O1: convolutions and products in half precision; O2: all but batch norm, softmax and their like.
-    # Weights stay float32
+    # O1: convolutions and products in half precision, what lies between follows, reductions do not; O2: they do.
+    # Weights and loss stay float32
     'AMP_LEVEL': Key('O1', choices=('O1', 'O2')),
     # float16 (with loss scaling) or bfloat16
     'AMP_DTYPE': Key('float16', choices=('float16', 'bfloat16')),

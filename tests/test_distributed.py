@@ -127,6 +127,11 @@ def test_statistics_are_averaged_at_the_end_of_an_epoch(fashion):
     assert len(counts) == 1 and counts.pop() > 20
 
 
+def test_merged_branches_in_a_data_parallel(fashion):
+    lines = group(2, 'merged', fashion).stdout.splitlines()
+    assert sorted(line.split(':')[0] for line in lines) == ['rank 0', 'rank 1'] and 'norms' in lines[0]
+
+
 def test_all_wait_for_a_save_within_an_epoch(fashion, tmp_path):
     assert group(2, 'save', fashion, tmp_path).stdout.count('went on') == 2
 

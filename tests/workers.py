@@ -228,6 +228,23 @@ def fail(folder, how):
     reduce_over_ranks([0])
 
 
+def merged(folder):
+    """Steps of a network whose branches are merged, and of one whose branches are apart, give the same statistics."""
+    states = []
+    for apart in (False, True):
+        if apart:
+            mobileone.MobileOneBlock.mergeable_branches = lambda block, name: []
+        training, loader, _ = build(folder, None, 'TRAIN.BASE_LR', '0.01')
+        assert isinstance(training.network, paddle.DataParallel) == (world_size() > 1)
+        training.model.train()
+        for step, batch in zip(range(3), loader):
+            engine.train_step(training, [batch], step)
+        states.append({name: tensor.numpy() for name, tensor in training.model.state_dict().items()})
+    for name, array in states[0].items():
+        np.testing.assert_allclose(array, states[1][name], rtol=0, atol=1e-4, err_msg=name)
+    say(f'rank {rank()}: {sum("_mean" in name for name in states[0])} norms')
+
+
 class _GPUTracer:
     """Paddle's tracer, which says that it is on a GPU."""
 

@@ -49,17 +49,20 @@ def test_threads_are_set_only_where_unset():
 
 @pytest.mark.skipif(platform.libc_ver()[0] != 'glibc', reason='a setting of glibc')
 def test_freed_memory_is_kept_for_the_next_step():
-    """A tensor of 64 MiB has 16,384 pages, of which the second one finds all in memory."""
+    """A tensor of 64 MiB has 16,384 pages, of which the first one finds few in memory, and later ones all.
+
+    Not each of them: what another thread keeps behind one may leave too small a hole.
+    """
     code = """import resource
 from runtime.program import prepare_runtime
 prepare_runtime()
 import paddle
-for _ in range(2):
+for _ in range(6):
     before = resource.getrusage(resource.RUSAGE_SELF).ru_minflt
     paddle.ones([2 ** 24])
     print(resource.getrusage(resource.RUSAGE_SELF).ru_minflt - before)"""
-    first, second = map(int, run('-c', code, fork=False).stdout.split())
-    assert first > 10000 and second < 100
+    first, *later = map(int, run('-c', code, fork=False).stdout.split())
+    assert first > 10000 and min(later) < 100
 
 
 def test_some_modules_import_no_paddle():

@@ -3,8 +3,10 @@
 A sample's index is a pair (epoch, index). Whatever is random about it is a function of (SEED, epoch, index), so workers
 hold no state: any number of them gives the same batches.
 """
+import codecs
 import os
 import zlib  # noqa: F401  before Paddle: see utils.py
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -16,23 +18,58 @@ from runtime.loader import Loader
 from transforms import AutoAugment, ColorJitter, EvalTransform, RandAugment, TrainTransform
 from utils import UserError
 
+# bytes and lines of a list that are parsed at a time: its parsing takes little memory besides the list
+BLOCK_BYTES, BLOCK_LINES = 2 ** 22, 2 ** 16
+
+
+class Lines(Sequence):
+    """The lines of a list file, each decoded when it is asked for; bytes that are not UTF-8 are surrogates in it.
+
+    They are kept in one piece: strings would take twice the memory, and a data worker, which writes to every string
+    that it reads (its count of references), would copy them all.
+    """
+
+    def __init__(self, content):
+        """content: the lines as a bytearray, with a line feed after each."""
+        self.content = content
+        self.bytes = np.frombuffer(content, 'uint8')
+        # of each line, and where the next one would start
+        self.starts = np.concatenate([[0], *(
+            start + 1 + np.flatnonzero(self.bytes[start:start + BLOCK_BYTES] == ord('\n'))
+            for start in range(0, len(content), BLOCK_BYTES))])
+
+    def __len__(self):
+        return len(self.starts) - 1
+
+    def __getitem__(self, index):
+        index = range(len(self))[index]
+        return self.content[self.starts[index]:self.starts[index + 1] - 1].decode(errors='surrogateescape')
+
 
 def read_lines(path):
-    """The lines of a list file but empty ones at its end; bytes that are not UTF-8 are surrogates in them.
+    """The `Lines` of a list file but empty ones at its end.
 
     Raises: UserError for a missing or an empty list, and for what is no regular file.
     """
     check_regular(path)
     try:
-        with open(path, encoding='utf-8-sig', errors='surrogateescape') as file:
-            lines = file.read().rstrip().split('\n')
+        with open(path, 'rb') as file:
+            content = bytearray(os.path.getsize(path))
+            del content[file.readinto(content):]
     except (OSError, ValueError) as error:  # ValueError: a NUL in the path
         reason = getattr(error, 'strerror', error)
         raise UserError(f'{path}: cannot read the list ({reason}); DATA.DATA_PATH is the folder that holds it, see '
                         'README.md or python -m tools.make_list -h') from None
-    if lines == ['']:
+    if content.startswith(codecs.BOM_UTF8):
+        del content[:len(codecs.BOM_UTF8)]
+    if b'\r' in content:
+        content = content.replace(b'\r\n', b'\n').replace(b'\r', b'\n')
+    while content[-1:].isspace():
+        del content[-1]
+    if not content:
         raise UserError(f'{path}: the list is empty; write a line "path label" per image')
-    return lines
+    content += b'\n'
+    return Lines(content)
 
 
 def parse_line(line):
@@ -47,25 +84,64 @@ def parse_line(line):
     return name, int(label)
 
 
+def parse_plain_lines(lines, first, last):
+    """Parse at once the `Lines` first to last - 1 that end in a visible ASCII character, a space or tab, and digits.
+
+    Returns: (their labels, int64, whether each is such a line: the label of any other is not known).
+    """
+    starts = lines.starts[first:last + 1]
+    ends = starts[1:] - 1
+    labels, at, is_digit = np.zeros(len(ends), 'int64'), ends - 1, np.ones(len(ends), bool)
+    for place in range(18):  # from the last digit on, as many as an int64 can hold
+        digits = lines.bytes[at].astype('int64') - ord('0')
+        is_digit &= (digits >= 0) & (digits <= 9)
+        if not is_digit.any():
+            break
+        labels += np.where(is_digit, digits * 10 ** place, 0)
+        at -= is_digit  # not beyond the line feed before the line; before the first line that is the content's last
+    blank, letter = lines.bytes[at], lines.bytes[at - 1]
+    is_plain = (at < ends - 1) & ((blank == ord(' ')) | (blank == ord('\t'))) & (letter > ord(' ')) & (letter < 127)
+    try:
+        lines.content[starts[0]:starts[-1]].decode()
+    except UnicodeDecodeError:
+        is_plain[:] = False
+    return labels, is_plain
+
+
+class Paths(Sequence):
+    """The paths in the `Lines` of a list."""
+
+    def __init__(self, lines):
+        self.lines = lines
+
+    def __len__(self):
+        return len(self.lines)
+
+    def __getitem__(self, index):
+        return parse_line(self.lines[index])[0]
+
+
 def read_list(path, num_classes):
     """Read a list file, a line per image as in `parse_line`.
 
-    Returns: (list of relative paths, int64 array of labels).
+    Returns: (`Paths`, relative ones, int64 array of labels).
     Raises: UserError, naming file and line, for a missing list, a malformed line or a label outside num_classes.
     """
     lines = read_lines(path)
-    paths, labels = [], np.empty(len(lines), dtype='int64')
-    for number, line in enumerate(lines, 1):
-        try:
-            name, labels[number - 1] = parse_line(line)
-        except UserError as error:
-            raise UserError(f'{path}:{number}: {error}; python -m tools.check_dataset lists all bad lines') from None
-        paths.append(name)
+    labels = np.empty(len(lines), 'int64')
+    for first in range(0, len(lines), BLOCK_LINES):
+        labels[first:first + BLOCK_LINES], is_plain = parse_plain_lines(lines, first, first + BLOCK_LINES)
+        for index in first + np.flatnonzero(~is_plain):
+            try:
+                labels[index] = parse_line(lines[index])[1]
+            except UserError as error:
+                raise UserError(f'{path}:{index + 1}: {error}; python -m tools.check_dataset lists all bad lines') \
+                    from None
     outside = np.flatnonzero(labels >= num_classes)
     if len(outside):
         raise UserError(f'{path}:{outside[0] + 1}: label {labels[outside[0]]} is outside MODEL.NUM_CLASSES '
                         f'{num_classes}; {labels.max() + 1} would fit this list')
-    return paths, labels
+    return Paths(lines), labels
 
 
 class ImageNet2012Dataset(Dataset):

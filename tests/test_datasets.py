@@ -1,10 +1,13 @@
 """List files, samplers, and that batches depend on nothing but seed, epoch and rank."""
 import hashlib
+import os
+import tracemalloc
 
 import numpy as np
 import pytest
 
-from datasets import EvalSampler, TrainSampler, describe_dataset, get_dataloader, get_dataset, read_list
+import datasets
+from datasets import EvalSampler, TrainSampler, describe_dataset, get_dataloader, get_dataset, parse_line, read_list
 from utils import UserError
 
 
@@ -16,7 +19,7 @@ def listed(folder, text, name='train_list.txt'):
 
 def test_list_paths_may_hold_blanks(tmp_path):
     paths, labels = read_list(listed(tmp_path, 'a/b 1.jpg 0\na/c  d e.jpg 4\r\nlast\t2\n\n'), 5)
-    assert paths == ['a/b 1.jpg', 'a/c  d e.jpg', 'last']
+    assert list(paths) == ['a/b 1.jpg', 'a/c  d e.jpg', 'last'] and paths[-1] == 'last'
     assert labels.tolist() == [0, 4, 2] and labels.dtype == np.int64
 
 
@@ -36,6 +39,35 @@ def test_list_paths_may_hold_blanks(tmp_path):
 def test_list_errors_name_file_and_line(tmp_path, text, message):
     with pytest.raises(UserError, match=message):
         read_list(listed(tmp_path, text), 5)
+
+
+@pytest.mark.parametrize('block', [1, 2, 1000])
+def test_a_list_is_read_as_its_lines_are(tmp_path, monkeypatch, block):
+    """Most of them many at a time; what a line holds does not depend on the others, nor on where a block ends."""
+    monkeypatch.setattr(datasets, 'BLOCK_LINES', block)
+    monkeypatch.setattr(datasets, 'BLOCK_BYTES', block)
+    lines = ['a/b.jpg 3', ' a 0', 'x\t12', 'x  7 ', '5 5', 'é 1', 'x\u3000 2', 'x\u30003', 'x\x0b4', '~ 0123', '\x7f 9',
+             f'x {"0" * 17}8', '1 10']
+    paths, labels = read_list(listed(tmp_path, '\n'.join(lines)), 1000)
+    assert list(zip(paths, labels.tolist())) == [parse_line(line) for line in lines]
+    for bad in ('12', 'x1', 'x 1' + '0' * 18, b'\xff 1', 'x \u0661', ' 1', 'x 1 a', '-1', 'x -1'):
+        for place in range(len(lines)):
+            with pytest.raises(UserError, match=f'train_list.txt:{place + 1}: .* is not '):
+                text = [line.encode() for line in lines]
+                text[place] = bad.encode() if isinstance(bad, str) else bad
+                read_list(listed(tmp_path, b'\n'.join(text)), 1000)
+
+
+def test_a_list_takes_little_more_memory_than_its_file(tmp_path):
+    """A start and a label per line, and no strings, of which each data worker would get a copy of its own."""
+    count = 200_000
+    path = listed(tmp_path, ''.join(f'train/n01440764/n01440764_{number}.JPEG 0\n' for number in range(count)))
+    tracemalloc.start()
+    paths, labels = read_list(path, 1)
+    kept, peak = (memory - os.path.getsize(path) - 16 * count for memory in tracemalloc.get_traced_memory())
+    tracemalloc.stop()
+    assert len(paths) == len(labels) == count and paths[7] == 'train/n01440764/n01440764_7.JPEG'
+    assert kept < 2 ** 20 and peak < 16 * 2 ** 20
 
 
 def test_missing_list(tmp_path):
@@ -128,7 +160,7 @@ def test_seed_reaches_the_crops(config, fashion):
 
 
 def test_a_byte_order_mark_is_no_part_of_a_path(tmp_path):
-    assert read_list(listed(tmp_path, b'\xef\xbb\xbfa 0\n'), 5)[0] == ['a']
+    assert read_list(listed(tmp_path, b'\xef\xbb\xbfa 0\n'), 5)[0][0] == 'a'
 
 
 def test_loaded_batch(config, fashion):

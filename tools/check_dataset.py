@@ -10,6 +10,7 @@ without their bad lines, with absolute paths: -data_path photos_checked then tra
 1 if a line is bad.
 """
 import contextlib
+import itertools
 import multiprocessing
 import os
 import signal
@@ -95,7 +96,8 @@ def check_list(path, config, workers):
     # a task of several lines costs less in passing it on, and several tasks a core keep all busy
     size = min(32, 1 + len(lines) // 100)
     # not map(), which cancels what is left when it is interrupted: of this the executor (Python 3.11) makes tracebacks
-    tasks = [workers.submit(check_lines, lines[start:start + size], config) for start in range(0, len(lines), size)]
+    rest = iter(lines)
+    tasks = [workers.submit(check_lines, part, config) for part in iter(lambda: list(itertools.islice(rest, size)), [])]
     results = (result for task in tasks for result in task.result())
     good, ranges = [], []
     with tqdm(results, desc=os.path.basename(path), total=len(lines), leave=False, file=sys.stdout,

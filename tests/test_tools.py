@@ -18,6 +18,7 @@ from conftest import NARROW, ROOT, fails, options, records, run, with_lists, wri
 from PIL import Image
 
 from config import get_config
+from images import read_image
 from runtime import checkpoint
 from tools.benchmark.__main__ import COMMANDS
 
@@ -371,6 +372,107 @@ def test_check_dataset_errors(tmp_path):
     (tmp_path / 'val_list.txt').write_text('')
     assert 'val_list.txt: the list is empty' in fails(*command)
     assert 'val_list.txt: would be replaced' in fails(*command, '-save', tmp_path)
+
+
+def resize_dataset(folder, output, *more, status=0):
+    """Lines that the tool prints, nothing being on stderr."""
+    process = run('-m', 'tools.resize_dataset', '-data_path', folder, '-output', output, *more, status=status)
+    assert process.stderr == ''
+    return process.stdout.splitlines()
+
+
+def photos(folder):
+    """A data set of large and small images of several kinds, with both lists. Returns: the paths of train_list.txt."""
+    (folder / 'a b').mkdir(parents=True)
+    pixels = np.random.default_rng(0).integers(0, 256, (3, 4, 3), dtype='uint8')
+    image, exif = Image.fromarray(pixels).resize((80, 60), Image.Resampling.BICUBIC), Image.Exif()
+    exif[0x0112] = 6
+    image.save(folder / 'a b/turned.JPEG', quality=95, exif=exif)
+    image.save(folder / 'a b/png in disguise.JPEG', 'PNG', exif=exif)
+    image.convert('CMYK').save(folder / 'a b/cmyk.jpg', quality=95)
+    image.resize((50, 40)).save(folder / 'a b/small.jpg', exif=exif)
+    image.save(folder / 'a b/turned.tif', tiffinfo=exif)
+    Image.fromarray(np.asarray(image)[:, :, 0].astype('uint16') * 16).save(folder / 'a b/12 bits.png')
+    names = [f'a b/{path.name}' for path in sorted((folder / 'a b').iterdir())]
+    lines = [f'{name} {label}\r\n' for label, name in enumerate([*names, names[0]])]
+    (folder / 'train_list.txt').write_text(''.join(lines))
+    (folder / 'val_list.txt').write_text(f'{names[-1]} 2000\n')
+    (folder / 'class_names.txt').write_text('A\nB\n')
+    return names
+
+
+def test_resize_dataset(tmp_path):
+    source, output = tmp_path / 'source', tmp_path / 'small/40'
+    names = photos(source)
+    lines = resize_dataset(source, output, '-shorter', '40', '-workers', '2', '-opts', 'DATA.BIT_DEPTH', '12')
+    assert lines == [f'{output}: 5 resized, 1 copied, 0 skipped, 0 bad', f'{output}/train_list.txt: 7 lines written',
+                     f'{output}/val_list.txt: 1 lines written']
+    for name in ('train_list.txt', 'val_list.txt', 'class_names.txt'):
+        assert read(output / name) == read(source / name)
+    assert sorted(path.name for path in (output / 'a b').iterdir()) == sorted(name[4:] for name in names)
+    assert (output / 'a b/small.jpg').read_bytes() == (source / 'a b/small.jpg').read_bytes()
+    for name in set(names) - {'a b/small.jpg'}:
+        with Image.open(output / name) as image:
+            is_jpeg = name in ('a b/turned.JPEG', 'a b/cmyk.jpg')
+            assert image.format == ('JPEG' if is_jpeg else 'PNG') and image.mode == 'RGB'
+        # the same image, whether or not it is rotated as its EXIF data say
+        for exif_transpose in (False, True):
+            large, small = (read_image(str(folder / name), exif_transpose, 12) for folder in (source, output))
+            assert sorted(small.size) == [40, 53] and (large.width > large.height) == (small.width > small.height)
+            expected = np.asarray(large.resize(small.size, Image.Resampling.BICUBIC)).astype(int)
+            assert abs(np.asarray(small) - expected).mean() < (4 if is_jpeg else 0.5)
+    assert read_image(str(output / 'a b/turned.JPEG'), True).size == (40, 53)
+
+
+def test_resize_dataset_goes_on_and_names_bad_images(tmp_path):
+    source, output = tmp_path / 'source', tmp_path / 'small'
+    names = photos(source)
+    (source / 'a b/cut.jpg').write_bytes((source / 'a b/turned.JPEG').read_bytes()[:1000])
+    (tmp_path / 'outside.jpg').write_bytes((source / 'a b/turned.JPEG').read_bytes())
+    Image.new('RGB', (50, 50)).save(source / 'a b/exif.png', exif=b'Exif\0\0no TIFF')
+    bad = ['a b/cut.jpg', '../outside.jpg', 'a b/gone.jpg', 'a b/exif.png']
+    (source / 'val_list.txt').write_text(''.join(f'{name} 0\n' for name in [*bad, names[0], bad[0]]))
+    (output / 'a b').mkdir(parents=True)
+    (output / names[0]).write_text('as it was')
+    command = ['-shorter', '40', '-quality', '50', '-opts', 'DATA.BIT_DEPTH', '12']
+    lines = resize_dataset(source, output, *command, status=1)
+    assert [line.split(' (')[0] for line in lines] == [
+        f'{source}/a b/cut.jpg: cannot read the image',
+        '../outside.jpg: leads out of -data_path, and its copy out of -output; use a path inside',
+        f'{source}/a b/gone.jpg: cannot read the image', f'{source}/a b/exif.png: cannot read the EXIF data',
+        f'{output}: 4 resized, 1 copied, 1 skipped, 4 bad', f'{output}/train_list.txt: 7 lines written',
+        f'{output}/val_list.txt: 1 lines written']
+    assert read(output / 'val_list.txt') == [f'{names[0]} 0'] and (output / names[0]).read_text() == 'as it was'
+    # what an interruption leaves
+    (output / names[0]).rename(output / f'{names[0]}.partial')
+    (source / 'val_list.txt').write_text(f'{bad[0]} 0\n')
+    lines = resize_dataset(source, output, *command, status=1)
+    assert lines[1:] == [
+        f'{output}: 1 resized, 0 copied, 5 skipped, 1 bad', f'{output}/train_list.txt: 7 lines written',
+        f'{output}/val_list.txt: not written, no line is left']
+    assert len(list((output / 'a b').iterdir())) == len(names)
+    size = (output / 'a b/turned.JPEG').stat().st_size
+    (output / 'a b/turned.JPEG').unlink()
+    resize_dataset(source, output, *command, '-quality', '95', status=1)
+    assert (output / 'a b/turned.JPEG').stat().st_size > size
+
+
+@pytest.mark.parametrize('args, message', [
+    (['-output', '.'], '-output {}: is the folder of the images themselves; choose another'),
+    (['-shorter', '0'], '-shorter and -workers must be at least 1'),
+    (['-workers', '0'], '-shorter and -workers must be at least 1'),
+    (['-quality', '101'], '-quality is 101, but must be from 1 to 100'),
+    (['-output', 'full'], "full/a b/12 bits.png: cannot write (No space left on device); free the disk"),
+])
+def test_resize_dataset_errors(tmp_path, args, message):
+    photos(tmp_path)
+    (tmp_path / 'full/a b').mkdir(parents=True)
+    (tmp_path / 'full/a b/12 bits.png.partial').symlink_to('/dev/full')
+    args = [str(tmp_path / value) if flag == '-output' else value for flag, value in zip([''] + args, args)]
+    line = fails('-m', 'tools.resize_dataset', '-data_path', tmp_path, '-output', tmp_path / 'copy', *args, '-opts',
+                 'DATA.BIT_DEPTH', '12')
+    assert message.format(tmp_path) in line
+    assert not (tmp_path / 'full/a b/12 bits.png').exists()
 
 
 # tools.check_dataset where an image takes for ever; that one reads it is seen by the file path.read

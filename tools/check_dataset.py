@@ -23,7 +23,7 @@ from tqdm import tqdm
 from config import get_config, get_parser, resolve_config, update_config
 from runtime.files import write_text
 from runtime.program import end_with_parent, prepare_runtime, run_program, usable_cores
-from utils import UserError
+from utils import UserError, program_name
 
 LISTS = ('train_list.txt', 'val_list.txt')
 
@@ -61,14 +61,14 @@ def _start_worker(parent):
 
 
 @contextlib.contextmanager
-def start_workers():
-    """A pool of a process for each core, which are ended at once when the block is left, however that happens."""
+def start_workers(count):
+    """A pool of `count` processes, which are ended at once when the block is left, however that happens."""
     if 'fork' not in multiprocessing.get_all_start_methods():
-        raise UserError('tools.check_dataset forks its processes, which this system cannot: run it on Linux or macOS')
+        raise UserError(f'{program_name()} forks its processes, which this system cannot: run it on Linux or macOS')
     # forked, they share the memory of what is imported; not multiprocessing.Pool, which waits for one that was killed
     context = multiprocessing.get_context('fork')
     parent = os.getpid()
-    workers = ProcessPoolExecutor(usable_cores(), context, _start_worker, (parent,))
+    workers = ProcessPoolExecutor(count, context, _start_worker, (parent,))
 
     def interrupt(number, frame):
         # a terminal's Ctrl-C reaches all, workers that have hardly started too; they are ended below
@@ -86,6 +86,16 @@ def start_workers():
         workers.shutdown()
 
 
+def map_parts(workers, function, items, *args):
+    """Iterate over the results of function(part of the items, *args), which returns one for each, in their order."""
+    # a task of several items costs less in passing it on, and several tasks a core keep all busy
+    size = min(32, 1 + len(items) // 100)
+    rest = iter(items)
+    # not map(), which cancels what is left when it is interrupted: of this the executor (Python 3.11) makes tracebacks
+    tasks = [workers.submit(function, part, *args) for part in iter(lambda: list(itertools.islice(rest, size)), [])]
+    return (result for task in tasks for result in task.result())
+
+
 def check_list(path, config, workers):
     """Print the bad lines of a list.
 
@@ -93,12 +103,7 @@ def check_list(path, config, workers):
     """
     from datasets import parse_line, read_lines
     lines = read_lines(path)
-    # a task of several lines costs less in passing it on, and several tasks a core keep all busy
-    size = min(32, 1 + len(lines) // 100)
-    # not map(), which cancels what is left when it is interrupted: of this the executor (Python 3.11) makes tracebacks
-    rest = iter(lines)
-    tasks = [workers.submit(check_lines, part, config) for part in iter(lambda: list(itertools.islice(rest, size)), [])]
-    results = (result for task in tasks for result in task.result())
+    results = map_parts(workers, check_lines, lines, config)
     good, ranges = [], []
     with tqdm(results, desc=os.path.basename(path), total=len(lines), leave=False, file=sys.stdout,
               disable=None) as bar:
@@ -126,13 +131,22 @@ def describe_ranges(ranges):
             f'to {high}; if {bits} bits are all they have, {remedy}')
 
 
-def save_list(path, good, data_path):
-    """Write a list of absolute paths, unless it would be empty, and say so. good: pairs of path and label."""
+def save_list(path, good):
+    """Write a list, unless it would be empty, and say so. good: pairs of path and label."""
     if not good:
         print(f'{path}: not written, no line is left')
         return
-    write_text(path, ''.join(f'{os.path.abspath(os.path.join(data_path, name))} {label}\n' for name, label in good))
+    write_text(path, ''.join(f'{name} {label}\n' for name, label in good))
     print(f'{path}: {len(good)} lines written')
+
+
+def find_lists(data_path):
+    """The names of the lists that a folder holds. Raises: UserError if it holds none."""
+    found = [name for name in LISTS if os.path.lexists(os.path.join(data_path, name))]
+    if not found:
+        raise UserError(f'{data_path}: holds neither {" nor ".join(LISTS)}; -data_path is the folder of the lists, '
+                        'python -m tools.make_list writes them')
+    return found
 
 
 def main():
@@ -141,10 +155,7 @@ def main():
     args = parser.parse_args()
     config = resolve_config(update_config(get_config(), args))
     data_path = config.DATA.DATA_PATH
-    found = [name for name in LISTS if os.path.lexists(os.path.join(data_path, name))]
-    if not found:
-        raise UserError(f'{data_path}: holds neither {" nor ".join(LISTS)}; -data_path is the folder of the lists, '
-                        'python -m tools.make_list writes them')
+    found = find_lists(data_path)
     if args.save:
         for name in LISTS:
             if os.path.lexists(os.path.join(args.save, name)):
@@ -153,7 +164,7 @@ def main():
         os.makedirs(args.save, exist_ok=True)
     prepare_runtime()
     bad, before, ranges = 0, set(), []
-    with start_workers() as workers:
+    with start_workers(usable_cores()) as workers:
         for name in found:
             path = os.path.join(data_path, name)
             count, good, found_ranges = check_list(path, config, workers)
@@ -168,7 +179,8 @@ def main():
             print(summary)
             before = images
             if args.save:
-                save_list(os.path.join(args.save, name), good, data_path)
+                save_list(os.path.join(args.save, name), [
+                    (os.path.abspath(os.path.join(data_path, image)), label) for image, label in good])
     note = describe_ranges(ranges)
     if note:
         print(note)

@@ -1,0 +1,131 @@
+"""Write a smaller copy of a data set, for machines with too few cores to read large images as fast as they train.
+
+  python -m tools.resize_dataset -data_path /dataset/imagenet -output /dataset/imagenet_400 -shorter 400
+
+Images are resized, by Pillow's bicubic filter, to a shorter side of -shorter pixels. Those whose shorter side is not
+longer are copied as they are. The copy has the same relative paths, train_list.txt, val_list.txt and class_names.txt.
+JPEG images stay JPEG. All others become PNG, without loss, in a file of the same name. The EXIF orientation is kept,
+and pixels of more than 8 bits become 8 by DATA.BIT_DEPTH. Files that are in -output already are skipped: after an
+interruption, run the same command again. Bad images are named and left out of the lists; the exit status is then 1.
+"""
+import collections
+import functools
+import os
+import shutil
+import sys
+
+from PIL import Image
+from tqdm import tqdm
+
+from config import get_config, get_parser, resolve_config, update_config
+from images import read_image
+from runtime.files import replace
+from runtime.program import prepare_runtime, run_program, usable_cores
+from tools.check_dataset import find_lists, map_parts, save_list, start_workers
+from utils import UserError, describe_error, one_line
+
+ORIENTATION = 0x0112  # EXIF's tag
+
+
+def read_oriented(path, bit_depth):
+    """(image as `read_image` gives it, its EXIF orientation). Raises: UserError for an image or EXIF data that are bad.
+    """
+    image = read_image(path, bit_depth=bit_depth)
+    try:
+        return image, image.getexif().get(ORIENTATION, 1)
+    except Exception as error:  # Pillow raises several types
+        raise UserError(f'{one_line(path)}: cannot read the EXIF data ({describe_error(error)}); remove them') from None
+
+
+def resize(image, shorter):
+    """An image whose shorter side is `shorter` pixels, without what its file said besides the pixels."""
+    scale = shorter / min(image.size)
+    resized = image.resize([round(scale * side) for side in image.size], Image.Resampling.BICUBIC)
+    resized.info.clear()
+    return resized
+
+
+def copy_image(name, data, args):
+    """Write the image of a list to args.output, smaller if it is too large. data: the config's DATA.
+
+    Returns: (what was done: resized, copied, skipped or bad; what is bad about it, or '').
+    Raises: UserError, OSError if it cannot be written.
+    """
+    source, target = os.path.join(data.DATA_PATH, name), os.path.join(args.output, name)
+    if os.path.isabs(name) or '..' in name.split('/'):
+        return 'bad', f'{one_line(name)}: leads out of -data_path, and its copy out of -output; use a path inside'
+    if os.path.exists(target):
+        return 'skipped', ''
+    try:
+        image, orientation = read_oriented(source, data.BIT_DEPTH)
+    except UserError as error:
+        return 'bad', str(error)
+    os.makedirs(os.path.dirname(target), exist_ok=True)
+    if min(image.size) <= args.shorter:
+        replace(target, functools.partial(shutil.copyfile, source))
+        return 'copied', ''
+    with open(source, 'rb') as file:
+        kind = 'JPEG' if file.read(2) == b'\xff\xd8' else 'PNG'
+    exif = Image.Exif()
+    exif[ORIENTATION] = orientation
+    replace(target, functools.partial(resize(image, args.shorter).save, format=kind, quality=args.quality,
+                                      exif=exif if orientation != 1 else b''))
+    return 'resized', ''
+
+
+def copy_images(names, data, args):
+    """What `copy_image` returns, of each name."""
+    return [copy_image(name, data, args) for name in names]
+
+
+def parse_args():
+    """The command line. Raises: UserError for values that cannot be."""
+    parser = get_parser(__doc__, ['data_path'])
+    parser.add_argument('-output', metavar='DIR', required=True, help='folder of the copy')
+    parser.add_argument('-shorter', metavar='N', type=int, default=400,
+                        help='longest shorter side of an image, in pixels (default: 400)')
+    parser.add_argument('-quality', metavar='N', type=int, default=90,
+                        help='quality of resized JPEG images, 1 to 100 (default: 90)')
+    parser.add_argument('-workers', metavar='N', type=int, default=usable_cores(),
+                        help='processes that resize images (default: as many as cores)')
+    args = parser.parse_args()
+    if min(args.shorter, args.workers) < 1:
+        raise UserError('-shorter and -workers must be at least 1')
+    if not 1 <= args.quality <= 100:
+        raise UserError(f'-quality is {args.quality}, but must be from 1 to 100')
+    return args
+
+
+def main():
+    args = parse_args()
+    config = resolve_config(update_config(get_config(), args))
+    data = config.DATA
+    if os.path.realpath(args.output) == os.path.realpath(data.DATA_PATH):
+        raise UserError(f'-output {args.output}: is the folder of the images themselves; choose another')
+    prepare_runtime()
+    from datasets import read_list
+    # whatever the number of classes
+    lists = {name: read_list(os.path.join(data.DATA_PATH, name), sys.maxsize) for name in find_lists(data.DATA_PATH)}
+    names = list(dict.fromkeys(name for paths, _ in lists.values() for name in paths))
+    os.makedirs(args.output, exist_ok=True)
+    counts, bad = collections.Counter(), set()
+    with start_workers(args.workers) as workers, tqdm(
+            map_parts(workers, copy_images, names, data, args), total=len(names), leave=False, file=sys.stdout,
+            disable=None) as bar:
+        for name, (outcome, fault) in zip(names, bar):
+            counts[outcome] += 1
+            if fault:
+                bad.add(name)
+                tqdm.write(fault)
+    print(f'{args.output}: ' + ', '.join(f'{counts[name]} {name}' for name in ('resized', 'copied', 'skipped', 'bad')))
+    for name, (paths, labels) in lists.items():
+        save_list(os.path.join(args.output, name),
+                  [(path, label) for path, label in zip(paths, labels.tolist()) if path not in bad])
+    classes = os.path.join(data.DATA_PATH, 'class_names.txt')
+    if os.path.exists(classes):
+        replace(os.path.join(args.output, 'class_names.txt'), functools.partial(shutil.copyfile, classes))
+    sys.exit(1 if bad else 0)
+
+
+if __name__ == '__main__':
+    run_program(main)

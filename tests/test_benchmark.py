@@ -11,6 +11,7 @@ from PIL import Image
 from runtime import checkpoint
 from tools.benchmark.latency import ACCURACY
 from tools.benchmark.launches import count_launches
+from tools.benchmark.loader import PHOTOGRAPHS
 from tools.benchmark.train_worker import Trainer, repeated, turn
 from tools.benchmark.turns import Worker
 from utils import UserError
@@ -135,7 +136,7 @@ def test_plot_of_latency(latency, tmp_path):
     assert all(f'| {name} | {accuracy} |' in text for name, accuracy in ACCURACY.items()) and len(ACCURACY) == 5
 
 
-@pytest.mark.parametrize('name', ['latency_worker', 'train_worker'])
+@pytest.mark.parametrize('name', ['latency_worker', 'loader_worker', 'train_worker'])
 def test_a_worker_that_ends_says_why(tmp_path, name):
     module, row = f'tools.benchmark.{name}', {'threads': 1, 'batch': 1}
     with Worker(module, row, str(tmp_path)) as worker, pytest.raises(UserError, match='config.yaml: cannot read the'):
@@ -284,3 +285,94 @@ ModelEmaV3 = lambda model, decay: types.SimpleNamespace(update=lambda model: Non
 ])
 def test_mistakes_with_training(train, args, message):
     assert message in train(*args, start=fails)
+
+
+LOADER = ['-m', 'tools.benchmark', 'loader', '-image_size', '32', '-batch_size', '4', '-batches', '2', '-turns', '2']
+
+
+def test_loading_of_a_list(fashion):
+    """In a row's turn no image comes twice, so the list must have enough of them."""
+    command = [*LOADER, '-data_path', fashion, '-num_workers', '0', '1']
+    rows = [json.loads(line) for line in run(*command, '-json').stdout.splitlines()]
+    rows = [row for row in rows if not row['pipeline'].startswith('torchvision')]
+    assert [(row['pipeline'], row['workers']) for row in rows] == [
+        ('decode', None), ('transform', None), ('collate', None), ('training', 0), ('hand-over', 0), ('training', 1),
+        ('hand-over', 1)]
+    for row in rows:
+        assert len(row['turns']) == 2 and min(row['turns']) <= row['milliseconds'] <= max(row['turns'])
+        assert row['images_per_second'] * row['milliseconds'] == pytest.approx(4000) and row['ratio'] > 0
+        assert row['machine'] and row['images'] == f'60 images of {fashion}'
+    assert fails(*command, '-batches', '13').endswith(
+        f'{fashion}/train_list.txt: 60 images are too few for a turn, 64: lower -batches, -batch_size or -num_workers')
+
+
+def test_loading_of_photographs_beside_torchvision(tmp_path):
+    """By stand-ins for the packages that ship photographs, and for torchvision, one of whose rows fails."""
+    fake = tmp_path / 'fake'
+    for package, names in PHOTOGRAPHS.items():
+        for number, name in enumerate(names):
+            path = fake / package / name
+            path.parent.mkdir(parents=True, exist_ok=True)
+            Image.new('RGB', (501 + number, 375), (90, 120, 30)).save(path)
+        (fake / package / '__init__.py').write_text('')
+    for name, code in LOADING_STAND_INS.items():
+        path = fake / name
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_text(code)
+    env = {'PYTHONPATH': f'{fake}:{ROOT}'}
+    lines = run(*LOADER, '-num_workers', '0', env=env, fork=False).stdout.splitlines()
+    assert '; 6 photographs, 500 x 375, ' in lines[0] and 'to 32 pixels; 2 turns of 2 batches of 4' in lines[0]
+    assert [line[:27].split() for line in lines[2:]] == [
+        ['decode', '-'], ['transform', '-'], ['collate', '-'], ['training', '0'], ['hand-over', '0'],
+        ['torchvision', 'Pillow', '0'], ['torchvision', 'v2', '0']]
+    assert lines[7].endswith('ValueError: no such crop') and lines[8].endswith('1.00') and lines[2].endswith('1.00')
+    (fake / 'skimage/data/rocket.jpg').unlink()
+    process = run(*LOADER, status=2, env=env, fork=False)
+    assert process.stderr == ('tools.benchmark loader: error: the photographs of scikit-image and scikit-learn are not '
+                              'here: pip install scikit-image scikit-learn, or give -data_path\n')
+
+
+LOADING_STAND_INS = {
+    'torch.py': '''
+import types
+class DataLoader:
+    def __init__(self, dataset, batch_size, shuffle, num_workers):
+        assert (batch_size, shuffle, num_workers) == (4, True, 0)
+        self.dataset = dataset
+    def __iter__(self):
+        for start in range(0, len(self.dataset), 4):
+            yield [self.dataset[start + index] for index in range(4)]
+set_num_threads = lambda threads: None
+utils = types.SimpleNamespace(data=types.SimpleNamespace(DataLoader=DataLoader))
+''',
+    'torchvision/__init__.py': '',
+    'torchvision/io.py': '''
+import types
+read_file = lambda path: open(path, 'rb').read()
+ImageReadMode = types.SimpleNamespace(RGB='RGB')
+def decode_image(data, mode):
+    assert data[:2] == b"\\xff\\xd8" and mode == 'RGB'
+''',
+    'torchvision/transforms/__init__.py': '''
+InterpolationMode = str
+Compose = None
+def RandomResizedCrop(size, scale, interpolation):
+    raise ValueError("no such crop")
+''',
+    'torchvision/transforms/v2.py': '''
+def RandomResizedCrop(size, scale, interpolation, antialias):
+    assert (size, list(scale), interpolation, antialias) == (32, [0.08, 1.0], 'bicubic', True)
+RandomHorizontalFlip = lambda: None
+Compose = lambda transforms: lambda image: image
+''',
+}
+
+
+@pytest.mark.parametrize('args, message', [
+    (['-batches', '0'], '-batches and -turns must be at least 1, and -num_workers 0 or more'),
+    (['-num_workers', '2', '-1'], '-batches and -turns must be at least 1, and -num_workers 0 or more'),
+    (['-batch_size', '0'], 'DATA.BATCH_SIZE is 0, but must be at least 1'),
+    (['-data_path', 'nowhere'], 'nowhere/train_list.txt: cannot read the list'),
+])
+def test_mistakes_with_loading(args, message):
+    assert message in fails(*LOADER, *args)

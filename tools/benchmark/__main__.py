@@ -1,11 +1,12 @@
-"""Measure how fast networks and training are.
+"""Measure how fast networks, training and its loading of images are.
 
   python -m tools.benchmark ddp -h
   python -m tools.benchmark latency -h
+  python -m tools.benchmark loader -h
   python -m tools.benchmark train -h
 
 ddp: how training speeds up with processes. latency: how long a network takes, by every engine that is installed.
-train: how fast a network trains.
+loader: how many images a second are loaded for training. train: how fast a network trains.
 """
 import importlib
 import sys
@@ -13,7 +14,7 @@ import sys
 from runtime.program import run_program
 from runtime.settings import ArgumentParser
 
-COMMANDS = ('ddp', 'latency', 'train')
+COMMANDS = ('ddp', 'latency', 'loader', 'train')
 
 
 def main():

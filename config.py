@@ -25,8 +25,12 @@ KEYS = {
     'DATA.IMAGE_CHANNELS': Key(3, low=1),
     # evaluation resizes the shorter side to IMAGE_SIZE / CROP_PCT, then crops the center
     'DATA.CROP_PCT': Key(0.875, low=0.01, high=1),
-    # resampling filter in training and evaluation: nearest, bilinear, bicubic or lanczos
+    # resampling filter in training and evaluation: nearest, bilinear, bicubic or lanczos. In training the fast backend
+    # has bilinear and bicubic where it enlarges a crop, and filters that are close to both where it shrinks one
     'DATA.INTERPOLATION': Key('bicubic', choices=('nearest', 'bilinear', 'bicubic', 'lanczos')),
+    # what reads JPEG files for training: pillow; fast, simplejpeg and OpenCV (pip install -r requirements-fast.txt);
+    # auto, fast where it is installed. Crops and flips are the same, pixels differ a little. Evaluation is Pillow's
+    'DATA.IMAGE_BACKEND': Key('auto', choices=('auto', 'pillow', 'fast')),
     # smallest and largest share of the image's area that a random crop in training covers
     'DATA.CROP_SCALE': Key([0.08, 1.0], low=1e-4, high=1, length=2),
     # turn images as their EXIF data say, as viewers do; ImageNet models are trained on images as they are stored

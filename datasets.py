@@ -4,6 +4,7 @@ A sample's index is a pair (epoch, index). Whatever is random about it is a func
 hold no state: any number of them gives the same batches.
 """
 import codecs
+import functools
 import os
 import zlib  # noqa: F401  before Paddle: see utils.py
 from collections.abc import Sequence
@@ -12,7 +13,7 @@ from dataclasses import dataclass
 import numpy as np
 from paddle.io import Dataset
 
-from images import read_image
+from images import find_backend, open_image, read_image
 from runtime.files import check_regular
 from runtime.loader import Loader
 from transforms import AutoAugment, ColorJitter, EvalTransform, RandAugment, TrainTransform
@@ -147,20 +148,19 @@ def read_list(path, num_classes):
 class ImageNet2012Dataset(Dataset):
     """The images of a list file. Item (epoch, index), or index for epoch 0 -> (uint8 [H, W, 3], label).
 
-    transform: callable (RGB image, NumPy generator) -> uint8 array.
+    read: callable path -> image.
+    transform: callable (image, NumPy generator) -> uint8 array.
     seed: with epoch and index, the seed of an item's generator.
-    exif_transpose, bit_depth: as in `read_image`.
     """
 
-    def __init__(self, data_path, list_name, num_classes, transform, seed=0, exif_transpose=False, bit_depth=0):
+    def __init__(self, data_path, list_name, num_classes, read, transform, seed=0):
         super().__init__()
         self.data_path = data_path
         self.list_path = os.path.join(data_path, list_name)
         self.paths, self.labels = read_list(self.list_path, num_classes)
+        self.read = read
         self.transform = transform
         self.seed = seed
-        self.exif_transpose = exif_transpose
-        self.bit_depth = bit_depth
 
     def __len__(self):
         return len(self.paths)
@@ -171,7 +171,7 @@ class ImageNet2012Dataset(Dataset):
 
     def __getitem__(self, item):
         epoch, index = item if isinstance(item, tuple) else (0, item)
-        image = read_image(self.name_of(index), self.exif_transpose, self.bit_depth)
+        image = self.read(self.name_of(index))
         return self.transform(image, np.random.default_rng([self.seed, epoch, index])), self.labels[index]
 
 
@@ -266,19 +266,22 @@ def get_augmentations(train, strength):
 def get_dataset(config, is_train=True, epoch=1):
     """The training set of a config as it is in an epoch, or its validation set (DATA.*, MODEL.NUM_CLASSES, SEED).
 
-    Raises: UserError for an unknown DATA.DATASET, and for the reasons of `read_list`.
+    Raises: UserError for an unknown DATA.DATASET, and for the reasons of `read_list` and `find_backend`.
     """
     data = config.DATA
+    options = {'exif_transpose': data.EXIF_TRANSPOSE, 'bit_depth': data.BIT_DEPTH}
     if data.DATASET.lower() != 'imagenet2012':
         raise UserError(f'DATA.DATASET is {data.DATASET!r}, but must be imagenet2012')
     if is_train:
         stage = get_stage(config, epoch)
+        read = functools.partial(open_image, fast=find_backend(data.IMAGE_BACKEND), **options)
         transform = TrainTransform(stage.image_size, data.CROP_SCALE, data.INTERPOLATION,
                                    get_augmentations(config.TRAIN, stage.auto_augment_strength))
     else:
+        read = functools.partial(read_image, **options)
         transform = EvalTransform(data.IMAGE_SIZE, data.CROP_PCT, data.INTERPOLATION)
     return ImageNet2012Dataset(data.DATA_PATH, 'train_list.txt' if is_train else 'val_list.txt',
-                               config.MODEL.NUM_CLASSES, transform, config.SEED, data.EXIF_TRANSPOSE, data.BIT_DEPTH)
+                               config.MODEL.NUM_CLASSES, read, transform, config.SEED)
 
 
 def describe_dataset(dataset, num_classes):

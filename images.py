@@ -1,8 +1,11 @@
-"""The RGB image in a file, by Pillow.
+"""The RGB image in a file, by Pillow; for training a region of it, by Pillow or by simplejpeg and OpenCV.
 
 Importing this module does not import Paddle.
 """
+import contextlib
+import io
 import logging
+import math
 import re
 import warnings
 
@@ -17,6 +20,19 @@ warnings.filterwarnings('ignore', module='PIL')
 logging.getLogger('PIL').setLevel(logging.CRITICAL)
 
 BITS_PER_SAMPLE = 258  # TIFF's tag
+ORIENTATION = 0x0112  # EXIF's tag
+# EXIF's orientation -> what turns the image as it is stored into what is shown
+TURNS = {
+    2: Image.Transpose.FLIP_LEFT_RIGHT,
+    3: Image.Transpose.ROTATE_180,
+    4: Image.Transpose.FLIP_TOP_BOTTOM,
+    5: Image.Transpose.TRANSPOSE,
+    6: Image.Transpose.ROTATE_270,
+    7: Image.Transpose.TRANSVERSE,
+    8: Image.Transpose.ROTATE_90,
+}
+# Pillow's filters that OpenCV has and is faster with
+OPENCV = {Image.Resampling.BILINEAR: 'INTER_LINEAR', Image.Resampling.BICUBIC: 'INTER_CUBIC'}
 
 
 def _declared_depth(image):
@@ -69,14 +85,11 @@ def convert(image, exif_transpose=False, bit_depth=0):
     return ImageOps.exif_transpose(image) if exif_transpose else image
 
 
-def _read(path, function):
-    """function(image) of the image in a file, the first of several. Raises: as `read_image`."""
-    check_regular(path)
+@contextlib.contextmanager
+def _reading(path):
+    """What fails while it is open is a UserError that names the file."""
     try:
-        with Image.open(path) as image:
-            if image.format == 'EPS':
-                raise ValueError('EPS, a program, which Pillow gives to Ghostscript')
-            return function(image)
+        yield
     except Exception as error:  # Pillow's readers raise nearly every type on a broken file
         if isinstance(error, UnidentifiedImageError):
             reason = 'no image in a format that Pillow knows'
@@ -87,6 +100,15 @@ def _read(path, function):
         too_large = isinstance(error, (Image.DecompressionBombError, MemoryError))
         remedy = 'scale it down' if too_large else 'fix the file, or leave it out'
         raise UserError(f'{one_line(str(path))}: cannot read the image ({reason}); {remedy}') from None
+
+
+def _read(path, function):
+    """function(image) of the image in a file, the first of several. Raises: as `read_image`."""
+    check_regular(path)
+    with _reading(path), Image.open(path) as image:
+        if image.format == 'EPS':
+            raise ValueError('EPS, a program, which Pillow gives to Ghostscript')
+        return function(image)
 
 
 def read_image(path, exif_transpose=False, bit_depth=0):
@@ -114,3 +136,148 @@ def read_range(path):
         is_gray = image.mode.startswith('I') and _declared_depth(image) == 16
         return image.convert('I').getextrema() if is_gray else None
     return _read(path, find)
+
+
+def find_backend(name):
+    """Whether simplejpeg and OpenCV read training's JPEG files, by DATA.IMAGE_BACKEND. Imports them if so.
+
+    Raises: UserError where they are asked for and not installed.
+    """
+    if name.lower() == 'pillow':
+        return False
+    try:
+        import cv2
+        import simplejpeg  # noqa: F401
+    except ImportError as error:
+        if name.lower() == 'auto':
+            return False
+        raise UserError(f'DATA.IMAGE_BACKEND is {name!r}, but simplejpeg or OpenCV is missing '
+                        f'({one_line(str(error))}); pip install -r requirements-fast.txt, or set it to auto') from None
+    cv2.setNumThreads(1)  # each data worker has a core
+    return True
+
+
+def describe_backend(name):
+    """A line on what reads training's JPEG files, by DATA.IMAGE_BACKEND. Raises: as `find_backend`."""
+    line = f'DATA.IMAGE_BACKEND {name}: JPEG files for training are read by '
+    if find_backend(name):
+        return line + 'simplejpeg and OpenCV'
+    return line + 'Pillow' + ('; pip install -r requirements-fast.txt is faster' if name.lower() == 'auto' else '')
+
+
+def open_image(path, exif_transpose=False, bit_depth=0, fast=False):
+    """The image in a file, of which a region is wanted: a `Jpeg`, which is decoded then, or else an `InMemory`.
+
+    fast: let simplejpeg and OpenCV read what they can (`find_backend`).
+    Raises: as `read_image`, which has the other arguments.
+    """
+    def find(image):
+        if image.format not in ('JPEG', 'MPO'):
+            return InMemory(convert(image, exif_transpose, bit_depth))
+        orientation = image.getexif().get(ORIENTATION) if exif_transpose else 1
+        image.fp.seek(0)
+        return Jpeg(path, image.fp.read(), image.size, orientation if orientation in TURNS else 1,
+                    fast and image.mode in ('RGB', 'L'))
+    return _read(path, find)
+
+
+class InMemory:
+    """An RGB Pillow image. size: (width, height)."""
+
+    def __init__(self, image):
+        self.image = image
+        self.size = image.size
+
+    def region(self, box, side, resample, flip=False):
+        """A box (left, top, right, bottom) of whole pixels, resized to a square: uint8 [side, side, 3].
+
+        resample: Pillow's filter; flip: whether it is mirrored, left to right.
+        """
+        image = self.image.crop(box).resize((side, side), resample)
+        return np.asarray(image.transpose(Image.Transpose.FLIP_LEFT_RIGHT) if flip else image)
+
+
+class Jpeg:
+    """The bytes of a JPEG file. What is asked of it comes scaled down from the decoder where it stays large enough.
+
+    path: for errors.
+    stored_size: (width, height) in the file; `size` is the image's, as its orientation shows it.
+    orientation: EXIF's, from 1 to 8.
+    fast: whether simplejpeg and OpenCV read it, which leave what they cannot to Pillow.
+    """
+
+    def __init__(self, path, data, stored_size, orientation=1, fast=False):
+        self.path = path
+        self.data = data
+        self.stored_size = stored_size
+        self.orientation = orientation
+        self.fast = fast and orientation == 1
+        self.size = stored_size if orientation < 5 else stored_size[::-1]
+
+    def region(self, box, side, resample, flip=False):
+        """As that of `InMemory`. Raises: UserError as `read_image`."""
+        scale = 1 if resample == Image.Resampling.NEAREST else _decoding_scale(box, side)  # which takes means
+        box = [edge / scale for edge in _stored_box(box, self.stored_size, self.orientation)]
+        # the pixels that the box touches, and the box in them
+        outer = math.floor(box[0]), math.floor(box[1]), math.ceil(box[2]), math.ceil(box[3])
+        inner = box[0] - outer[0], box[1] - outer[1], box[2] - outer[0], box[3] - outer[1]
+        with _reading(self.path):
+            pixels = self._decode_fast(scale) if self.fast else None
+            if pixels is None:
+                image = self._decode(scale).crop(outer).convert('RGB')
+            else:
+                pixels = pixels[outer[1]:outer[3], outer[0]:outer[2]]
+                if scale == 1 and resample in OPENCV:
+                    return _resize_fast(pixels, side, resample, flip)
+                image = Image.fromarray(pixels)
+        image = image.resize((side, side), resample, inner)
+        if self.orientation > 1:
+            image = image.transpose(TURNS[self.orientation])
+        return np.asarray(image.transpose(Image.Transpose.FLIP_LEFT_RIGHT) if flip else image)
+
+    def _decode(self, scale):
+        """The stored image, 1 / scale as large, the sides rounded up: Pillow's."""
+        image = Image.open(io.BytesIO(self.data))
+        if scale > 1:
+            image.draft('RGB', tuple(side // scale for side in self.stored_size))
+        return image
+
+    def _decode_fast(self, scale):
+        """The same as uint8 [height, width, 3]; None where simplejpeg refuses the file or remarks on it."""
+        import simplejpeg
+        width, height = (-(-side // scale) if scale > 1 else 0 for side in self.stored_size)
+        try:
+            return simplejpeg.decode_jpeg(self.data, min_width=width, min_height=height)
+        except ValueError:
+            return None
+
+
+def _decoding_scale(box, side):
+    """By how much a JPEG decoder may scale an image down (1, 2, 4 or 8) for a box not to get smaller than side."""
+    left, top, right, bottom = box
+    return max(scale for scale in (1, 2, 4, 8) if scale == 1 or min(right - left, bottom - top) >= scale * side)
+
+
+def _stored_box(box, stored_size, orientation):
+    """A box of an image in the pixels of its file, (width, height), which has an EXIF orientation."""
+    left, top, right, bottom = box
+    if orientation >= 5:
+        left, top, right, bottom = top, left, bottom, right
+    width, height = stored_size
+    if orientation in (2, 3, 7, 8):
+        left, right = width - right, width - left
+    if orientation in (3, 4, 6, 7):
+        top, bottom = height - bottom, height - top
+    return left, top, right, bottom
+
+
+def _resize_fast(pixels, side, resample, flip):
+    """uint8 [height, width, 3] -> [side, side, 3] by OpenCV, whose filters do not widen when they shrink an image.
+
+    So the mean over the area does from 1.5 on, and bilinear below: the mean takes five times as long.
+    """
+    import cv2
+    shrink = math.sqrt(pixels.shape[0] * pixels.shape[1]) / side
+    name = OPENCV[resample] if shrink <= 1 else 'INTER_LINEAR' if shrink < 1.5 else 'INTER_AREA'
+    resized = cv2.resize(pixels, (side, side), interpolation=getattr(cv2, name))
+    return cv2.flip(resized, 1) if flip else resized

@@ -19,6 +19,7 @@ import engine
 import optim
 from config import UNRELATED, get_config, get_teacher_config, resolve_config, with_values
 from datasets import describe_curriculum, describe_dataset, get_dataloader, get_dataset, get_stage
+from images import describe_backend
 from losses import DistillationLoss, LabelSmoothingCrossEntropyLoss, SoftTargetCrossEntropyLoss
 from mixup import build_mixup
 from mobileone import build_mobileone
@@ -437,6 +438,8 @@ def _run_in_folder(config, loaders):
              f'{config.dump(default_flow_style=None).rstrip()}')
     for loader in loaders:
         LOG.info(describe_dataset(loader.dataset, config.MODEL.NUM_CLASSES))
+    if not config.EVAL:
+        LOG.info(describe_backend(config.DATA.IMAGE_BACKEND))
     if config.TRAIN.CURRICULUM and not config.EVAL:
         LOG.info(describe_curriculum(config))
     paddle.seed(config.SEED)

@@ -210,9 +210,9 @@ class ColorJitter:
 
 
 class TrainTransform:
-    """RandomResizedCrop, horizontal flip, then each augmentation: RGB image -> uint8 [size, size, 3].
+    """RandomResizedCrop, horizontal flip, then each augmentation: `open_image`'s image -> uint8 [size, size, 3].
 
-    augmentations: functions (image, rng) -> image.
+    augmentations: functions (Pillow image, rng) -> Pillow image.
     """
 
     def __init__(self, size, scale, interpolation, augmentations=()):
@@ -223,9 +223,11 @@ class TrainTransform:
 
     def __call__(self, image, rng):
         box = random_crop_box(*image.size, self.scale, rng)
-        image = image.crop(box).resize((self.size, self.size), self.filter)
-        if rng.random() < 0.5:
-            image = image.transpose(Image.Transpose.FLIP_LEFT_RIGHT)
+        flip = rng.random() < 0.5
+        pixels = image.region(box, self.size, self.filter, flip)
+        if not self.augmentations:
+            return pixels
+        image = Image.fromarray(pixels)
         for augment in self.augmentations:
             image = augment(image, rng)
         return np.asarray(image)

@@ -4,6 +4,7 @@ import paddle
 import pytest
 from PIL import Image
 
+from images import InMemory
 from transforms import (
     GREY,
     IMAGENET_POLICY,
@@ -250,7 +251,7 @@ def test_augmentations_come_after_the_crop_and_the_flip():
         seen.append((image.size, rng))
         return image.point(lambda value: 255 - value)
     rng = np.random.default_rng(3)
-    image = colours(40, 30)
+    image = InMemory(colours(40, 30))
     plain = TrainTransform(8, (0.5, 1.0), 'bilinear')(image, np.random.default_rng(3))
     np.testing.assert_array_equal(TrainTransform(8, (0.5, 1.0), 'bilinear', [augment])(image, rng), 255 - plain)
     assert seen == [((8, 8), rng)]

@@ -1,22 +1,26 @@
 """Every kind of image file that is converted or refused, and the readers of lists and images on random bytes."""
 import io
+import math
 import os
 import pathlib
 import re
 import struct
+import sys
 import warnings
 import zlib
 
 import numpy as np
 import pytest
+import simplejpeg
 from conftest import run, write_images
 from hypothesis import HealthCheck, example, given, settings
 from hypothesis import strategies as st
 from PIL import Image
+from PIL.JpegImagePlugin import JpegImageFile
 
 import transforms
 from datasets import get_dataloader, get_dataset, read_list
-from images import read_image, read_range
+from images import InMemory, describe_backend, find_backend, open_image, read_image, read_range
 from transforms import EvalTransform, TrainTransform
 from utils import UserError
 
@@ -66,6 +70,29 @@ def stored(folder, content, name='photo'):
     return str(path)
 
 
+def region_reader(backend):
+    """As `read_image`, by the regions that training asks for."""
+    def read(path, exif_transpose=False, bit_depth=0):
+        source = open_image(path, exif_transpose, bit_depth, find_backend(backend))
+        width, height = source.size
+        side = math.lcm(width, height)  # the nearest pixels of it repeat each pixel
+        pixels = source.region((0, 0, width, height), side, Image.Resampling.NEAREST)
+        return Image.fromarray(pixels[::side // height, ::side // width])
+    return read
+
+
+@pytest.fixture(params=['evaluation', 'pillow', 'fast'])
+def read(request):
+    """What reads an image, whole, in evaluation and in training."""
+    return read_image if request.param == 'evaluation' else region_reader(request.param)
+
+
+@pytest.fixture(params=['pillow', 'fast'])
+def backend(request):
+    """DATA.IMAGE_BACKEND."""
+    return request.param
+
+
 COLORS = np.random.default_rng(0).integers(0, 256, (30, 40, 3), dtype='uint8')
 
 
@@ -79,15 +106,15 @@ COLORS = np.random.default_rng(0).integers(0, 256, (30, 40, 3), dtype='uint8')
     encoded(Image.new('L', (1, 1), 9), 'PNG'),
     with_palette(3),
 ], ids=['rgb', 'grey', 'cmyk', 'two colours', 'grey and alpha', 'rgb and alpha', 'one pixel', 'palette'])
-def test_eight_bits_are_converted_as_pillow_does(content, tmp_path):
+def test_eight_bits_are_converted_as_pillow_does(content, tmp_path, read):
     with Image.open(io.BytesIO(content)) as image:
         expected = image.convert('RGB')
-    image = read_image(stored(tmp_path, content))
+    image = read(stored(tmp_path, content))
     assert (image.mode, image.size, image.tobytes()) == ('RGB', expected.size, expected.tobytes())
 
 
-def test_transparency_is_dropped(tmp_path):
-    pixels = np.asarray(read_image(stored(tmp_path, with_palette(bytes([0, 128, 255] * 4)))))
+def test_transparency_is_dropped(tmp_path, read):
+    pixels = np.asarray(read(stored(tmp_path, with_palette(bytes([0, 128, 255] * 4)))))
     assert pixels.reshape(12, 3).tolist() == [[20 * color, 7, 255 - 20 * color] for color in range(12)]
 
 
@@ -98,8 +125,8 @@ def test_transparency_is_dropped(tmp_path):
     tiff(RAMP, '<'), tiff(RAMP, '>'),
 ], ids=['png', 'rgb png', 'pgm', 'tiff', 'big-endian tiff'])
 @pytest.mark.parametrize('bit_depth', [0, 16])
-def test_sixteen_bits_are_scaled(content, bit_depth, tmp_path):
-    pixels = np.asarray(read_image(stored(tmp_path, content), bit_depth=bit_depth))
+def test_sixteen_bits_are_scaled(content, bit_depth, tmp_path, read):
+    pixels = np.asarray(read(stored(tmp_path, content), bit_depth=bit_depth))
     np.testing.assert_array_equal(pixels, np.repeat(RAMP[:, :, None] >> 8, 3, axis=2))
 
 
@@ -124,8 +151,8 @@ def values(depth):
     twelve_bit_tiff(values(12)), b'P5 64 64 4095\n' + values(12).astype('>u2').tobytes(),
     b'P2 64 64 4095\n' + ' '.join(map(str, values(12).ravel())).encode(),
 ], ids=['tiff', 'pgm', 'pgm of text'])
-def test_twelve_bits_that_a_file_declares_are_scaled(content, tmp_path):
-    pixels = np.asarray(read_image(stored(tmp_path, content)))
+def test_twelve_bits_that_a_file_declares_are_scaled(content, tmp_path, read):
+    pixels = np.asarray(read(stored(tmp_path, content)))
     np.testing.assert_array_equal(pixels, np.repeat(values(12)[:, :, None] >> 4, 3, axis=2))
 
 
@@ -135,25 +162,25 @@ def test_twelve_bits_that_a_file_declares_are_scaled(content, tmp_path):
     lambda array: tiff(array.astype('uint16'), '<'), lambda array: tiff(array.astype('uint16'), '>'),
     lambda array: tiff(array.astype('uint32'), '<'), lambda array: tiff(array.astype('float32'), '>', 3),
 ], ids=['png', 'pgm', 'tiff', 'big-endian tiff', '32-bit tiff', 'float tiff'])
-def test_bit_depth_scales_gray_pixels(encode, depth, tmp_path):
-    pixels = np.asarray(read_image(stored(tmp_path, encode(values(depth))), bit_depth=depth))
+def test_bit_depth_scales_gray_pixels(encode, depth, tmp_path, read):
+    pixels = np.asarray(read(stored(tmp_path, encode(values(depth))), bit_depth=depth))
     np.testing.assert_array_equal(pixels, np.repeat(values(depth)[:, :, None] >> (depth - 8), 3, axis=2))
 
 
 @pytest.mark.parametrize('depth', range(1, 8))
-def test_bit_depths_below_eight_reach_white(depth, tmp_path):
+def test_bit_depths_below_eight_reach_white(depth, tmp_path, read):
     """One bit is the range of floating-point images from 0 to 1."""
     array = np.array([[0, 0.5, 1]], 'float32') * (2 ** depth - 1)
     path = stored(tmp_path, tiff(array, '<', 3))
-    assert np.asarray(read_image(path, bit_depth=depth))[0, :, 0].tolist() == [0, 127, 255]
+    assert np.asarray(read(path, bit_depth=depth))[0, :, 0].tolist() == [0, 127, 255]
     path = stored(tmp_path, tiff(np.array([[0, 2 ** depth - 1]], 'uint32'), '<'))
-    assert np.asarray(read_image(path, bit_depth=depth))[0, :, 0].tolist() == [0, 255]
+    assert np.asarray(read(path, bit_depth=depth))[0, :, 0].tolist() == [0, 255]
 
 
-def test_bit_depth_is_for_more_than_eight_bits(tmp_path):
+def test_bit_depth_is_for_more_than_eight_bits(tmp_path, read):
     for content in (JPEG, with_palette(3), encoded(Image.fromarray(COLORS).convert('1'), 'PNG')):
         path = stored(tmp_path, content)
-        assert read_image(path, bit_depth=12).tobytes() == read_image(path).tobytes()
+        assert read(path, bit_depth=12).tobytes() == read(path).tobytes()
 
 
 @pytest.mark.parametrize('content, message', [
@@ -165,23 +192,24 @@ def test_bit_depth_is_for_more_than_eight_bits(tmp_path):
     (png(1, 1, 16, 2, bytes(7)), 'color of 16 bits, of which only the upper 8 can be read: DATA.BIT_DEPTH 12 cannot'),
     (png(1, 1, 16, 4, bytes(5)), 'color of 16 bits'),
 ], ids=['above', 'below', 'float', 'infinite', 'nan', 'color', 'transparency'])
-def test_what_is_not_of_the_bit_depth_is_named(content, message, tmp_path):
+def test_what_is_not_of_the_bit_depth_is_named(content, message, tmp_path, read):
     path = stored(tmp_path, content)
     with pytest.raises(UserError, match=rf'^{re.escape(path)}: cannot read the image \({message}'):
-        read_image(path, bit_depth=12)
+        read(path, bit_depth=12)
 
 
-def test_a_data_set_has_a_bit_depth(config, tmp_path):
+def test_a_data_set_has_a_bit_depth(config, tmp_path, backend):
     """In training and evaluation alike."""
     stored(tmp_path, gray_png(values(12)), 'x')
     for split in ('train', 'val'):
         (tmp_path / f'{split}_list.txt').write_text('x 0\n')
     config.DATA.DATA_PATH, config.DATA.CROP_PCT, config.DATA.BIT_DEPTH = str(tmp_path), 1.0, 12
+    config.DATA.IMAGE_BACKEND = backend
     image = Image.fromarray((values(12) >> 4).astype('uint8')).convert('RGB')
     np.testing.assert_array_equal(get_dataset(config, False)[0][0], EvalTransform(32, 1.0, 'bicubic')(image))
     rng = np.random.default_rng([config.SEED, 1, 0])
     np.testing.assert_array_equal(get_dataset(config)[1, 0][0],
-                                  TrainTransform(32, config.DATA.CROP_SCALE, 'bicubic')(image, rng))
+                                  TrainTransform(32, config.DATA.CROP_SCALE, 'bicubic')(InMemory(image), rng))
 
 
 @pytest.mark.parametrize('content, expected', [
@@ -215,12 +243,12 @@ PNG = encoded(Image.fromarray(COLORS), 'PNG')
     (png(20000, 20000, 8, 2), r'Image size \(400000000 pixels\) exceeds limit of 178956970 pixels.*; scale it down$'),
 ], ids=['missing', 'empty', 'eps', 'text', 'cut jpeg', 'header', 'cut png', 'two formats', '32 bits', 'float', 'signed',
         'bomb'])
-def test_what_cannot_be_read_is_named(content, message, tmp_path):
+def test_what_cannot_be_read_is_named(content, message, tmp_path, read):
     path = str(tmp_path / 'photo')
     if content is not None:
         stored(tmp_path, content)
     with pytest.raises(UserError, match=rf'^{re.escape(path)}: cannot read the image \({message}') as error:
-        read_image(path)
+        read(path)
     assert '\n' not in str(error.value) and '()' not in str(error.value)
 
 
@@ -228,30 +256,34 @@ def test_what_cannot_be_read_is_named(content, message, tmp_path):
     (EOFError, 'EOFError); fix the file, or leave it out'),
     (MemoryError, 'memory does not suffice); scale it down'),
 ])
-def test_an_error_without_a_message_has_a_reason(monkeypatch, error, message):
+def test_an_error_without_a_message_has_a_reason(monkeypatch, error, message, read):
     def fail(path):
         raise error
     monkeypatch.setattr(Image, 'open', fail)
     with pytest.raises(UserError, match=re.escape(f'x: cannot read the image ({message}')):
-        read_image('x')
+        read('x')
 
 
 @pytest.mark.parametrize('workers', [0, 1])
+@pytest.mark.parametrize('reader', ['evaluation', 'pillow', 'fast'])
 @pytest.mark.parametrize('content', [b'', JPEG[:len(JPEG) // 2], png(20000, 20000, 8, 2)],
                          ids=['empty', 'cut', 'bomb'])
-def test_the_loader_names_a_bad_image(content, workers, config, tmp_path):
+def test_the_loader_names_a_bad_image(content, reader, workers, config, tmp_path):
     """No batch without it, and none with another in its place."""
     write_images(tmp_path / 'x', 3)
     stored(tmp_path, content, 'x/photo 1.jpg')
-    (tmp_path / 'val_list.txt').write_text(''.join(f'x/photo {index}.jpg 0\n' for index in range(3)))
+    is_train = reader != 'evaluation'
+    name = 'train_list.txt' if is_train else 'val_list.txt'
+    (tmp_path / name).write_text(''.join(f'x/photo {index}.jpg 0\n' for index in range(3)))
     config.DATA.DATA_PATH, config.DATA.NUM_WORKERS = str(tmp_path), workers
+    config.DATA.IMAGE_BACKEND = reader if is_train else 'auto'
     with pytest.raises(UserError, match='x/photo 1.jpg: cannot read the image'):
-        list(get_dataloader(config, get_dataset(config, False), False))
+        list(get_dataloader(config, get_dataset(config, is_train), is_train))
 
 
 @pytest.mark.parametrize('kind', ['JPEG', 'PNG', 'WEBP', 'TIFF'])
 @pytest.mark.parametrize('orientation', range(1, 9))
-def test_exif_orientation(kind, orientation, config, tmp_path):
+def test_exif_orientation(kind, orientation, config, tmp_path, backend):
     """Off leaves the pixels as they are stored; but Pillow itself turns TIFF images, as their format says."""
     pixels = np.zeros((40, 60, 3), 'uint8')
     pixels[:20, :30] = 255  # the upper left quarter
@@ -261,32 +293,127 @@ def test_exif_orientation(kind, orientation, config, tmp_path):
     turned = {1: pixels, 2: pixels[:, ::-1], 3: pixels[::-1, ::-1], 4: pixels[::-1], 5: pixels.swapaxes(0, 1),
               6: np.rot90(pixels, -1), 7: np.rot90(pixels, 2).swapaxes(0, 1), 8: np.rot90(pixels)}[orientation]
     (tmp_path / 'val_list.txt').write_text('x 0\n')
-    config.DATA.DATA_PATH, config.DATA.CROP_PCT = str(tmp_path), 1.0
+    config.DATA.DATA_PATH, config.DATA.CROP_PCT, config.DATA.IMAGE_BACKEND = str(tmp_path), 1.0, backend
     for on in (False, True):
         expected = turned if on or kind == 'TIFF' else pixels
         image = read_image(str(tmp_path / 'x'), on)
         assert image.size == expected.shape[1::-1]
         assert (abs(np.asarray(image).astype(int) - expected) > 100).mean() < 0.01  # JPEG and WebP lose some
         config.DATA.EXIF_TRANSPOSE = on
+        config.DATA.INTERPOLATION = 'bicubic'
         np.testing.assert_array_equal(get_dataset(config, False)[0][0], EvalTransform(32, 1.0, 'bicubic')(image))
-        config.TRAIN.AUTO_AUGMENT = False
+        config.DATA.INTERPOLATION = 'nearest'  # which is the same before a turn and after it, and by either backend
         (tmp_path / 'train_list.txt').write_text('x 0\n')
         rng = np.random.default_rng([config.SEED, 1, 0])
         np.testing.assert_array_equal(get_dataset(config)[1, 0][0],
-                                      TrainTransform(32, config.DATA.CROP_SCALE, 'bicubic')(image, rng))
+                                      TrainTransform(32, config.DATA.CROP_SCALE, 'nearest')(InMemory(image), rng))
 
 
 @pytest.mark.parametrize('exif', [b'no TIFF', b'MM\0*\0\0', b'MM\0*\xff\xff\xff\xff',
                                   b'MM\0*\0\0\0\x08\0\x01\x01\x12\xff\xff\0\0\0\x01\0\x06\0\0\0\0\0\0',
                                   b'MM\0*\0\0\0\x08\0\x01\x01\x12\0\x03\0\0\0\x01\0\x63\0\0\0\0\0\0'])
-def test_broken_exif_data(exif, tmp_path):
+def test_broken_exif_data(exif, tmp_path, read):
     """An image, as it is stored, or an error that names the file."""
     path = stored(tmp_path, encoded(Image.fromarray(COLORS), 'PNG', exif=b'Exif\0\0' + exif))
-    assert read_image(path).tobytes() == COLORS.tobytes()
+    assert read(path).tobytes() == COLORS.tobytes()
     try:
-        assert read_image(path, True).tobytes() == COLORS.tobytes()
+        assert read(path, True).tobytes() == COLORS.tobytes()
     except UserError as error:
         assert str(error).startswith(f'{path}: cannot read the image (')
+
+
+def photo(width, height, **options):
+    """A JPEG file whose red grows from left to right, and whose green from top to bottom."""
+    pixels = np.zeros((height, width, 3), 'uint8')
+    pixels[:, :, 0] = np.linspace(0, 255, width)
+    pixels[:, :, 1] = np.linspace(0, 255, height)[:, None]
+    return encoded(Image.fromarray(pixels), 'JPEG', quality=95, **options)
+
+
+@pytest.mark.parametrize('orientation', range(1, 9))
+@pytest.mark.parametrize('side', [25, 50, 100, 150, 300])  # scaled by 8, 8, 4, 2 and 1
+def test_scaled_decoding_keeps_the_place(side, orientation, tmp_path, backend):
+    """To a fraction of a pixel: half of a scaled one would be four of the image, two levels here."""
+    exif = Image.Exif()
+    exif[0x0112] = orientation
+    path = stored(tmp_path, photo(517, 513, exif=exif))
+    for box in ((3, 9, 425, 437), (90, 70, 513, 500)):
+        source = open_image(path, True, fast=find_backend(backend))
+        out = source.region(box, side, Image.Resampling.BICUBIC).astype(int)
+        mirrored = source.region(box, side, Image.Resampling.BICUBIC, flip=True)
+        expected = InMemory(read_image(path, True)).region(box, side, Image.Resampling.BICUBIC)
+        assert abs((out - expected).mean(axis=(0, 1))).max() < 0.3 and abs(out - expected).max() <= 3
+        np.testing.assert_array_equal(mirrored, out[:, ::-1])
+
+
+def test_how_far_a_region_is_scaled(tmp_path, monkeypatch):
+    """Never below the side; and not by nearest, which takes pixels as they are."""
+    asked = []
+    draft = JpegImageFile.draft
+    monkeypatch.setattr(JpegImageFile, 'draft', lambda self, mode, size: asked.append(draft(self, mode, size)))
+    path = stored(tmp_path, photo(517, 513))
+    for side, scaled in ((300, None), (251, None), (250, 2), (126, 2), (125, 4), (62, 8), (9, 8)):
+        asked.clear()
+        open_image(path).region((7, 7, 507, 517), side, Image.Resampling.BICUBIC)
+        assert asked == ([('RGB', (0, 0, 517 / scaled, 513 / scaled))] if scaled else []), side
+    asked.clear()
+    open_image(path).region((7, 7, 507, 517), 9, Image.Resampling.NEAREST)
+    assert not asked
+
+
+@pytest.mark.parametrize('name, largest', [('nearest', 0), ('bilinear', 1.5), ('bicubic', 1.5), ('lanczos', 0)])
+@pytest.mark.parametrize('side', [90, 110, 130, 300])  # of crops with sides of 127 to 178 pixels: shrunk and enlarged
+def test_the_fast_filters_are_close_to_pillows(name, largest, side, tmp_path):
+    path = stored(tmp_path, encoded(Image.fromarray(COLORS).resize((240, 180), Image.Resampling.BICUBIC), 'JPEG'))
+    for seed in range(5):
+        expected, out = (TrainTransform(side, (0.5, 0.7), name)(image, np.random.default_rng(seed)).astype(int)
+                         for image in (InMemory(read_image(path)), open_image(path, fast=find_backend('fast'))))
+        assert abs(out - expected).mean() <= largest
+
+
+def jpeg_reads(monkeypatch):
+    """A list that grows by every file that simplejpeg is asked to decode."""
+    calls = []
+    decode = simplejpeg.decode_jpeg
+    monkeypatch.setattr(simplejpeg, 'decode_jpeg', lambda *args, **options: calls.append(1) or decode(*args, **options))
+    return calls
+
+
+@pytest.mark.parametrize('mode, kind, count', [
+    ('RGB', 'JPEG', 1), ('L', 'JPEG', 1), ('CMYK', 'JPEG', 0), ('RGB', 'PNG', 0)])
+def test_which_files_the_fast_backend_reads(mode, kind, count, config, tmp_path, monkeypatch):
+    """And only for training."""
+    stored(tmp_path, encoded(Image.fromarray(COLORS).convert(mode), kind), 'x')
+    for split in ('train', 'val'):
+        (tmp_path / f'{split}_list.txt').write_text('x 0\n')
+    config.DATA.DATA_PATH = str(tmp_path)
+    calls = jpeg_reads(monkeypatch)
+    for name, expected in (('auto', count), ('fast', count), ('pillow', 0)):
+        config.DATA.IMAGE_BACKEND = name
+        calls.clear()
+        get_dataset(config, False)[0]
+        assert not calls
+        get_dataset(config)[1, 0]
+        assert len(calls) == expected
+
+
+def test_what_simplejpeg_refuses_is_pillows_to_read(tmp_path):
+    """Bytes between segments, on which libjpeg remarks."""
+    path = stored(tmp_path, JPEG[:20] + b'\xff\0' + JPEG[20:])
+    with pytest.raises(ValueError, match='extraneous bytes'):
+        simplejpeg.decode_jpeg(pathlib.Path(path).read_bytes())
+    assert region_reader('fast')(path).tobytes() == read_image(path).tobytes()
+
+
+@pytest.mark.parametrize('missing', ['simplejpeg', 'cv2'])
+def test_backends_that_are_not_installed(missing, monkeypatch):
+    assert describe_backend('auto').endswith('auto: JPEG files for training are read by simplejpeg and OpenCV')
+    monkeypatch.setitem(sys.modules, missing, None)
+    assert not find_backend('auto') and not find_backend('pillow')
+    assert describe_backend('auto').endswith('by Pillow; pip install -r requirements-fast.txt is faster')
+    with pytest.raises(UserError, match="^DATA.IMAGE_BACKEND is 'fast', but simplejpeg or OpenCV is missing .*; pip "
+                                        'install -r requirements-fast.txt, or set it to auto$'):
+        find_backend('fast')
 
 
 # prints what became of each file, then by how much the peak of the memory rose, in MiB
@@ -297,14 +424,15 @@ from utils import UserError
 prepare_runtime()
 import numpy as np
 from PIL import Image
-from images import read_image
+from images import find_backend, open_image, read_image
 from transforms import AutoAugment, ColorJitter, EvalTransform, RandAugment, TrainTransform
 
 def peak():
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss // 1024
 
-limit, *paths = sys.argv[1:]
+backend, limit, *paths = sys.argv[1:]
 Image.MAX_IMAGE_PIXELS = int(limit)
+fast = find_backend(backend)
 before = peak()
 for path in paths:
     try:
@@ -313,7 +441,7 @@ for path in paths:
             EvalTransform(224, 0.875, name)(image)
             train = TrainTransform(224, [0.08, 1.0], name, [AutoAugment(), RandAugment(2, 9), ColorJitter(0.4)])
             for seed in range(3):
-                train(image, np.random.default_rng(seed))
+                train(open_image(path, True, fast=fast), np.random.default_rng(seed))
         print(image.mode, *image.size)
     except UserError as error:
         print(error)
@@ -321,14 +449,14 @@ print(peak() - before)
 '''
 
 
-def test_large_and_long_images_take_no_gigabytes(tmp_path):
+def test_large_and_long_images_take_no_gigabytes(tmp_path, backend):
     paths = [stored(tmp_path, png(20000, 20000, 8, 2), 'bomb')]
-    for name, size in (('wide', (10000, 1)), ('tall', (1, 10000)), ('one', (1, 1))):
-        paths.append(stored(tmp_path, encoded(Image.new('RGB', size), 'PNG'), name))
-    lines = run('-c', READ, Image.MAX_IMAGE_PIXELS, *paths).stdout.splitlines()
-    assert lines[0].startswith(f'{paths[0]}: cannot read the image') and lines[1:4] == ['RGB 10000 1', 'RGB 1 10000',
-                                                                                       'RGB 1 1']
-    assert int(lines[4]) < 100
+    for kind in ('PNG', 'JPEG'):
+        for size in ((10000, 1), (1, 10000), (1, 1)):
+            paths.append(stored(tmp_path, encoded(Image.new('RGB', size), kind), f'{kind} {size}'))
+    lines = run('-c', READ, backend, Image.MAX_IMAGE_PIXELS, *paths).stdout.splitlines()
+    assert lines[0].startswith(f'{paths[0]}: cannot read the image')
+    assert lines[1:7] == 2 * ['RGB 10000 1', 'RGB 1 10000', 'RGB 1 1'] and int(lines[7]) < 100
 
 
 def test_pillow_writes_nothing_on_the_console(tmp_path, caplog):
@@ -338,7 +466,7 @@ def test_pillow_writes_nothing_on_the_console(tmp_path, caplog):
         ('palette', with_palette(bytes([0, 128, 255] * 4))),
         ('large', encoded(Image.new('RGB', (300, 300)), 'PNG')),  # above the limit, but not twice
         ('exif', encoded(Image.new('RGB', (9, 9)), 'PNG', exif=exif)))]
-    process = run('-c', READ, 60000, *paths)
+    process = run('-c', READ, 'auto', 60000, *paths)
     assert process.stdout.splitlines()[:3] == ['RGB 4 3', 'RGB 300 300', 'RGB 9 9'] and process.stderr == ''
     with pytest.raises(UserError):
         read_image(stored(tmp_path, tiff(np.zeros((2, 3), 'uint8'), '<', samples=9)))
@@ -423,7 +551,18 @@ def mutated_images(draw):
     return bytes(content[:draw(st.none() | st.integers(0, len(content)))])
 
 
+def pixels_or_refused(path, open_function, *args):
+    """Pixels of an image that a function opens, spread over it; None where the file is refused."""
+    try:
+        image = open_function(path, *args)
+        return image.region((0, 0, *image.size), 8, Image.Resampling.NEAREST).tolist()
+    except UserError as error:
+        assert str(error).startswith(f'{path}: cannot read the image (') and '\n' not in str(error)
+        return None
+
+
 def test_any_image_is_read_or_refused(long, tmp_path, capfd):
+    """In training, by either backend, as in evaluation."""
     path = str(tmp_path / 'photo')
     outcomes = set()
 
@@ -433,15 +572,10 @@ def test_any_image_is_read_or_refused(long, tmp_path, capfd):
         pathlib.Path(path).write_bytes(content)
         with warnings.catch_warnings(record=True) as seen:
             warnings.simplefilter('always')
-            try:
-                image = read_image(path, exif_transpose, bit_depth)
-            except UserError as error:
-                assert str(error).startswith(f'{path}: cannot read the image (') and '\n' not in str(error)
-                outcomes.add('refused')
-            else:
-                assert image.mode == 'RGB' and min(image.size) > 0
-                assert len(image.tobytes()) == 3 * image.width * image.height
-                outcomes.add('read')
+            expected = pixels_or_refused(path, lambda *args: InMemory(read_image(*args)), exif_transpose, bit_depth)
+            for fast in (False, True):
+                assert pixels_or_refused(path, open_image, exif_transpose, bit_depth, fast) == expected
+            outcomes.add('read' if expected else 'refused')
         # Pillow's own, which are not shown
         assert {os.path.basename(os.path.dirname(warning.filename)) for warning in seen} <= {'PIL'}
 

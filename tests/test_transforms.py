@@ -6,6 +6,7 @@ import paddle
 import pytest
 from PIL import Image
 
+from images import InMemory
 from transforms import EvalTransform, Normalize, TrainTransform, random_crop_box
 
 
@@ -65,16 +66,16 @@ def test_training_crops_and_flips():
     flips = 0
     for seed in range(40):  # with this scale and a fitting shape, only the flip is random
         square = photo(32, 32)
-        out = TrainTransform(32, (1.0, 1.0), 'bicubic')(square, np.random.default_rng(seed))
+        out = TrainTransform(32, (1.0, 1.0), 'bicubic')(InMemory(square), np.random.default_rng(seed))
         flipped = np.array_equal(out, np.asarray(square)[:, ::-1])
         assert flipped or np.array_equal(out, np.asarray(square))
         flips += flipped
     assert 10 < flips < 30
     transform = TrainTransform(32, (0.08, 1.0), 'bicubic')
-    out = transform(image, np.random.default_rng(1))
+    out = transform(InMemory(image), np.random.default_rng(1))
     assert out.dtype == np.uint8 and out.shape == (32, 32, 3) and (out != whole).any()
-    np.testing.assert_array_equal(out, transform(image, np.random.default_rng(1)))
-    assert (out != transform(image, np.random.default_rng(2))).any()
+    np.testing.assert_array_equal(out, transform(InMemory(image), np.random.default_rng(1)))
+    assert (out != transform(InMemory(image), np.random.default_rng(2))).any()
 
 
 def test_training_crop_equals_pillow():
@@ -83,7 +84,7 @@ def test_training_crop_equals_pillow():
     box = random_crop_box(60, 40, (0.2, 0.6), rng)
     expected = np.asarray(image.crop(box).resize((24, 24), Image.Resampling.BILINEAR))
     expected = expected[:, ::-1] if rng.random() < 0.5 else expected
-    out = TrainTransform(24, (0.2, 0.6), 'bilinear')(image, np.random.default_rng(seed))
+    out = TrainTransform(24, (0.2, 0.6), 'bilinear')(InMemory(image), np.random.default_rng(seed))
     np.testing.assert_array_equal(out, expected)
 
 

@@ -4,7 +4,7 @@ import paddle
 import pytest
 from PIL import Image
 
-from images import InMemory
+from images import InMemory, open_image
 from transforms import (
     GREY,
     IMAGENET_POLICY,
@@ -255,6 +255,16 @@ def test_augmentations_come_after_the_crop_and_the_flip():
     plain = TrainTransform(8, (0.5, 1.0), 'bilinear')(image, np.random.default_rng(3))
     np.testing.assert_array_equal(TrainTransform(8, (0.5, 1.0), 'bilinear', [augment])(image, rng), 255 - plain)
     assert seen == [((8, 8), rng)]
+
+
+def test_augmentations_are_the_same_on_either_backend(tmp_path):
+    """With a filter that is."""
+    path = str(tmp_path / 'photo.jpg')
+    colours(60, 40).save(path)
+    transform = TrainTransform(32, (0.2, 1.0), 'nearest', [AutoAugment(), RandAugment(2, 9), ColorJitter(0.4)])
+    for seed in range(100):
+        first, second = (transform(open_image(path, fast=fast), np.random.default_rng(seed)) for fast in (False, True))
+        np.testing.assert_array_equal(first, second)
 
 
 def test_box_mask():

@@ -405,6 +405,10 @@ def test_what_simplejpeg_refuses_is_pillows_to_read(tmp_path):
     assert region_reader('fast')(path).tobytes() == read_image(path).tobytes()
 
 
+def test_images_need_neither_paddle_nor_opencv():
+    run('-c', 'import sys, transforms, images; assert not {"paddle", "cv2", "simplejpeg"} & {*sys.modules}', fork=False)
+
+
 @pytest.mark.parametrize('missing', ['simplejpeg', 'cv2'])
 def test_backends_that_are_not_installed(missing, monkeypatch):
     assert describe_backend('auto').endswith('auto: JPEG files for training are read by simplejpeg and OpenCV')

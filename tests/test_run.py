@@ -150,6 +150,22 @@ def test_default_workers_are_logged_and_need_shared_memory(config, fashion, tmp_
     assert 'NUM_WORKERS: -1' in (tmp_path / 'config.yaml').read_text()
 
 
+def test_the_backend_is_said_and_a_changed_one_is_not_refused(config, fashion, tmp_path, monkeypatch):
+    config.DATA.DATA_PATH, config.SAVE = str(fashion), str(tmp_path)
+    config.TRAIN.NUM_EPOCHS, config.TRAIN.WARMUP_EPOCHS, config.DATA.NUM_WORKERS = 2, 0, 0
+    line = 'DATA.IMAGE_BACKEND {}: JPEG files for training are read by {}\n'
+    scripted(monkeypatch, [50.0] * 8)
+    train(config)
+    log = (tmp_path / 'log.txt').read_text()
+    assert line.format('auto', 'simplejpeg and OpenCV') in log
+    assert 'IMAGE_BACKEND: auto' in (tmp_path / 'config.yaml').read_text()
+    config.DATA.IMAGE_BACKEND, config.MODEL.RESUME, config.TRAIN.NUM_EPOCHS = 'pillow', 'auto', 3
+    train(config)
+    log = (tmp_path / 'log.txt').read_text()[len(log):]
+    assert line.format('pillow', 'Pillow') in log
+    assert 'DATA.IMAGE_BACKEND' in next(text for text in log.splitlines() if 'not as in' in text and 'IMAGE' in text)
+
+
 def test_shared_memory_for_the_default_workers(config, monkeypatch):
     monkeypatch.setattr(run_module, 'shared_memory', lambda workers, *args: (workers * 2 ** 20, 2 ** 20))
     check_shared_memory(config, 1)

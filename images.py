@@ -229,7 +229,7 @@ class Jpeg:
                 pixels = pixels[outer[1]:outer[3], outer[0]:outer[2]]
                 if scale == 1 and resample in OPENCV:
                     return _resize_fast(pixels, side, resample, flip)
-                image = Image.fromarray(pixels)
+                image = Image.fromarray(np.ascontiguousarray(pixels))  # of strided ones Pillow's copy is slow
         image = image.resize((side, side), resample, inner)
         if self.orientation > 1:
             image = image.transpose(TURNS[self.orientation])

@@ -18,13 +18,11 @@ from PIL import Image
 from tqdm import tqdm
 
 from config import get_config, get_parser, resolve_config, update_config
-from images import read_image
+from images import ORIENTATION, read_image
 from runtime.files import replace
 from runtime.program import prepare_runtime, run_program, usable_cores
 from tools.check_dataset import find_lists, map_parts, save_list, start_workers
 from utils import UserError, describe_error, one_line
-
-ORIENTATION = 0x0112  # EXIF's tag
 
 
 def read_oriented(path, bit_depth):

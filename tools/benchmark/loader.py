@@ -6,8 +6,8 @@
 Without -data_path the images are photographs of scikit-image and scikit-learn, cropped to 500 x 375 pixels and saved as
 JPEG of quality 92; with it those of its train_list.txt. Rows of one process without data workers:
 
-  decode      an image is read whole
-  transform   an image in memory becomes that of a batch: crop, resize, flip, the config's augmentations
+  decode      Pillow decodes a whole image
+  transform   an image of a batch is made from its file: crop, resize, flip, the config's augmentations
   collate     a batch is put together from its images
 
 Rows for each number of data workers:

@@ -15,24 +15,18 @@ IN_MEMORY = 16
 
 
 def decode(loader):
-    """Yield after each batch of images that are read whole."""
-    dataset = loader.dataset
+    """Yield after each batch of images that Pillow decodes whole."""
     for batch in loader.batch_sampler:
         for _, index in batch:
-            read_image(dataset.name_of(index), dataset.exif_transpose, dataset.bit_depth)
+            read_image(loader.dataset.name_of(index))
         yield
 
 
 def transform(loader):
-    """Yield after each batch of images that are cropped, resized, flipped and augmented."""
-    import numpy as np
-    dataset = loader.dataset
-    images = [read_image(dataset.name_of(index), dataset.exif_transpose, dataset.bit_depth)
-              for index in range(min(IN_MEMORY, len(dataset)))]
-    rng = np.random.default_rng(dataset.seed)
+    """Yield after each batch of images that this process reads, crops, resizes, flips and augments."""
     for batch in loader.batch_sampler:
-        for _, index in batch:
-            dataset.transform(images[index % len(images)], rng)
+        for item in batch:
+            loader.dataset[item]
         yield
 
 

@@ -17,7 +17,7 @@ import paddle.nn as nn
 import paddle.nn.functional as F
 
 from config import stage_widths
-from utils import UserError
+from utils import UserError, blend
 
 
 class ConvNorm(nn.Sequential):
@@ -271,8 +271,7 @@ def merged_branches(stages):
     with paddle.no_grad():
         for attribute, tensors in (('_mean', means), ('_variance', variances)):
             values = paddle.gather(paddle.concat(tensors), back).split(channels)
-            for norm, value in zip(norms, values):
-                value._share_buffer_to(getattr(norm, attribute))
+            blend([getattr(norm, attribute) for norm in norms], values, keep=0)
 
 
 def _is_plain(branch, conv, norm):

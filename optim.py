@@ -4,7 +4,7 @@ import math
 
 import paddle
 
-from utils import UserError, first_few, misfits
+from utils import UserError, blend, first_few, misfits
 
 # what an optimizer keeps for each parameter, under Paddle's names
 STATES = {'sgd': ['velocity'], 'adamw': ['moment1', 'moment2', 'beta1_pow_acc', 'beta2_pow_acc']}
@@ -164,36 +164,10 @@ class ModelEma:
         for parameter in self.network.parameters():
             parameter.stop_gradient = True
         # the tensors themselves, which loading and training change in place: collected once, not at each step
-        average, own = self.network.state_dict(), model.state_dict()
-        # vectors are joined in one operator as they are; the others, which would each be flattened, share memory
-        self.vectors = [tensor for tensor in own.values() if tensor.ndim == 1]
-        order = [name for name in own if own[name].ndim != 1] + [name for name in own if own[name].ndim == 1]
-        self.kernels = FlatTensors([tensor for tensor in own.values() if tensor.ndim != 1])
-        self.average = FlatTensors([average[name] for name in order])
+        own = model.state_dict()
+        self.averages, self.tensors = zip(*((average, own[name]) for name, average in
+                                            self.network.state_dict().items()))
 
-    @paddle.no_grad()
     def update(self, decay):
-        """average = decay * average + (1 - decay) * model, in place."""
-        own = paddle.concat([self.kernels.buffer(), *self.vectors])
-        self.average.buffer().scale_(decay).add_(own.scale_(1 - decay))
-
-
-class FlatTensors:
-    """Tensors that share the memory of one vector, so that one operator serves all.
-
-    What gives one of them other memory, as Layer.to does, undoes that without a word: `buffer` looks before each use.
-    """
-
-    def __init__(self, tensors):
-        self.tensors = tensors
-        self._buffer = paddle.empty([0])
-
-    @paddle.no_grad()
-    def buffer(self):
-        """The vector of all tensors, one after the other."""
-        if not all(tensor._is_shared_buffer_with(self._buffer) for tensor in self.tensors):
-            self._buffer, start = paddle.concat([tensor.flatten() for tensor in self.tensors]), 0
-            for tensor in self.tensors:
-                self._buffer._slice(start, start + tensor.size)._share_buffer_to(tensor)
-                start += tensor.size
-        return self._buffer
+        """average = decay * average + (1 - decay) * model, in place, in one operator and its learning rate."""
+        blend(self.averages, self.tensors, decay)

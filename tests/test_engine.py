@@ -282,6 +282,9 @@ def test_launches_of_a_step(monkeypatch, on_cpu, most):
         engine.train_step(training, [batch], 0)
     step()
     assert count_launches(step) <= most
+    # Tensor.numpy() would take the memory of all that share it
+    tensors = [*model.state_dict().values(), *training.ema.network.state_dict().values()]
+    assert not any(tensor._is_shared_buffer_with(following) for tensor, following in zip(tensors, tensors[1:]))
 
 
 def test_synchronised_batch_norms_keep_names_and_weights(config):

@@ -81,8 +81,13 @@ def run_processes(command, count):
         answer(signal.SIG_IGN)  # the processes answer, those of a second Ctrl-C too
     finally:
         end(ranks, shown)
-    if asked and STOPPED in [rank.process.returncode for rank in ranks]:
-        return STOPPED  # gloo aborts one that waits for another that has ended
+    if asked:
+        statuses = [rank.process.returncode for rank in ranks]
+        if STOPPED in statuses:
+            return STOPPED
+        # gloo aborts one that waits for another that has ended
+        failed = next((number for number, status in enumerate(statuses) if status != -signal.SIGABRT), 0)
+        shown = ranks[failed]
     if failed is None:
         for rank in ranks:
             rank.show()

@@ -77,7 +77,7 @@ def run_processes(command, count):
         failed = wait_for(ranks)
         shown = ranks[failed or 0]
     except KeyboardInterrupt:
-        failed, asked = 0, True
+        asked = True
         answer(signal.SIG_IGN)  # the processes answer, those of a second Ctrl-C too
     finally:
         end(ranks, shown)

@@ -149,7 +149,7 @@ class ImageNet2012Dataset(Dataset):
     """The images of a list file. Item (epoch, index), or index for epoch 0 -> (uint8 [H, W, 3], label).
 
     read: callable path -> image.
-    transform: callable (image, NumPy generator) -> uint8 array.
+    transform: callable (image, NumPy generator) -> uint8 array [H, W, 3], whose sides are its `size`.
     seed: with epoch and index, the seed of an item's generator.
     """
 
@@ -160,6 +160,7 @@ class ImageNet2012Dataset(Dataset):
         self.paths, self.labels = read_list(self.list_path, num_classes)
         self.read = read
         self.transform = transform
+        self.shape = transform.size, transform.size, 3
         self.seed = seed
 
     def __len__(self):
@@ -187,6 +188,7 @@ class TrainSampler:
             raise UserError(f'{length} training images are too few for {world_size} processes')
         self.length = length
         self.total_batch = min(length, batch_size * world_size)
+        self.batch_size = -(-self.total_batch // world_size)  # of rank 0, the largest
         self.seed = seed
         self.rank = rank
         self.world_size = world_size
@@ -274,9 +276,10 @@ def get_dataset(config, is_train=True, epoch=1):
         raise UserError(f'DATA.DATASET is {data.DATASET!r}, but must be imagenet2012')
     if is_train:
         stage = get_stage(config, epoch)
-        read = functools.partial(open_image, fast=find_backend(data.IMAGE_BACKEND), **options)
+        fast = find_backend(data.IMAGE_BACKEND)
+        read = functools.partial(open_image, fast=fast, **options)
         transform = TrainTransform(stage.image_size, data.CROP_SCALE, data.INTERPOLATION,
-                                   get_augmentations(config.TRAIN, stage.auto_augment_strength))
+                                   get_augmentations(config.TRAIN, stage.auto_augment_strength), fast)
     else:
         read = functools.partial(read_image, **options)
         transform = EvalTransform(data.IMAGE_SIZE, data.CROP_PCT, data.INTERPOLATION)

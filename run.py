@@ -24,8 +24,8 @@ from losses import DistillationLoss, LabelSmoothingCrossEntropyLoss, SoftTargetC
 from mixup import build_mixup
 from mobileone import build_mobileone
 from runtime import checkpoint, files, folder
-from runtime.loader import StoppedWaiting, shared_memory
-from runtime.program import STOPPED, StopRequest, cores_per_process
+from runtime.loader import StoppedWaiting, warn_of_waiting
+from runtime.program import STOPPED, StopRequest
 from runtime.settings import leaves
 from transforms import Normalize, RandomErase
 from utils import (
@@ -45,18 +45,6 @@ from weights import is_fused, load_into, load_model
 def build_loader(config, is_train, epoch=1):
     """The loader of this rank's share of the training images, as they are in an epoch, or of the validation images."""
     return get_dataloader(config, get_dataset(config, is_train, epoch), is_train, rank(), world_size())
-
-
-def warn_of_waiting(num_workers, share):
-    """Log that waiting for images takes this share of the time, and what to do about it."""
-    cores = cores_per_process()
-    if num_workers < cores - 1:
-        more = min(cores - 1, 2 * num_workers or 8)
-        remedy = f'set DATA.NUM_WORKERS {more} (now {num_workers}; cores: {cores})'
-    else:
-        remedy = (f'use more cores, a faster disk, or images that are resized beforehand; more than {num_workers} data '
-                  f'workers would hardly help (cores: {cores})')
-    LOG.warning(f'warning: {share:.0%} of the time is spent waiting for images: {remedy}')
 
 
 def build_normalize(config):
@@ -375,21 +363,6 @@ def run_evaluation(config, loader):
     write_record(config, None, 0, 'val', name, results[name])
 
 
-def check_shared_memory(config, num_workers):
-    """Raises: UserError where /dev/shm has no room for the batches that data workers hand over."""
-    data, train = config.DATA, config.TRAIN
-    batches = [((data.BATCH_SIZE_EVAL or data.BATCH_SIZE) * data.IMAGE_SIZE ** 2, 1)]
-    if not config.EVAL:
-        side = max([stage['IMAGE_SIZE'] for stage in train.CURRICULUM] or [data.IMAGE_SIZE])
-        batches.append((data.BATCH_SIZE * side ** 2, train.ACCUM_ITER))
-    for pixels, kept in batches:
-        needed, free = (round(count / 2 ** 20) for count in shared_memory(num_workers, 3 * pixels, kept))
-        if needed > free:
-            raise UserError(f'/dev/shm has {free} MiB free, but the batches of {num_workers} data workers need '
-                            f'{needed} MiB: start the container with --shm-size={2 * needed}m or --ipc=host, or lower '
-                            'DATA.NUM_WORKERS; 0 needs none')
-
-
 def find_facts(config, loaders):
     """What must be equal on all ranks, by name. Each machine may keep the data, and copies of the weights, in its own
     place.
@@ -421,7 +394,6 @@ def run(config):
         checkpoint.check_exists(path, key)
     if not config.EVAL:
         optim.build_schedule(config, loaders[0].batch_sampler)  # all epochs have as many batches
-    check_shared_memory(config, loaders[0].num_workers)
     check_agreement(lambda: find_facts(config, loaders))
     config = with_values(config, {'SAVE': from_main(lambda: folder.prepare_folder(
         config.SAVE, config.MODEL.RESUME, config.MODEL.NAME, config.EVAL))})

@@ -7,7 +7,7 @@ where something happens on the device: other engines predict without it.
 import functools
 import math
 from dataclasses import dataclass
-from typing import Callable
+from typing import Callable, Optional
 
 import numpy as np
 from PIL import Image, ImageEnhance, ImageOps
@@ -90,23 +90,108 @@ def _enhance(enhancer, image, change):
     return enhancer(image).enhance(1 + change)
 
 
+# The same on uint8 arrays [H, W, 3] by OpenCV, which is faster: equal, or within two levels where averages are rounded
+LEVELS = np.arange(256)
+
+
+def _look_up(pixels, table):
+    """table: the new level of each, [256], or per channel [256, 3]."""
+    import cv2
+    return cv2.LUT(pixels, table.astype('uint8')[None])
+
+
+def _histograms(pixels):
+    """Pixels of each level and channel, int [256, 3]."""
+    import cv2
+    return np.stack([cv2.calcHist([pixels], [channel], None, [256], [0, 256]).ravel() for channel in range(3)],
+                    axis=1).astype('int64')
+
+
+def _equalize_array(pixels):
+    table = np.tile(LEVELS[:, None], 3)
+    for channel, histogram in enumerate(_histograms(pixels).T):
+        step = (histogram.sum() - histogram[histogram > 0][-1]) // 255
+        if step:
+            table[:, channel] = np.minimum((step // 2 + histogram.cumsum() - histogram) // step, 255)
+    return _look_up(pixels, table)
+
+
+def _autocontrast_array(pixels):
+    table = np.tile(LEVELS[:, None], 3)
+    for channel, histogram in enumerate(_histograms(pixels).T):
+        low, high = np.flatnonzero(histogram)[[0, -1]]
+        if high > low:
+            scale = 255 / (high - low)
+            table[:, channel] = np.clip(LEVELS * scale - low * scale, 0, 255)
+    return _look_up(pixels, table)
+
+
+def _posterize_array(pixels, bits):
+    return _look_up(pixels, LEVELS & -1 << round(bits))
+
+
+def _solarize_array(pixels, amount):
+    return _look_up(pixels, np.where(LEVELS < 256 - amount, LEVELS, 255 - LEVELS))
+
+
+def _invert_array(pixels):
+    return 255 - pixels
+
+
+def _away_from(level, pixels, change):
+    """Each level 1 + change times as far from one level."""
+    return _look_up(pixels, np.clip(level + np.float32(1 + change) * (LEVELS - level).astype('float32'), 0, 255))
+
+
+def _brightness_array(pixels, change):
+    return _away_from(0, pixels, change)
+
+
+def _contrast_array(pixels, change):
+    import cv2
+    return _away_from(int(cv2.mean(cv2.cvtColor(pixels, cv2.COLOR_RGB2GRAY))[0] + 0.5), pixels, change)
+
+
+def _color_array(pixels, change):
+    import cv2
+    luma = np.tile([0.299, 0.587, 0.114], [3, 1])
+    return cv2.transform(pixels, luma + (1 + change) * (np.eye(3) - luma))
+
+
+def _sharpness_array(pixels, change):
+    import cv2
+    smooth = pixels.copy()  # Pillow leaves the border as it is
+    smooth[1:-1, 1:-1] = cv2.filter2D(pixels, -1, np.array([[1, 1, 1], [1, 5, 1], [1, 1, 1]]) / 13)[1:-1, 1:-1]
+    return cv2.addWeighted(pixels, 1 + change, smooth, -change, 0)
+
+
 @dataclass
 class Operation:
     """function(image, amount) -> image, which does nothing at an amount of 0.
 
     largest: the amount at full magnitude; 0 for an operation that has no amount: function(image).
     signed: whether the amount's sign is drawn.
+    on_array: the function for arrays, by OpenCV; without it `function` gets a Pillow image of the array.
     """
     function: Callable
     largest: float = 0.0
     signed: bool = False
+    on_array: Optional[Callable] = None
+
+    def apply(self, image, *amount):
+        """image: a Pillow image, or uint8 [H, W, 3]. Returns: the like."""
+        if not isinstance(image, np.ndarray):
+            return self.function(image, *amount)
+        if self.on_array:
+            return self.on_array(image, *amount)
+        return np.asarray(self.function(Image.fromarray(image), *amount))
 
     def __call__(self, image, magnitude, rng):
         """magnitude: in [0, 1]."""
         if not self.largest:
-            return self.function(image)
+            return self.apply(image)
         sign = -1 if self.signed and rng.random() < 0.5 else 1
-        return self.function(image, sign * magnitude * self.largest)
+        return self.apply(image, sign * magnitude * self.largest)
 
 
 # the operations of AutoAugment and their largest amounts (arXiv 1805.09501, table 6); magnitudes count from doing
@@ -117,15 +202,15 @@ OPERATIONS = {
     'TranslateX': Operation(_translate_x, 150 / 331, signed=True),
     'TranslateY': Operation(_translate_y, 150 / 331, signed=True),
     'Rotate': Operation(_rotate, 30, signed=True),
-    'AutoContrast': Operation(ImageOps.autocontrast),
-    'Invert': Operation(ImageOps.invert),
-    'Equalize': Operation(ImageOps.equalize),
-    'Solarize': Operation(_solarize, 256),
-    'Posterize': Operation(_posterize, 4),
-    'Contrast': Operation(functools.partial(_enhance, ImageEnhance.Contrast), 0.9, signed=True),
-    'Color': Operation(functools.partial(_enhance, ImageEnhance.Color), 0.9, signed=True),
-    'Brightness': Operation(functools.partial(_enhance, ImageEnhance.Brightness), 0.9, signed=True),
-    'Sharpness': Operation(functools.partial(_enhance, ImageEnhance.Sharpness), 0.9, signed=True),
+    'AutoContrast': Operation(ImageOps.autocontrast, on_array=_autocontrast_array),
+    'Invert': Operation(ImageOps.invert, on_array=_invert_array),
+    'Equalize': Operation(ImageOps.equalize, on_array=_equalize_array),
+    'Solarize': Operation(_solarize, 256, on_array=_solarize_array),
+    'Posterize': Operation(_posterize, 4, on_array=_posterize_array),
+    'Contrast': Operation(functools.partial(_enhance, ImageEnhance.Contrast), 0.9, True, _contrast_array),
+    'Color': Operation(functools.partial(_enhance, ImageEnhance.Color), 0.9, True, _color_array),
+    'Brightness': Operation(functools.partial(_enhance, ImageEnhance.Brightness), 0.9, True, _brightness_array),
+    'Sharpness': Operation(functools.partial(_enhance, ImageEnhance.Sharpness), 0.9, True, _sharpness_array),
 }
 
 # AutoAugment's policy for ImageNet (table 9 there): pairs of (operation, probability, magnitude from 0 to 9)
@@ -205,29 +290,30 @@ class ColorJitter:
 
     def __call__(self, image, rng):
         for name in rng.permutation(['Brightness', 'Contrast', 'Color']):
-            image = OPERATIONS[name].function(image, rng.uniform(-self.amount, self.amount))
+            image = OPERATIONS[name].apply(image, rng.uniform(-self.amount, self.amount))
         return image
 
 
 class TrainTransform:
     """RandomResizedCrop, horizontal flip, then each augmentation: `open_image`'s image -> uint8 [size, size, 3].
 
-    augmentations: functions (Pillow image, rng) -> Pillow image.
+    augmentations: functions (image, rng) -> image.
+    fast: whether these get uint8 arrays, for OpenCV, not Pillow images.
     """
 
-    def __init__(self, size, scale, interpolation, augmentations=()):
+    def __init__(self, size, scale, interpolation, augmentations=(), fast=False):
         self.size = size
         self.scale = scale
         self.filter = find_filter(interpolation)
         self.augmentations = augmentations
+        self.fast = fast
 
     def __call__(self, image, rng):
         box = random_crop_box(*image.size, self.scale, rng)
         flip = rng.random() < 0.5
-        pixels = image.region(box, self.size, self.filter, flip)
-        if not self.augmentations:
-            return pixels
-        image = Image.fromarray(pixels)
+        image = image.region(box, self.size, self.filter, flip)
+        if self.augmentations and not self.fast:
+            image = Image.fromarray(image)
         for augment in self.augmentations:
             image = augment(image, rng)
         return np.asarray(image)

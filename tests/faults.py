@@ -12,9 +12,9 @@ from runtime.program import prepare_runtime
 prepare_runtime()
 
 import paddle  # noqa: E402
-from paddle.io.dataloader import dataloader_iter  # noqa: E402
 
 import engine  # noqa: E402
+from runtime.workers import Workers  # noqa: E402
 
 
 def on_call(owner, name, number, fault, counts=lambda *args: True):
@@ -50,14 +50,13 @@ def die_half_written(save, state, path):
 
 
 def kill_worker(*args):
-    """The one that was made last, which may have nothing to do."""
     worker = max(multiprocessing.active_children(), key=lambda process: process.pid)
     os.kill(worker.pid, signal.SIGKILL)
     time.sleep(1)
 
 
 def kill_first_worker(*args):
-    """Before Paddle knows its number."""
+    """Before the others are made."""
     worker, = multiprocessing.active_children()
     os.kill(worker.pid, signal.SIGKILL)
     time.sleep(1)
@@ -88,10 +87,9 @@ FAULTS = {
     **{name: functools.partial(lambda name, number: on_call(engine, 'train_step', number, send(name)), name)
        for name in ('SIGHUP', 'SIGUSR1', 'SIGUSR2', 'SIGXCPU')},
     'worker': lambda number: on_call(engine, 'train_step', number, kill_worker),
-    'worker_that_starts': lambda number: on_call(dataloader_iter._DataLoaderIterMultiProcess, '_try_put_indices',
-                                                 number, kill_worker),
+    'worker_that_starts': lambda number: on_call(Workers, '_receive', number, kill_worker),
     'worker_that_is_hardly_there': lambda number: on_call(
-        multiprocessing.Process, 'start', number + 1, kill_first_worker),
+        multiprocessing.context.ForkProcess, 'start', number + 1, kill_first_worker),
     'worker_evaluation': lambda number: on_call(engine, 'batch_sums', number, kill_worker,
                                                 lambda *args: not paddle.is_grad_enabled()),
     'interrupt': lambda number: on_call(engine, 'train_step', number, send('SIGINT')),

@@ -113,6 +113,24 @@ def test_colour_and_sharpness():
     assert rows_of(apply('Sharpness', image_of(table), 1.0))[1][1] == 210
 
 
+@pytest.mark.parametrize('image', [
+    colours(61, 47), colours(1, 1), colours(2, 3), image_of([[7] * 9] * 9), image_of([[0, 255] * 8] * 300),
+    Image.fromarray(np.random.default_rng(0).normal(90, 20, (64, 64, 3)).clip(0, 255).astype('uint8')),
+], ids=['noise', 'one pixel', 'small', 'plain', 'two levels', 'dark'])
+@pytest.mark.parametrize('name', OPERATIONS)
+def test_operations_on_arrays_are_pillows(name, image):
+    """The operations that round averages within two levels, all others exactly."""
+    operation = OPERATIONS[name]
+    signs = (-1, 1) if operation.signed else (1,)
+    for amount in [sign * operation.largest * share for sign in signs for share in (0, 0.1, 0.5, 0.77, 1)]:
+        amounts = [amount] if operation.largest else []
+        before = np.asarray(image).copy()
+        out = operation.apply(before, *amounts)
+        difference = abs(out.astype(int) - np.asarray(operation.apply(image, *amounts)))
+        assert out.dtype == np.uint8 and (before == np.asarray(image)).all()
+        assert difference.max() <= (2 if name in ('Color', 'Sharpness', 'Contrast') else 0), (amount, difference.max())
+
+
 @pytest.mark.parametrize('name', [name for name, operation in OPERATIONS.items() if operation.largest])
 def test_operations_do_nothing_at_magnitude_0(name):
     image = colours()

@@ -123,11 +123,11 @@ def test_signals_before_a_machine_is_taken_away(whole, tmp_path, name):
 @pytest.mark.parametrize('fault', ['worker', 'worker_evaluation', 'worker_that_starts', 'worker_that_is_hardly_there'])
 @pytest.mark.parametrize('count', [1, 2])
 def test_a_data_worker_that_is_killed_ends_all(fashion, tmp_path, fault, count):
-    """By the out-of-memory killer, for example, and with more workers than batches."""
+    """By the out-of-memory killer, for example."""
     start = [FAULTS] if count == 1 else ['-c', GROUP, '2', FAULTS]
     began = time.monotonic()
     process = run(*start, fault, 1, TWO[0], '-output', tmp_path / 'run', *options(
-        fashion, 'DATA.BATCH_SIZE', '20', 'DATA.BATCH_SIZE_EVAL', '20', 'DATA.NUM_WORKERS', '5'), status=2, env=PATHS)
+        fashion, 'DATA.BATCH_SIZE', '2', 'DATA.BATCH_SIZE_EVAL', '1', 'DATA.NUM_WORKERS', '2'), status=2, env=PATHS)
     assert time.monotonic() - began < 60
     assert re.fullmatch(r'\S+: error: (rank 1: )?data worker \d+ was ended by SIGKILL; memory may not suffice: use '
                         r'fewer data workers or smaller batches\n', process.stderr), process.stderr
@@ -171,8 +171,9 @@ def test_other_batches_begin_the_epoch_again(whole, tmp_path):
 
 
 def members(process):
-    """Numbers of the running processes of the session that a forked program has begun."""
-    out = subprocess.run(['ps', '-o', 'pid=,stat=', '--sid', str(process.pid)], capture_output=True, text=True).stdout
+    """Numbers of the running processes of the session that a forked program has begun, the oldest first."""
+    out = subprocess.run(['ps', '-o', 'pid=,stat=', '--sort', 'start_time', '--sid', str(process.pid)],
+                         capture_output=True, text=True).stdout
     return [int(number) for number, state in map(str.split, out.splitlines()) if not state.startswith('Z')]
 
 
@@ -214,7 +215,7 @@ def test_a_run_that_waits_for_its_workers_can_be_stopped(fashion, tmp_path, coun
         fashion, *LONG, 'TRAIN.NUM_EPOCHS', '30000', 'VALIDATE_FREQ', '30000', 'SAVE_FREQ', '0')], tmp_path / 'run')
     wait_until(lambda: len(members(process)) == (3 if count == 1 else 7))
     stopped = []
-    for number in sorted(members(process))[-2:]:
+    for number in members(process)[-2:]:
         os.kill(number, signal.SIGSTOP)
         stopped.append(number)
     time.sleep(2)

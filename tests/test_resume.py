@@ -207,12 +207,16 @@ def test_other_batches_and_no_ema_go_on_and_say_so(whole, tmp_path):
 @pytest.mark.parametrize('name, where', [
     ('sgd', 'after epoch 2, step 10'), ('adamw', 'after epoch 1 and 3 of 5 steps of the next, step 8')])
 def test_checkpoints_of_the_past(name, where, fashion, tmp_path):
-    """See checkpoints/README.md: another version of Paddle, or another CPU, computes the same but for roundings."""
+    """See checkpoints/README.md: another version of Paddle, or another CPU, computes the same but for roundings.
+
+    The images were read by Pillow.
+    """
     past, again = ROOT / 'tests/checkpoints' / name, tmp_path / 'again'
     shutil.copytree(past, again)
     args = ['-cfg', past / 'config.yaml', '-data_path', fashion]
-    out = run(MAIN, *args, '-output', again, '-resume', 'auto').stdout
-    assert f'resumed {again}/latest.pdparams {where}' in out and 'bitwise' not in out
+    out = run(MAIN, *args, '-output', again, '-resume', 'auto', '-opts', 'DATA.IMAGE_BACKEND', 'pillow').stdout
+    assert f'resumed {again}/latest.pdparams {where}' in out and out.count('bitwise') == 1
+    assert "so the run does not go on bitwise as it would have: DATA.IMAGE_BACKEND was 'auto' and is 'pillow'" in out
     run(MAIN, *args, '-output', tmp_path / 'evaluated', '-eval', '-pretrained', past / 'latest.pdparams')
     for first, second in ((past, again), (past / 'evaluation', tmp_path / 'evaluated')):
         expected, rows = without_times(records(first)), without_times(records(second))

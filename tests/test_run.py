@@ -9,11 +9,10 @@ import pytest
 
 import engine
 import optim
-import run as run_module
 import runtime.loader
 from datasets import get_dataloader, get_dataset
 from mobileone import build_mobileone
-from run import Run, build_training, check_shared_memory, save_config, warn_of_waiting
+from run import Run, build_training, save_config
 from run import run as train
 from runtime import checkpoint
 from utils import LOG, UserError
@@ -111,7 +110,7 @@ def test_training_that_waits_for_images_says_so_once_an_epoch(config, fashion, t
     """And evaluation, in which workers have most of the time, does not."""
     monkeypatch.setattr(runtime.loader, 'SLOW_SECONDS', 0)
     monkeypatch.setattr(runtime.loader, 'SLOW_SHARE', 0)
-    monkeypatch.setattr(run_module, 'cores_per_process', lambda: 1)
+    monkeypatch.setattr(runtime.loader, 'cores_per_process', lambda: 1)
     config.DATA.DATA_PATH, config.SAVE, config.TRAIN.NUM_EPOCHS = str(fashion), str(tmp_path), 2
     config.TRAIN.WARMUP_EPOCHS, config.DATA.NUM_WORKERS, config.DATA.BATCH_SIZE = 0, 0, 16
     train(config)
@@ -122,31 +121,13 @@ def test_training_that_waits_for_images_says_so_once_an_epoch(config, fashion, t
     assert 'of the time is spent waiting for images: use more cores' in lines[said[0]]
 
 
-@pytest.mark.parametrize('workers, cores, remedy', [
-    (0, 4, 'set DATA.NUM_WORKERS 3 (now 0; cores: 4)'),
-    (0, 64, 'set DATA.NUM_WORKERS 8 (now 0; cores: 64)'),
-    (8, 64, 'set DATA.NUM_WORKERS 16 (now 8; cores: 64)'),
-    (8, 12, 'set DATA.NUM_WORKERS 11 (now 8; cores: 12)'),
-    (7, 8, 'use more cores, a faster disk, or images that are resized beforehand; more than 7 data workers would '
-           'hardly help (cores: 8)'),
-])
-def test_the_remedy_for_waiting_depends_on_the_cores(monkeypatch, workers, cores, remedy):
-    said = []
-    monkeypatch.setattr(run_module, 'cores_per_process', lambda: cores)
-    monkeypatch.setattr(LOG, 'warning', said.append)
-    warn_of_waiting(workers, 0.436)
-    assert said == [f'warning: 44% of the time is spent waiting for images: {remedy}']
-
-
-def test_default_workers_are_logged_and_need_shared_memory(config, fashion, tmp_path, monkeypatch):
+def test_default_workers_are_logged(config, fashion, tmp_path, monkeypatch):
     """The saved config keeps the -1: a run that goes on elsewhere has the workers of that machine."""
-    asked = []
     monkeypatch.setattr(runtime.loader, 'default_workers', lambda: 3)
-    monkeypatch.setattr(run_module, 'shared_memory', lambda workers, *args: asked.append(workers) or (0, 0))
     config.DATA.DATA_PATH, config.SAVE = str(fashion), str(tmp_path)
     config.TRAIN.NUM_EPOCHS, config.TRAIN.WARMUP_EPOCHS, config.DATA.NUM_WORKERS = 1, 0, -1
     train(config)
-    assert ', data workers per process: 3, folder ' in (tmp_path / 'log.txt').read_text() and set(asked) == {3}
+    assert ', data workers per process: 3, folder ' in (tmp_path / 'log.txt').read_text()
     assert 'NUM_WORKERS: -1' in (tmp_path / 'config.yaml').read_text()
 
 
@@ -164,14 +145,6 @@ def test_the_backend_is_said_and_a_changed_one_is_not_refused(config, fashion, t
     log = (tmp_path / 'log.txt').read_text()[len(log):]
     assert line.format('pillow', 'Pillow') in log
     assert 'DATA.IMAGE_BACKEND' in next(text for text in log.splitlines() if 'not as in' in text and 'IMAGE' in text)
-
-
-def test_shared_memory_for_the_default_workers(config, monkeypatch):
-    monkeypatch.setattr(run_module, 'shared_memory', lambda workers, *args: (workers * 2 ** 20, 2 ** 20))
-    check_shared_memory(config, 1)
-    with pytest.raises(UserError, match='/dev/shm has 1 MiB free, but the batches of 7 data workers need 7 MiB: .* or '
-                                        'lower DATA.NUM_WORKERS; 0 needs none'):
-        check_shared_memory(config, 7)
 
 
 def test_a_resume_with_other_workers_is_not_a_difference(config, fashion, tmp_path, monkeypatch, caplog):

@@ -111,7 +111,7 @@ def main():
     os.environ['CUDA_VISIBLE_DEVICES'] = ''  # the workers' too: batches stay in the host's memory
     prepare_runtime()
     from datasets import get_dataset
-    from runtime.loader import default_workers
+    from runtime.workers import default_workers
     batch, workers = config.DATA.BATCH_SIZE, args.workers or [config.DATA.NUM_WORKERS]
     workers = [default_workers() if count < 0 else count for count in workers]
     groups = make_groups(workers, batch)

@@ -30,26 +30,26 @@ def transform(loader):
         yield
 
 
-def collate(loader):
-    """Yield after each batch that is put together from its images."""
-    items = [loader.dataset[item] for item in next(iter(loader.batch_sampler))]
-    while True:
-        loader.loader.collate_fn(items)
-        yield
-
-
 class Ready:
     """A dataset that takes no time: it has a few items of another in memory."""
 
     def __init__(self, dataset):
         self.items = [dataset[index] for index in range(min(IN_MEMORY, len(dataset)))]
         self.name_of = dataset.name_of
+        self.shape = dataset.shape
 
     def __len__(self):
         return len(self.items)
 
     def __getitem__(self, item):
         return self.items[item[1] % len(self.items)]
+
+
+def collate(loader):
+    """Yield after each batch of images in memory that is put together."""
+    from runtime.workers import Workers
+    for _ in Workers(Ready(loader.dataset), loader.batch_sampler.batch_size, 0).read(loader.batch_sampler):
+        yield
 
 
 def hand_over(loader):
@@ -66,9 +66,8 @@ LOADERS = {'training': iter, 'hand-over': hand_over}
 def start_paddle(row, config):
     """A function that starts a row's generator, in a new epoch each time."""
     prepare_runtime()
-    from run import build_loader, check_shared_memory
+    from run import build_loader
     loader, epochs = build_loader(config, True), itertools.count(1)
-    check_shared_memory(config, loader.num_workers)
 
     def start_epoch():
         loader.batch_sampler.set_epoch(next(epochs))

@@ -102,7 +102,7 @@ def load_paddle(row, config):
 
     import engine
     from mobileone import build_mobileone
-    from run import build_loader, build_training, check_shared_memory
+    from run import build_loader, build_training
     from tools.benchmark.launches import count_launches
 
     def windows():
@@ -120,7 +120,6 @@ def load_paddle(row, config):
     # every turn has other images, which the system has not kept in memory
     numbers, epochs = itertools.count(), itertools.count(1)
     loader = SyntheticLoader(config) if is_synthetic else build_loader(config, True)
-    check_shared_memory(config, 0 if is_synthetic else loader.num_workers)
     training = build_training(config, build_mobileone(config), loader)
     training.model.train()
     return Trainer(windows, step, cuda, memory, None if is_synthetic else loader,

@@ -1,0 +1,164 @@
+"""Processes that read the items of a dataset into memory that they share with the process that uses them.
+
+Paddle's own loader (2.6.2, 3.3.1) passes each batch on in a new file of /dev/shm, whose pages the system clears and
+maps each time, and of which a container has 64 MB by default. Here batches take turns in memory that is shared from the
+start and that the size of /dev/shm does not limit. Nothing here imports Paddle.
+"""
+import atexit
+import collections
+import contextlib
+import mmap
+import multiprocessing
+import os
+import signal
+import traceback
+import weakref
+
+import numpy as np
+
+from runtime.program import STOP_SIGNALS, cores_per_process, end_with_parent
+from utils import UserError, blocked
+
+# batches that each worker has to read, or has read, at a time
+PREFETCH = 2
+_WORKERS = weakref.WeakSet()
+
+
+@atexit.register
+def _end_workers():
+    """End workers that were left, before multiprocessing waits for them: the SIGTERM that it sends is ignored."""
+    for process in _WORKERS:
+        process.kill()
+
+
+def default_workers():
+    """Data workers of this process where nobody says how many: its share of the cores less one, from 1 to 8."""
+    return max(1, min(8, cores_per_process() - 1))
+
+
+def _shared_array(shape, dtype):
+    """Zeros in memory that processes forked from now on share."""
+    size = int(np.prod(shape)) * np.dtype(dtype).itemsize
+    return np.frombuffer(mmap.mmap(-1, max(1, size)), dtype, int(np.prod(shape))).reshape(shape)
+
+
+def read_items(dataset, items, images, place):
+    """Put the images of a dataset's items into an array [N, H, W, 3], one by one. place: where to say which one it is.
+
+    Returns: their labels, int64 [N]; or the exception that one has raised, with its traceback unless it is a UserError.
+    """
+    labels = np.empty(len(items), 'int64')
+    for number, item in enumerate(items):
+        place[...] = item[1] if isinstance(item, tuple) else item
+        try:
+            images[number], labels[number] = dataset[item]
+        except UserError as error:
+            return error
+        except Exception:
+            return RuntimeError(f'while reading item {item}:\n{traceback.format_exc()}')
+    return labels
+
+
+def _start_worker(parent):
+    """Let a worker live as long as its parent: the parent alone answers STOP_SIGNALS, which all processes may get."""
+    end_with_parent(parent)
+    for number in STOP_SIGNALS:
+        signal.signal(number, signal.SIG_IGN)
+    signal.pthread_sigmask(signal.SIG_UNBLOCK, STOP_SIGNALS)
+
+
+def _work(dataset, slots, place, connection, parent):
+    """What a worker does: for each (slot, items) that it receives, read the items into the slot, send `read_items`'."""
+    _start_worker(parent)
+    while True:
+        slot, items = connection.recv()
+        connection.send(read_items(dataset, items, slots[slot], place))
+
+
+def _death(worker):
+    """The error that a worker has ended, and what may be the cause."""
+    worker.join()
+    if worker.exitcode == -signal.SIGKILL:
+        cause = 'memory may not suffice: use fewer data workers or smaller batches'
+    else:
+        cause = 'see what ended it'
+    how = signal.Signals(-worker.exitcode).name if worker.exitcode < 0 else f'exit status {worker.exitcode}'
+    return UserError(f'data worker {worker.pid} was ended by {how}; {cause}')
+
+
+class Workers:
+    """`count` processes (0: this one) that read batches of a dataset's items; while it is open.
+
+    batch_size: the largest number of items in a batch. dataset.shape: that of its images, (H, W, 3), uint8.
+    places: of each worker, the index of the item that it reads.
+    """
+
+    def __init__(self, dataset, batch_size, count):
+        self.dataset = dataset
+        self.places = _shared_array([max(1, count)], 'int64')
+        self.slots = _shared_array([PREFETCH * count, batch_size, *dataset.shape], 'uint8')
+        self.workers, self.connections = [], []
+        for number in range(count):
+            mine, its = multiprocessing.get_context('fork').Pipe()
+            worker = multiprocessing.get_context('fork').Process(
+                target=_work, args=[dataset, self.slots, self.places[number:number + 1], its, os.getpid()], daemon=True)
+            with blocked(STOP_SIGNALS):  # in the worker too, until it ignores them
+                worker.start()
+            its.close()  # its end of the connection is seen here then
+            _WORKERS.add(worker)
+            self.workers.append(worker)
+            self.connections.append(mine)
+
+    def __enter__(self):
+        return self
+
+    def __exit__(self, *args):
+        for worker in self.workers:
+            worker.kill()  # it may be in the middle of an image, and has nothing to clean up
+        for worker in self.workers:
+            worker.join(1)  # not for ever: one that waits for a dead disk does not end
+        self.slots = None  # Paddle's loader (2.6.2, 3.3.1) keeps its last iterator, and with it this object
+
+    def read(self, batches):
+        """Yield (uint8 [N, H, W, 3], int64 [N]) of batches of items, in their order.
+
+        Raises: what an item raises; UserError when a worker has ended.
+        """
+        for done in self._read_by_workers(batches) if self.workers else self._read_here(batches):
+            images, labels = done
+            if isinstance(labels, Exception):
+                raise labels
+            yield images, labels
+
+    def _read_here(self, batches):
+        for items in batches:
+            images = np.empty([len(items), *self.dataset.shape], 'uint8')
+            yield images, read_items(self.dataset, items, images, self.places)
+
+    def _read_by_workers(self, batches):
+        sent = collections.deque()
+        for number, items in enumerate(batches):
+            done = self._receive(*sent.popleft()) if len(sent) == len(self.slots) else None
+            slot = number % len(self.slots)  # which is free now; a slot always has the same worker
+            with self._watching(slot % len(self.workers)) as connection:
+                connection.send((slot, items))
+            sent.append((slot, len(items)))
+            if done:
+                yield done
+        while sent:
+            yield self._receive(*sent.popleft())
+
+    def _receive(self, slot, length):
+        """The batch that a worker has in a slot, when it is read: a copy of its images, and what `read_items` returned.
+        """
+        with self._watching(slot % len(self.workers)) as connection:
+            labels = connection.recv()
+        return self.slots[slot, :length].copy(), labels
+
+    @contextlib.contextmanager
+    def _watching(self, number):
+        """Gives the connection to a worker. Raises: UserError when it turns out that the worker has ended."""
+        try:
+            yield self.connections[number]
+        except (EOFError, ConnectionError):
+            raise _death(self.workers[number]) from None

@@ -94,40 +94,36 @@ def _enhance(enhancer, image, change):
 LEVELS = np.arange(256)
 
 
-def _look_up(pixels, table):
-    """table: the new level of each, [256], or per channel [256, 3]."""
+def _by_histograms(table_of, pixels):
+    """Give each channel's levels new ones. table_of(pixels of each level, int [256]) -> the new levels, uint8 [256]."""
     import cv2
-    return cv2.LUT(pixels, table.astype('uint8')[None])
+    planes = cv2.split(pixels)
+    histograms = [cv2.calcHist([plane], [0], None, [256], [0, 256]).ravel().astype('int64') for plane in planes]
+    return cv2.merge([cv2.LUT(plane, table_of(histogram)) for plane, histogram in zip(planes, histograms)])
 
 
-def _histograms(pixels):
-    """Pixels of each level and channel, int [256, 3]."""
-    import cv2
-    return np.stack([cv2.calcHist([pixels], [channel], None, [256], [0, 256]).ravel() for channel in range(3)],
-                    axis=1).astype('int64')
+def _equalizing_table(histogram):
+    below = histogram.cumsum() - histogram
+    step = (below[-1] + histogram[-1] - histogram[histogram.nonzero()[0][-1]]) // 255
+    return np.minimum((step // 2 + below) // step if step else LEVELS, 255).astype('uint8')
 
 
-def _equalize_array(pixels):
-    table = np.tile(LEVELS[:, None], 3)
-    for channel, histogram in enumerate(_histograms(pixels).T):
-        step = (histogram.sum() - histogram[histogram > 0][-1]) // 255
-        if step:
-            table[:, channel] = np.minimum((step // 2 + histogram.cumsum() - histogram) // step, 255)
-    return _look_up(pixels, table)
-
-
-def _autocontrast_array(pixels):
-    table = np.tile(LEVELS[:, None], 3)
-    for channel, histogram in enumerate(_histograms(pixels).T):
-        low, high = np.flatnonzero(histogram)[[0, -1]]
-        if high > low:
-            scale = 255 / (high - low)
-            table[:, channel] = np.clip(LEVELS * scale - low * scale, 0, 255)
-    return _look_up(pixels, table)
+def _stretching_table(histogram):
+    low, high = histogram.nonzero()[0][[0, -1]]
+    if low == high:
+        return LEVELS.astype('uint8')
+    scale = 255 / (high - low)
+    return np.clip(LEVELS * scale - low * scale, 0, 255).astype('uint8')
 
 
 def _posterize_array(pixels, bits):
-    return _look_up(pixels, LEVELS & -1 << round(bits))
+    return pixels & np.uint8(256 - (1 << round(bits)))
+
+
+def _look_up(pixels, table):
+    """table: the new level of each, [256]."""
+    import cv2
+    return cv2.LUT(pixels, table.astype('uint8'))
 
 
 def _solarize_array(pixels, amount):
@@ -202,9 +198,9 @@ OPERATIONS = {
     'TranslateX': Operation(_translate_x, 150 / 331, signed=True),
     'TranslateY': Operation(_translate_y, 150 / 331, signed=True),
     'Rotate': Operation(_rotate, 30, signed=True),
-    'AutoContrast': Operation(ImageOps.autocontrast, on_array=_autocontrast_array),
+    'AutoContrast': Operation(ImageOps.autocontrast, on_array=functools.partial(_by_histograms, _stretching_table)),
     'Invert': Operation(ImageOps.invert, on_array=_invert_array),
-    'Equalize': Operation(ImageOps.equalize, on_array=_equalize_array),
+    'Equalize': Operation(ImageOps.equalize, on_array=functools.partial(_by_histograms, _equalizing_table)),
     'Solarize': Operation(_solarize, 256, on_array=_solarize_array),
     'Posterize': Operation(_posterize, 4, on_array=_posterize_array),
     'Contrast': Operation(functools.partial(_enhance, ImageEnhance.Contrast), 0.9, True, _contrast_array),

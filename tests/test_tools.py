@@ -67,6 +67,49 @@ def test_make_list_of_two_folders(tmp_path):
     assert 'zebra is in only one of them' in line
 
 
+def test_make_list_says_what_it_leaves_out(tmp_path):
+    for name in ('photos/cat', 'photos/dog', 'photos/cat/.ipynb_checkpoints', 'photos/.Trash-0', 'more dogs'):
+        write_images(tmp_path / name, 2)
+    Image.new('RGB', (5, 5)).save(tmp_path / 'photos/cat/x.ppm')
+    for name in ('cat/IMG_1.heic', 'cat/IMG_2.HEIC', 'photo.jpg', 'output/run/config.yaml', 'output/run/log.jsonl',
+                 'output/run/curves.png'):
+        path = tmp_path / 'photos' / name
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_text('')
+    (tmp_path / 'photos/dog/more').symlink_to('../../more dogs')
+    (tmp_path / 'photos/dog/all').symlink_to('..')
+    (tmp_path / 'photos/bird').symlink_to(tmp_path / 'more dogs')
+    out = run('-m', 'tools.make_list', '-data_path', tmp_path, '-train', 'photos', '-val', 'photos').stdout.splitlines()
+    folder = f'{tmp_path}/photos: left out'
+    assert sorted(out[:6]) == [
+        f'{folder} 1, folders of runs: output/run', f'{folder} 1, folders that are searched already: dog/more',
+        f'{folder} 1, images in no class folder: photo.jpg',
+        f'{folder} 1, links to a folder that they are in: dog/all',
+        f'{folder} 2, .heic files, which Pillow does not read: cat/IMG_1.heic; cat/IMG_2.HEIC',
+        f"{folder} 2, hidden, or the system's: .Trash-0; cat/.ipynb_checkpoints"]
+    assert read(tmp_path / 'class_names.txt') == ['bird', 'cat', 'dog']
+    assert read(tmp_path / 'train_list.txt') == [f'photos/{name} {label}' for label, names in enumerate([
+        ['bird/photo 0.jpg', 'bird/photo 1.jpg'], ['cat/photo 0.jpg', 'cat/photo 1.jpg', 'cat/x.ppm'],
+        ['dog/photo 0.jpg', 'dog/photo 1.jpg']]) for name in names]
+
+
+def test_make_list_of_numbers(tmp_path):
+    """Which sort as text otherwise, and it says so."""
+    for name in ('0', '1', '10', '2'):
+        write_images(tmp_path / name, 2)
+    command = ['-m', 'tools.make_list', '-data_path', tmp_path, '-train', '.', '-val_share', '0.5']
+    out = run(*command).stdout
+    assert f'{tmp_path}: the class folders are numbers, but sorted as text, so label 2 is folder 10; -numeric' in out
+    assert read(tmp_path / 'class_names.txt') == ['0', '1', '10', '2']
+    out = run(*command, '-numeric').stdout
+    assert 'sorted as text' not in out and read(tmp_path / 'class_names.txt') == ['0', '1', '2', '10']
+    assert [line.split('/')[0] for line in read(tmp_path / 'val_list.txt')] == ['0', '1', '2', '10']
+    (tmp_path / '10').rename(tmp_path / '9')
+    assert 'sorted as text' not in run(*command).stdout
+    (tmp_path / '9').rename(tmp_path / 'nine')
+    assert f'-numeric: {tmp_path}/nine is no number; leave out -numeric' in fails(*command, '-numeric')
+
+
 def test_make_list_with_a_split(tmp_path):
     for name, count in (('a', 10), ('b', 5), ('c', 2)):
         write_images(tmp_path / name, count)

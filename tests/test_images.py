@@ -557,8 +557,9 @@ def many(long):
 
 LINES = st.lists(st.tuples(st.text(min_size=1, max_size=8), st.sampled_from([' ', '\t', '  ', '']),
                            st.integers(0, 6).map(str) | st.text(max_size=3)).map(''.join), max_size=4)
-LISTS = st.one_of(st.tuples(LINES, st.sampled_from(['\n', '\r\n', '\r'])).map(
-    lambda pair: pair[1].join(pair[0]).encode()), st.binary(max_size=40))
+LISTS = st.one_of(st.tuples(LINES, st.sampled_from(['\n', '\r\n', '\r']), st.sampled_from(
+    ['utf-8', 'utf-8-sig', 'utf-16'])).map(lambda parts: parts[1].join(parts[0]).encode(parts[2])),
+    st.binary(max_size=40))
 
 
 def test_any_list_is_read_or_refused(long, tmp_path):
@@ -569,6 +570,8 @@ def test_any_list_is_read_or_refused(long, tmp_path):
     @given(LISTS)
     @example(b'\xef\xbb\xbfa 0\r\nb c 1\n\n')
     @example(b'\xff\xfea\0 \x000\0')
+    @example(b'\xff\xfea\0 \x000')
+    @example(b'\\a\\b\\ 0')
     def check(content):
         pathlib.Path(path).write_bytes(content)
         try:
@@ -578,7 +581,8 @@ def test_any_list_is_read_or_refused(long, tmp_path):
             outcomes.add('refused')
             return
         outcomes.add('read')
-        lines = re.split('\r\n|\r|\n', content.decode('utf-8-sig'))
+        text = content.decode('utf-16' if content[:2] in (b'\xff\xfe', b'\xfe\xff') else 'utf-8')
+        lines = re.split('\r\n|\r|\n', text.replace('\ufeff', '').replace('\\', '/'))
         assert len(paths) == len(labels) and not ''.join(lines[len(paths):]).strip()
         for name, label, line in zip(paths, labels.tolist(), lines):
             assert name and name == name.rstrip() and line.startswith(name)

@@ -72,7 +72,7 @@ def _with_slashes(content, path):
     name = line.rsplit(maxsplit=1)[0]
     if os.path.lexists(os.path.join(os.path.dirname(path), name)):
         return content
-    LOG.warning(f'{path}: backslashes in its paths are read as slashes, for there is no file {name!r}')
+    LOG.info(f'{path}: backslashes in its paths are read as slashes, for there is no file {name!r}')
     return content.replace(b'\\', b'/')
 
 

@@ -96,7 +96,7 @@ def find_images(root):
                             for path in ([folder, '', os.path.dirname(folder)] if folder else ['']))
         with os.scandir(target) as entries:
             entries = sorted(entries, key=lambda entry: entry.name)
-        if any(os.path.commonpath([target, parent]) == target for parent in parents):
+        if any(os.path.join(parent, '').startswith(os.path.join(target, '')) for parent in parents):
             left_out['links to a folder that they are in'].append(folder)
         elif target in seen:
             left_out['folders that are searched already'].append(folder)

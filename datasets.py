@@ -17,7 +17,7 @@ from images import find_backend, open_image, read_image
 from runtime.files import check_regular
 from runtime.loader import Loader
 from transforms import AutoAugment, ColorJitter, EvalTransform, RandAugment, TrainTransform
-from utils import UserError
+from utils import LOG, UserError
 
 # bytes and lines of a list that are parsed at a time: its parsing takes little memory besides the list
 BLOCK_BYTES, BLOCK_LINES = 2 ** 22, 2 ** 16
@@ -47,10 +47,39 @@ class Lines(Sequence):
         return self.content[self.starts[index]:self.starts[index + 1] - 1].decode(errors='surrogateescape')
 
 
-def read_lines(path):
-    """The `Lines` of a list file but empty ones at its end.
+def _to_plain(content, path):
+    """The bytes of a list file as UTF-8 text with line feeds, without byte-order marks. Raises: UserError."""
+    if content.startswith((codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE)):
+        try:
+            content = bytearray(content.decode('utf-16').encode())
+        except UnicodeDecodeError as error:
+            raise UserError(f'{path}: begins as UTF-16 text, but is none from byte {error.start} on; save the list as '
+                            'UTF-8') from None
+    if codecs.BOM_UTF8[:1] in content:  # one byte is found much faster than three
+        # where lists were joined, within it too
+        content = content.replace(codecs.BOM_UTF8, b'')
+    if b'\r' in content:
+        content = content.replace(b'\r\n', b'\n').replace(b'\r', b'\n')
+    return content
 
-    Raises: UserError for a missing or an empty list, and for what is no regular file.
+
+def _with_slashes(content, path):
+    """The bytes of a list file with slashes for backslashes, unless the first path with one exists as it is."""
+    at = content.find(b'\\')
+    if at < 0:
+        return content
+    line = content[content.rfind(b'\n', 0, at) + 1:content.find(b'\n', at)].decode(errors='surrogateescape')
+    name = line.rsplit(maxsplit=1)[0]
+    if os.path.lexists(os.path.join(os.path.dirname(path), name)):
+        return content
+    LOG.info(f'{path}: backslashes in its paths are read as slashes, for there is no file {name!r}')
+    return content.replace(b'\\', b'/')
+
+
+def read_lines(path):
+    """The `Lines` of a list file but empty ones at its end, whatever system wrote it: see `_to_plain`, `_with_slashes`.
+
+    Raises: UserError for a missing or an empty list, and for what is no regular file, or broken UTF-16.
     """
     check_regular(path)
     try:
@@ -61,16 +90,13 @@ def read_lines(path):
         reason = getattr(error, 'strerror', error)
         raise UserError(f'{path}: cannot read the list ({reason}); DATA.DATA_PATH is the folder that holds it, see '
                         'README.md or python -m tools.make_list -h') from None
-    if content.startswith(codecs.BOM_UTF8):
-        del content[:len(codecs.BOM_UTF8)]
-    if b'\r' in content:
-        content = content.replace(b'\r\n', b'\n').replace(b'\r', b'\n')
+    content = _to_plain(content, path)
     while content[-1:].isspace():
         del content[-1]
     if not content:
         raise UserError(f'{path}: the list is empty; write a line "path label" per image')
     content += b'\n'
-    return Lines(content)
+    return Lines(_with_slashes(content, path))
 
 
 def parse_line(line):
@@ -78,10 +104,14 @@ def parse_line(line):
     try:
         line.encode()
     except UnicodeEncodeError:
-        raise UserError(f'{line!r} is not UTF-8 text; save the list as UTF-8') from None
+        raise UserError(f'{line!r} is not UTF-8 text; save the list as UTF-8: where it is GBK, by iconv -f GBK -t '
+                        'UTF-8') from None
     name, label = (line.rsplit(maxsplit=1) + ['', ''])[:2]
     if not (label.isascii() and label.isdigit() and len(label) < 19):
-        raise UserError(f'{line!r} is not "path label", the label a whole number from 0')
+        raise UserError(f'{line!r} holds null characters, perhaps UTF-16 text without its mark; save the list as UTF-8'
+                        if '\0' in line else f'{line!r} is not "path label", the label a whole number from 0')
+    if name[1:3] in (':/', ':\\') and os.name != 'nt':
+        raise UserError(f"{line!r} is on a drive of Windows; write paths relative to the list's folder")
     return name, int(label)
 
 
@@ -102,6 +132,7 @@ def parse_plain_lines(lines, first, last):
         at -= is_digit  # not beyond the line feed before the line; before the first line that is the content's last
     blank, letter = lines.bytes[at], lines.bytes[at - 1]
     is_plain = (at < ends - 1) & ((blank == ord(' ')) | (blank == ord('\t'))) & (letter > ord(' ')) & (letter < 127)
+    is_plain &= lines.bytes[starts[:-1] + 1] != ord(':')  # C:/x.jpg
     try:
         lines.content[starts[0]:starts[-1]].decode()
     except UnicodeDecodeError:
@@ -139,6 +170,9 @@ def read_list(path, num_classes):
                 raise UserError(f'{path}:{index + 1}: {error}; python -m tools.check_dataset lists all bad lines') \
                     from None
     outside = np.flatnonzero(labels >= num_classes)
+    if len(outside) and labels.min() == 1 and labels.max() == num_classes:
+        raise UserError(f'{path}:{outside[0] + 1}: labels are 1 to MODEL.NUM_CLASSES {num_classes}, but count from 0: '
+                        'subtract 1 from each')
     if len(outside):
         raise UserError(f'{path}:{outside[0] + 1}: label {labels[outside[0]]} is outside MODEL.NUM_CLASSES '
                         f'{num_classes}; {labels.max() + 1} would fit this list')

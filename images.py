@@ -1,16 +1,20 @@
-"""The RGB image in a file, by Pillow; for training a region of it, by Pillow or by simplejpeg and OpenCV.
+"""Which files are images; the RGB image in one, by Pillow; for training a region of it, by Pillow or by simplejpeg and
+OpenCV.
 
 Importing this module does not import Paddle.
 """
+import collections
 import contextlib
+import functools
 import io
 import logging
 import math
+import os
 import re
 import warnings
 
 import numpy as np
-from PIL import Image, ImageOps, UnidentifiedImageError
+from PIL import Image, ImageFile, ImageOps, UnidentifiedImageError
 
 from runtime.files import check_regular
 from utils import UserError, one_line
@@ -34,6 +38,83 @@ TURNS = {
 }
 # Pillow's filters that OpenCV has and is faster with
 OPENCV = {Image.Resampling.BILINEAR: 'INTER_LINEAR', Image.Resampling.BICUBIC: 'INTER_CUBIC'}
+
+# what file managers, disks of a network and archives leave between files, besides names that begin with a dot
+SYSTEM_NAMES = {'@eadir', '@recycle', '@tmp', '#recycle', '#snapshot', '$recycle.bin', '__macosx', '__pycache__',
+                'desktop.ini', 'ehthumbs.db', 'lost+found', 'system volume information', 'thumbs.db'}
+RUNS = 'folders of runs'  # left out by `find_images`
+
+
+def is_hidden(name):
+    """Whether a file or folder of this name is hidden, or the system's: no data of the user."""
+    return name.startswith('.') or name.lower() in SYSTEM_NAMES
+
+
+@functools.cache
+def _extensions():
+    """The extensions of what Pillow reads by itself: not EPS, MPEG, and what it only has a stub for."""
+    kinds = Image.registered_extensions()
+    readers = {kind for kind, (reader, _) in Image.OPEN.items()
+               if not (isinstance(reader, type) and issubclass(reader, ImageFile.StubImageFile))}
+    readers |= {'MPO'}  # JPEG's reader opens it
+    return frozenset(extension for extension, kind in kinds.items() if kind in readers - {'EPS', 'MPEG'})
+
+
+def is_image(name):
+    """Whether a file is an image by its name: not hidden, and of a format that Pillow reads."""
+    return not is_hidden(name) and os.path.splitext(name)[1].lower() in _extensions()
+
+
+def _why_not(entry):
+    """Why a file that `os.scandir` found is left out, for a message on several; '' for an image."""
+    if is_hidden(entry.name):
+        return "hidden, or the system's"
+    # of a link Python's own answer raises errors
+    if not (os.path.isfile(entry.path) if entry.is_symlink() else entry.is_file()):
+        return 'links that lead nowhere, pipes, devices'
+    extension = os.path.splitext(entry.name)[1].lower()
+    if not is_image(entry.name):
+        return f'{extension} files, which Pillow does not read' if extension else 'files without an extension'
+    return ''
+
+
+def _is_run(names):
+    """Whether a folder of such names is a run's."""
+    return 'config.yaml' in names and any(name == 'log.jsonl' or name.endswith('.pdparams') for name in names)
+
+
+def find_images(root):
+    """Search a folder and its folders, linked ones too, for images as in `is_image`; each once, whatever links to it.
+
+    Returns: (sorted paths, {why others are left out: sorted paths}), relative to root, with slashes.
+    Raises: OSError for a folder that cannot be read.
+    """
+    found, left_out = [], collections.defaultdict(list)
+    folders, seen = [''], set()
+    while folders:
+        folder = folders.pop()
+        target, *parents = (os.path.realpath(os.path.join(root, path))
+                            for path in ([folder, '', os.path.dirname(folder)] if folder else ['']))
+        with os.scandir(target) as entries:
+            entries = sorted(entries, key=lambda entry: entry.name)
+        if any(os.path.join(parent, '').startswith(os.path.join(target, '')) for parent in parents):
+            left_out['links to a folder that they are in'].append(folder)
+        elif target in seen:
+            left_out['folders that are searched already'].append(folder)
+        elif folder and _is_run([entry.name for entry in entries]):
+            left_out[RUNS].append(folder)
+        else:
+            seen.add(target)
+            for entry in entries:
+                path = f'{folder}/{entry.name}' if folder else entry.name
+                is_folder = os.path.isdir(entry.path) if entry.is_symlink() else entry.is_dir()
+                if is_folder and not is_hidden(entry.name):
+                    # the last is the next: links wait until all other folders are searched
+                    folders.insert(0 if entry.is_symlink() else len(folders), path)
+                else:
+                    reason = _why_not(entry)
+                    (left_out[reason] if reason else found).append(path)
+    return sorted(found), {reason: sorted(paths) for reason, paths in left_out.items()}
 
 
 def _declared_depth(image):

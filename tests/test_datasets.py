@@ -1,4 +1,5 @@
 """List files, samplers, and that batches depend on nothing but seed, epoch and rank."""
+import codecs
 import hashlib
 import os
 import tracemalloc
@@ -25,6 +26,36 @@ def test_list_paths_may_hold_blanks(tmp_path):
     assert labels.tolist() == [0, 4, 2] and labels.dtype == np.int64
 
 
+@pytest.mark.parametrize('content', [
+    'a/ü 1.jpg 0\r\nb 4\r\n'.encode(),
+    'a/ü 1.jpg\t0\rb\t4'.encode(),
+    'a/ü 1.jpg 0\nb 4\n\n'.encode('utf-8-sig'),
+    'a/ü 1.jpg 0\n\ufeffb 4\n'.encode(),  # of two lists, joined
+    *(mark + 'a/ü 1.jpg 0\r\nb 4\r\n'.encode(name) for mark, name in (
+        (codecs.BOM_UTF16_LE, 'utf-16-le'), (codecs.BOM_UTF16_BE, 'utf-16-be'))),
+])
+def test_lists_of_other_systems(tmp_path, content):
+    paths, labels = read_list(listed(tmp_path, content), 5)
+    assert list(paths) == ['a/ü 1.jpg', 'b'] and labels.tolist() == [0, 4]
+
+
+@pytest.mark.parametrize('there, expected', [
+    (['a/b/1.jpg', 'c/2.jpg'], ['x.jpg', 'a/b/1.jpg', 'c/2.jpg']),
+    ([], ['x.jpg', 'a/b/1.jpg', 'c/2.jpg']),
+    (['a\\b/1.jpg', 'c\\2.jpg'], ['x.jpg', 'a\\b/1.jpg', 'c\\2.jpg']),  # on Linux a name like others
+])
+def test_backslashes(tmp_path, monkeypatch, there, expected):
+    for name in there:
+        (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
+        (tmp_path / name).write_text('')
+    logged = []
+    monkeypatch.setattr(datasets.LOG, 'info', logged.append)
+    path = listed(tmp_path, 'x.jpg 0\r\na\\b/1.jpg 1\r\nc\\2.jpg 2\r\n')
+    assert list(read_list(path, 3)[0]) == expected
+    said = f"{path}: backslashes in its paths are read as slashes, for there is no file 'a\\\\b/1.jpg'"
+    assert logged == ([] if '\\' in expected[1] else [said])
+
+
 @pytest.mark.parametrize('text, message', [
     ('a 0\nb\n', r"train_list.txt:2: 'b' is not \"path label\""),
     ('a 0\n\nb 1\n', r"train_list.txt:2: '' is not"),
@@ -36,7 +67,13 @@ def test_list_paths_may_hold_blanks(tmp_path):
     ('a 0\nb ' + '9' * 40, 'train_list.txt:2:'),
     ('a 0\nb 5\nc 11\n', 'train_list.txt:2: label 5 is outside MODEL.NUM_CLASSES 5; 12 would fit'),
     ('', 'train_list.txt: the list is empty'),
+    ('a 1\nb 5\n', 'train_list.txt:2: labels are 1 to MODEL.NUM_CLASSES 5, but count from 0: subtract 1 from each'),
     (b'a\xff\xfe 0\n', r"train_list.txt:1: 'a.* 0' is not UTF-8 text; .*; python -m tools.check_dataset"),
+    ('a 0\n照片 1\n'.encode('gbk'), r'train_list.txt:2: .* is not UTF-8 text; save the list as UTF-8: .* iconv -f GBK'),
+    (b'a 0\n' + 'b 1\n'.encode('utf-16-le'), 'train_list.txt:2: .* holds null characters, perhaps UTF-16 text without'),
+    (b'\xff\xfea\0 \x000', 'train_list.txt: begins as UTF-16 text, but is none from byte 6 on; save the list as UTF-8'),
+    ('a 0\nC:\\photos\\b.jpg 1\n', 'train_list.txt:2: .* is on a drive of Windows; write paths relative to the list'),
+    ('a 0\nC:/photos/b.jpg 1\n', 'train_list.txt:2: .* is on a drive of Windows'),
 ])
 def test_list_errors_name_file_and_line(tmp_path, text, message):
     with pytest.raises(UserError, match=message):
@@ -49,12 +86,12 @@ def test_a_list_is_read_as_its_lines_are(tmp_path, monkeypatch, block):
     monkeypatch.setattr(datasets, 'BLOCK_LINES', block)
     monkeypatch.setattr(datasets, 'BLOCK_BYTES', block)
     lines = ['a/b.jpg 3', ' a 0', 'x\t12', 'x  7 ', '5 5', 'é 1', 'x\u3000 2', 'x\u30003', 'x\x0b4', '~ 0123', '\x7f 9',
-             f'x {"0" * 17}8', '1 10']
+             f'x {"0" * 17}8', '1 10', 'a:b 3']
     paths, labels = read_list(listed(tmp_path, '\n'.join(lines)), 1000)
     assert list(zip(paths, labels.tolist())) == [parse_line(line) for line in lines]
-    for bad in ('12', 'x1', 'x 1' + '0' * 18, b'\xff 1', 'x \u0661', ' 1', 'x 1 a', '-1', 'x -1'):
+    for bad in ('12', 'x1', 'x 1' + '0' * 18, b'\xff 1', 'x \u0661', ' 1', 'x 1 a', '-1', 'x -1', 'C:/x 1'):
         for place in range(len(lines)):
-            with pytest.raises(UserError, match=f'train_list.txt:{place + 1}: .* is not '):
+            with pytest.raises(UserError, match=f'train_list.txt:{place + 1}: .* is (not|on) '):
                 text = [line.encode() for line in lines]
                 text[place] = bad.encode() if isinstance(bad, str) else bad
                 read_list(listed(tmp_path, b'\n'.join(text)), 1000)
@@ -187,10 +224,6 @@ def test_seed_reaches_the_crops(config, fashion):
     config.SEED = 1
     assert (get_dataset(config)[1, 0][0] != before).any()
     assert (get_dataset(config)[0][0] == get_dataset(config)[0, 0][0]).all()  # without an epoch: epoch 0
-
-
-def test_a_byte_order_mark_is_no_part_of_a_path(tmp_path):
-    assert read_list(listed(tmp_path, b'\xef\xbb\xbfa 0\n'), 5)[0][0] == 'a'
 
 
 def test_loaded_batch(config, fashion):

@@ -20,7 +20,7 @@ from PIL.JpegImagePlugin import JpegImageFile
 
 import transforms
 from datasets import get_dataloader, get_dataset, read_list
-from images import InMemory, describe_backend, find_backend, open_image, read_image, read_range
+from images import InMemory, describe_backend, find_backend, find_images, is_image, open_image, read_image, read_range
 from transforms import EvalTransform, TrainTransform
 from utils import UserError
 
@@ -28,6 +28,55 @@ from utils import UserError
 pytestmark = pytest.mark.filterwarnings('ignore:::PIL')
 
 RAMP = np.arange(65536, dtype='uint16').reshape(256, 256)
+
+
+@pytest.mark.parametrize('name, expected', [
+    *((name, True) for name in ('a.jpg', 'a b.JPEG', 'a.jfif', 'a.mpo', 'a.ppm', 'a.Pgm', 'a.jp2', 'a.webp', '#1.tga')),
+    *((name, False) for name in ('.a.jpg', '._a.jpg', 'a', 'a.', 'a.txt', 'a.jpg.part', 'Thumbs.db', 'desktop.ini',
+                                 'a.eps', 'a.ps', 'a.pdf', 'a.mpg', 'a.wmf', 'a.h5', 'a.heic')),
+])
+def test_which_files_are_images(name, expected):
+    assert is_image(name) is expected
+
+
+def test_what_pillow_writes_and_is_an_image_is_read(tmp_path):
+    image, read = Image.effect_mandelbrot((64, 64), (-2, -2, 2, 2), 50), set()
+    for extension, kind in Image.registered_extensions().items():
+        if is_image(f'x{extension}') and kind in Image.SAVE and kind != 'ICNS':  # of icons the largest is the image
+            mode = {'BLP': 'P', 'MSP': '1', 'XBM': '1'}.get(kind, 'RGB')
+            image.convert(mode).save(tmp_path / f'x{extension}')
+            assert read_image(str(tmp_path / f'x{extension}')).size == (64, 64), extension
+            read.add(kind)
+    assert read >= {'BMP', 'GIF', 'JPEG', 'MPO', 'PCX', 'PNG', 'PPM', 'SGI', 'TGA', 'TIFF'}
+
+
+def test_images_of_a_folder(tmp_path):
+    """At any depth, each once; the others by the reason."""
+    root = tmp_path / 'root'
+    for name in ('a/1.jpg', 'a/deep/er/2.ppm', 'b/3.TIF', '.Trash-0/x.jpg', 'a/.ipynb_checkpoints/1.jpg',
+                 'a/@eaDir/1.jpg/thumb.jpg', '__MACOSX/a/x.jpg', 'a/._1.jpg', 'a/Thumbs.db', 'b/note.txt', 'b/README',
+                 'b/run/config.yaml', 'b/run/log.jsonl', 'b/run/curves.png', 'c/run/config.yaml', 'c/run/best.pdparams',
+                 'c/run/x.png', 'd/config.yaml', 'd/4.png', '../elsewhere/5.gif', '../elsewhere/sub/6.gif'):
+        (root / name).parent.mkdir(parents=True, exist_ok=True)
+        (root / name).write_text('')
+    os.mkfifo(root / 'b/pipe.jpg')
+    for link, target in (('b/outside', '../../elsewhere'), ('b/again', '../../elsewhere/sub'), ('b/0', '../a/deep'),
+                         ('a/self', '../a'), ('a/deep/up', '../..'), ('b/loop.jpg', 'loop.jpg'), ('b/gone', 'x'),
+                         ('b/file.png', '../a/1.jpg')):
+        (root / link).symlink_to(target)
+    found, left_out = find_images(root)
+    assert found == ['a/1.jpg', 'a/deep/er/2.ppm', 'b/3.TIF', 'b/again/6.gif', 'b/file.png', 'b/outside/5.gif',
+                     'd/4.png']
+    assert left_out == {
+        "hidden, or the system's": ['.Trash-0', '__MACOSX', 'a/._1.jpg', 'a/.ipynb_checkpoints', 'a/@eaDir',
+                                    'a/Thumbs.db'],
+        '.txt files, which Pillow does not read': ['b/note.txt'],
+        '.yaml files, which Pillow does not read': ['d/config.yaml'],
+        'files without an extension': ['b/README'],
+        'folders of runs': ['b/run', 'c/run'],
+        'folders that are searched already': ['b/0', 'b/outside/sub'],
+        'links that lead nowhere, pipes, devices': ['b/gone', 'b/loop.jpg', 'b/pipe.jpg'],
+        'links to a folder that they are in': ['a/deep/up', 'a/self']}
 
 
 def png(width, height, depth, color, pixels=b''):
@@ -509,8 +558,9 @@ def many(long):
 
 LINES = st.lists(st.tuples(st.text(min_size=1, max_size=8), st.sampled_from([' ', '\t', '  ', '']),
                            st.integers(0, 6).map(str) | st.text(max_size=3)).map(''.join), max_size=4)
-LISTS = st.one_of(st.tuples(LINES, st.sampled_from(['\n', '\r\n', '\r'])).map(
-    lambda pair: pair[1].join(pair[0]).encode()), st.binary(max_size=40))
+LISTS = st.one_of(st.tuples(LINES, st.sampled_from(['\n', '\r\n', '\r']), st.sampled_from(
+    ['utf-8', 'utf-8-sig', 'utf-16'])).map(lambda parts: parts[1].join(parts[0]).encode(parts[2])),
+    st.binary(max_size=40))
 
 
 def test_any_list_is_read_or_refused(long, tmp_path):
@@ -521,6 +571,8 @@ def test_any_list_is_read_or_refused(long, tmp_path):
     @given(LISTS)
     @example(b'\xef\xbb\xbfa 0\r\nb c 1\n\n')
     @example(b'\xff\xfea\0 \x000\0')
+    @example(b'\xff\xfea\0 \x000')
+    @example(b'\\a\\b\\ 0')
     def check(content):
         pathlib.Path(path).write_bytes(content)
         try:
@@ -530,7 +582,8 @@ def test_any_list_is_read_or_refused(long, tmp_path):
             outcomes.add('refused')
             return
         outcomes.add('read')
-        lines = re.split('\r\n|\r|\n', content.decode('utf-8-sig'))
+        text = content.decode('utf-16' if content[:2] in (b'\xff\xfe', b'\xfe\xff') else 'utf-8')
+        lines = re.split('\r\n|\r|\n', text.replace('\ufeff', '').replace('\\', '/'))
         assert len(paths) == len(labels) and not ''.join(lines[len(paths):]).strip()
         for name, label, line in zip(paths, labels.tolist(), lines):
             assert name and name == name.rstrip() and line.startswith(name)

@@ -378,7 +378,8 @@ def test_class_names(tmp_path):
 
 def test_predict_program(trained, exported, tmp_path):
     write_images(tmp_path / 'photos', 2)
-    (tmp_path / 'photos/notes.txt').write_text('no image')
+    for name in ('notes.txt', '._photo 0.jpg', 'clip.mpg', 'drawing.eps'):
+        (tmp_path / 'photos' / name).write_text('no image')
     (tmp_path / 'broken.png').write_text('no image either')
     command = ['-m', 'tools.predict', '-model', exported, '-top', '2']
     out = run(*command, tmp_path / 'photos').stdout.splitlines()

@@ -186,6 +186,11 @@ def test_images_for_calibration(trained, fashion, tmp_path):
     predictor = Predictor(trained[0] / 'best.pdparams')
     for index, name in ((0, names[0]), (1, names[3]), (-1, names[-1])):
         assert pixels[index].tobytes() == predictor.pixels(fashion / name).tobytes()
+    for name in ('linked', '.hidden'):
+        (tmp_path / name).symlink_to(fashion / 'val/Bag')
+    names = sorted((fashion / 'val/Bag').iterdir())
+    pixels = read_calibration(str(tmp_path), 10 ** 9, spec, 10)
+    assert len(pixels) == len(names) and pixels[1].tobytes() == predictor.pixels(names[1]).tobytes()
 
 
 def test_int8_mistakes(trained, fashion, tmp_path):

@@ -67,6 +67,49 @@ def test_make_list_of_two_folders(tmp_path):
     assert 'zebra is in only one of them' in line
 
 
+def test_make_list_says_what_it_leaves_out(tmp_path):
+    for name in ('photos/cat', 'photos/dog', 'photos/cat/.ipynb_checkpoints', 'photos/.Trash-0', 'more dogs'):
+        write_images(tmp_path / name, 2)
+    Image.new('RGB', (5, 5)).save(tmp_path / 'photos/cat/x.ppm')
+    for name in ('cat/IMG_1.heic', 'cat/IMG_2.HEIC', 'photo.jpg', 'output/run/config.yaml', 'output/run/log.jsonl',
+                 'output/run/curves.png'):
+        path = tmp_path / 'photos' / name
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_text('')
+    (tmp_path / 'photos/dog/more').symlink_to('../../more dogs')
+    (tmp_path / 'photos/dog/all').symlink_to('..')
+    (tmp_path / 'photos/bird').symlink_to(tmp_path / 'more dogs')
+    out = run('-m', 'tools.make_list', '-data_path', tmp_path, '-train', 'photos', '-val', 'photos').stdout.splitlines()
+    folder = f'{tmp_path}/photos: left out'
+    assert sorted(out[:6]) == [
+        f'{folder} 1, folders of runs: output/run', f'{folder} 1, folders that are searched already: dog/more',
+        f'{folder} 1, images in no class folder: photo.jpg',
+        f'{folder} 1, links to a folder that they are in: dog/all',
+        f'{folder} 2, .heic files, which Pillow does not read: cat/IMG_1.heic; cat/IMG_2.HEIC',
+        f"{folder} 2, hidden, or the system's: .Trash-0; cat/.ipynb_checkpoints"]
+    assert read(tmp_path / 'class_names.txt') == ['bird', 'cat', 'dog']
+    assert read(tmp_path / 'train_list.txt') == [f'photos/{name} {label}' for label, names in enumerate([
+        ['bird/photo 0.jpg', 'bird/photo 1.jpg'], ['cat/photo 0.jpg', 'cat/photo 1.jpg', 'cat/x.ppm'],
+        ['dog/photo 0.jpg', 'dog/photo 1.jpg']]) for name in names]
+
+
+def test_make_list_of_numbers(tmp_path):
+    """Which sort as text otherwise, and it says so."""
+    for name in ('0', '1', '10', '2'):
+        write_images(tmp_path / name, 2)
+    command = ['-m', 'tools.make_list', '-data_path', tmp_path, '-train', '.', '-val_share', '0.5']
+    out = run(*command).stdout
+    assert f'{tmp_path}: the class folders are numbers, but sorted as text, so label 2 is folder 10; -numeric' in out
+    assert read(tmp_path / 'class_names.txt') == ['0', '1', '10', '2']
+    out = run(*command, '-numeric').stdout
+    assert 'sorted as text' not in out and read(tmp_path / 'class_names.txt') == ['0', '1', '2', '10']
+    assert [line.split('/')[0] for line in read(tmp_path / 'val_list.txt')] == ['0', '1', '2', '10']
+    (tmp_path / '10').rename(tmp_path / '9')
+    assert 'sorted as text' not in run(*command).stdout
+    (tmp_path / '9').rename(tmp_path / 'nine')
+    assert f'-numeric: {tmp_path}/nine is no number; leave out -numeric' in fails(*command, '-numeric')
+
+
 def test_make_list_with_a_split(tmp_path):
     for name, count in (('a', 10), ('b', 5), ('c', 2)):
         write_images(tmp_path / name, count)
@@ -312,20 +355,76 @@ def test_check_dataset_lists_every_bad_line(fashion, tmp_path):
               f'{path}:45: {data}/train/gone.png: cannot read the image (No such file or directory)',
               f"{path}:60: 'caf\\udce9.png 0' is not UTF-8 text",
               f'{path}: 60 lines, 6 bad, 2 repeated',
-              f'{tmp_path}/good/train_list.txt: 54 lines written',
+              *(f'{data}/val_list.txt:{number}: {lines[0][:-2]} is the same image as {path}:1' for number in (36, 37)),
               f'{data}/val_list.txt: 37 lines, 0 bad, 1 repeated, 1 of the images also in train_list.txt',
-              f'{tmp_path}/good/val_list.txt: 37 lines written']
+              f'{path}: 10 classes; the smallest is ', f'{data}/val_list.txt: 10 classes; the smallest is ',
+              f'{tmp_path}/good/train_list.txt: 54 lines written', f'{tmp_path}/good/val_list.txt: 37 lines written']
     assert len(out) == len(starts) and all(line.startswith(start) for line, start in zip(out, starts)), out
 
     assert read(tmp_path / 'good/train_list.txt') == [
         f'{data}/{line}' for number, line in enumerate(lines, 1) if number not in bad]
     # what is written is usable as it is
-    assert check_dataset(tmp_path / 'good', '-opts', 'MODEL.NUM_CLASSES', '10', status=0)[-1].startswith(
+    assert check_dataset(tmp_path / 'good', '-opts', 'MODEL.NUM_CLASSES', '10', status=0)[3].startswith(
         f'{tmp_path}/good/val_list.txt: 37 lines, 0 bad')
     run('main_single_gpu.py', '-output', tmp_path / 'run', *options(tmp_path / 'good', 'TRAIN.NUM_EPOCHS', '1'))
     assert [row['n'] for row in records(tmp_path / 'run')] == [48, 37, 37]
     assert 'good/train_list.txt: would be replaced; choose another -save' in fails(
         '-m', 'tools.check_dataset', '-data_path', data, '-save', tmp_path / 'good')
+
+
+def test_check_dataset_finds_images_again(tmp_path):
+    """By their pixels, whatever the file; -unique leaves them out of the train list alone."""
+    write_images(tmp_path / 'x', 4)
+    for number in (0, 2):
+        Image.open(tmp_path / f'x/photo {number}.jpg').save(tmp_path / f'x/{number}.png')
+    Image.new('L', (2, 3)).save(tmp_path / 'x/tall.png')
+    Image.new('L', (3, 2)).save(tmp_path / 'x/wide.png')
+    train = ['photo 0.jpg 0', 'photo 1.jpg 1', '0.png 0', 'photo 1.jpg 2', 'photo 2.jpg 1', 'photo 3.jpg 0',
+             'photo 3.jpg 0', 'tall.png 0', 'wide.png 0']
+    for split, lines in (('train', train), ('val', ['2.png 1', 'gone.png 0'])):
+        (tmp_path / f'{split}_list.txt').write_text(''.join(f'x/{line}\n' for line in lines))
+    out = check_dataset(tmp_path, '-save', tmp_path / 'good', '-unique', status=1)
+    path, val = tmp_path / 'train_list.txt', tmp_path / 'val_list.txt'
+    assert out[:2] == [f'{path}:3: x/0.png is the same image as {path}:1',
+                       f'{path}:4: x/photo 1.jpg is the same image as {path}:2, but of label 2, not 1']
+    assert out[2] == f'{path}: 9 lines, 0 bad, 3 repeated' and out[3].startswith(f'{val}:2: {tmp_path}/x/gone.png: ')
+    assert out[4:6] == [f'{val}:1: x/2.png is the same image as {path}:5',
+                        f'{val}: 2 lines, 1 bad, 1 of the images also in train_list.txt']
+    assert read(tmp_path / 'good/train_list.txt') == [f'{tmp_path}/x/{train[index]}' for index in (0, 5, 7, 8)]
+    assert read(tmp_path / 'good/val_list.txt') == [f'{tmp_path}/x/2.png 1']
+    assert '-unique is for the lists that -save writes: add -save' in fails(
+        '-m', 'tools.check_dataset', '-data_path', tmp_path, '-unique')
+
+
+@pytest.mark.parametrize('train, val, num_classes, lines', [
+    ([0, 0, 0, 1, 2, 2], [0, 1, 2, 2], 3, ['train_list.txt: 3 classes; the smallest is 1 with 1 images, the largest is '
+                                           '0 with 3', 'val_list.txt: 3 classes; the smallest is ']),
+    ([0, 7, 7, 9], [0], 1000, ['train_list.txt: 3 classes', 'val_list.txt: no images of 2 classes of '
+                               'train_list.txt: 7; 9']),
+    ([0], [0, 3], 4, ['val_list.txt: 2 classes', 'train_list.txt: no images of 1 classes of val_list.txt: 3']),
+    ([1, 2], [1, 2], 9, ['train_list.txt: 2', 'val_list.txt: 2', 'no image has label 0, and the largest is 2: labels '
+                         'count from 0, so if these start at 1, subtract 1 from each']),
+    ([2, 4], [2], 4, ['train_list.txt: 2', 'val_list.txt: no', 'no image has label 0, and the largest is 4']),
+    ([2, 4], [2, 4], 5, ['train_list.txt: 2', 'val_list.txt: 2']),  # a part of the classes
+    ([None, 0], [None], 1, ['val_list.txt: no images of 1 classes of train_list.txt: 0']),
+])
+def test_check_dataset_describes_labels(train, val, num_classes, lines, capsys):
+    """None: of a line that is none."""
+    from tools.check_dataset import Checked, print_labels
+    print_labels([Checked(name, [], labels, [label is not None and bytes([number])
+                                             for number, label in enumerate(labels)])
+                  for name, labels in (('train_list.txt', train), ('val_list.txt', val))], num_classes)
+    out = capsys.readouterr().out.splitlines()
+    assert len(out) == len(lines) and all(map(str.startswith, out, lines))
+
+
+def test_check_dataset_of_a_list_of_windows(tmp_path):
+    write_images(tmp_path / 'x', 2)
+    (tmp_path / 'val_list.txt').write_bytes('x\\photo 0.jpg\t0\r\nx\\photo 1.jpg\t0\r\n'.encode('utf-16'))
+    out = check_dataset(tmp_path, '-save', tmp_path / 'good', status=0)
+    assert f' {tmp_path}/val_list.txt: backslashes in its paths are read as slashes, for there is no file' in out[0]
+    assert out[1] == f'{tmp_path}/val_list.txt: 2 lines, 0 bad'
+    assert read(tmp_path / 'good/val_list.txt') == [f'{tmp_path}/x/photo {number}.jpg 0' for number in (0, 1)]
 
 
 def test_check_dataset_of_one_list(tmp_path):

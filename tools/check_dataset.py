@@ -1,15 +1,19 @@
 """Check a data set: every line of its train_list.txt and val_list.txt, and that the image there can be read.
 
   python -m tools.check_dataset -data_path /dataset/imagenet
-  python -m tools.check_dataset -data_path photos -opts MODEL.NUM_CLASSES 2 -save photos_checked
+  python -m tools.check_dataset -data_path photos -opts MODEL.NUM_CLASSES 2 -save photos_checked -unique
 
-Images are read as training reads them, on all cores. Each bad line is printed with its number and what is wrong, then a
-summary of each list; repeated images, and those in both lists, are counted there, but not bad. At the end it says
-whether images are stored in 16 bits but use fewer, which makes them dark: see DATA.BIT_DEPTH. -save writes the lists
-without their bad lines, with absolute paths: -data_path photos_checked then trains on what is left. The exit status is
-1 if a line is bad.
+Images are read as training reads them, on all cores. Each bad line is printed with its number and what is wrong, and
+each line whose image, pixel by pixel, stands before in its list or the train list. Then come a summary of each list and
+what its labels look like: the smallest and the largest class, classes that only one list has, labels that start at 1.
+At the end it says whether images are stored in 16 bits but use fewer, which makes them dark: see DATA.BIT_DEPTH. -save
+writes the lists without their bad lines, with absolute paths: -data_path photos_checked then trains on what is left.
+With -unique its train list has each image once, and none that is in the val list or has several labels. The exit status
+is 1 if a line is bad.
 """
+import collections
 import contextlib
+import hashlib
 import itertools
 import multiprocessing
 import os
@@ -17,42 +21,63 @@ import signal
 import sys
 from concurrent.futures import ProcessPoolExecutor
 from concurrent.futures.process import BrokenProcessPool
+from dataclasses import dataclass
 
 from tqdm import tqdm
 
 from config import get_config, get_parser, resolve_config, update_config
 from runtime.files import write_text
 from runtime.program import end_with_parent, prepare_runtime, run_program, usable_cores
-from utils import UserError, program_name
+from utils import UserError, first_few, program_name, setup_logger
 
 LISTS = ('train_list.txt', 'val_list.txt')
 
 
-def check_line(line, config):
-    """Read the image of a line of a list. Returns: its range as `read_range` does; None where DATA.BIT_DEPTH is set.
+@dataclass
+class Checked:
+    """A list that was checked: of each line its label and a digest of the image's pixels, None where it has none."""
+    path: str
+    lines: collections.abc.Sequence
+    labels: list
+    digests: list
 
-    Raises: UserError that says what is wrong with the line or its image.
+    def __post_init__(self):
+        # {digest: index of the first line of such an image}, in order
+        self.firsts = {}
+        for index, digest in enumerate(self.digests):
+            if digest:
+                self.firsts.setdefault(digest, index)
+
+    def good(self):
+        """The indices of the lines that are not bad."""
+        return [index for index, digest in enumerate(self.digests) if digest]
+
+
+def check_line(line, config):
+    """Read the image of a line of a list.
+
+    Returns: (what is wrong, '' if nothing; its label; a digest of its pixels; its range as `read_range` does), None for
+    what is not known; the range is not where DATA.BIT_DEPTH is set.
     """
     from datasets import parse_line
     from images import read_image, read_range
-    data, num_classes = config.DATA, config.MODEL.NUM_CLASSES
-    name, label = parse_line(line)
-    if label >= num_classes:
-        raise UserError(f'{line!r}: the label is outside MODEL.NUM_CLASSES {num_classes}')
-    path = os.path.join(data.DATA_PATH, name)
-    read_image(path, data.EXIF_TRANSPOSE, data.BIT_DEPTH)
-    return None if data.BIT_DEPTH else read_range(path)
+    data, num_classes, label = config.DATA, config.MODEL.NUM_CLASSES, None
+    try:
+        name, label = parse_line(line)
+        if label >= num_classes:
+            raise UserError(f'{line!r}: the label is outside MODEL.NUM_CLASSES {num_classes}')
+        path = os.path.join(data.DATA_PATH, name)
+        image = read_image(path, data.EXIF_TRANSPOSE, data.BIT_DEPTH)
+        digest = hashlib.sha256(repr(image.size).encode())
+        digest.update(image.tobytes())
+        return '', label, digest.digest()[:16], None if data.BIT_DEPTH else read_range(path)
+    except UserError as error:
+        return str(error), label, None, None
 
 
 def check_lines(lines, config):
-    """A pair per line of a list: what is wrong with it, '' if nothing is, and what `check_line` returns, or None."""
-    results = []
-    for line in lines:
-        try:
-            results.append(('', check_line(line, config)))
-        except UserError as error:
-            results.append((str(error), None))
-    return results
+    """What `check_line` returns, of each line."""
+    return [check_line(line, config) for line in lines]
 
 
 def _start_worker(parent):
@@ -97,23 +122,76 @@ def map_parts(workers, function, items, *args):
 
 
 def check_list(path, config, workers):
-    """Print the bad lines of a list.
-
-    Returns: (number of lines, the good ones as pairs of path and label, the ranges of images of 16 bits).
-    """
-    from datasets import parse_line, read_lines
+    """Print the bad lines of a list. Returns: (`Checked`, the ranges of its images of 16 bits)."""
+    from datasets import read_lines
     lines = read_lines(path)
     results = map_parts(workers, check_lines, lines, config)
-    good, ranges = [], []
+    labels, digests, ranges = [], [], []
     with tqdm(results, desc=os.path.basename(path), total=len(lines), leave=False, file=sys.stdout,
               disable=None) as bar:
-        for number, (line, (fault, extrema)) in enumerate(zip(lines, bar), 1):
+        for number, (fault, label, digest, extrema) in enumerate(bar, 1):
             if fault:
                 tqdm.write(f'{path}:{number}: {fault}')
-            else:
-                good.append(parse_line(line))
-                ranges += [extrema] if extrema else []
-    return len(lines), good, ranges
+            labels.append(label)
+            digests.append(digest)
+            ranges += [extrema] if extrema else []
+    return Checked(path, lines, labels, digests), ranges
+
+
+def print_copies(checked, others):
+    """Print which lines of a list have an image that stands before in it, or in one of the lists `others`.
+
+    Not those that only repeat a line: some lists weight their images so.
+    """
+    from datasets import parse_line
+    for index in checked.good():
+        line = checked.lines[index]
+        for other in [checked, *others]:
+            first = other.firsts.get(checked.digests[index])
+            if first is None or other is checked and other.lines[first] == line:
+                continue
+            (name, label), known = parse_line(line), other.labels[first]
+            labels = f', but of label {label}, not {known}' if label != known else ''
+            print(f'{checked.path}:{index + 1}: {name} is the same image as {other.path}:{first + 1}{labels}')
+
+
+def print_summary(checked, others):
+    """Print how many lines of a list are bad or repeat an image, and how many images the lists `others` have too."""
+    good = len(checked.good())
+    summary = f'{checked.path}: {len(checked.lines)} lines, {len(checked.lines) - good} bad'
+    if len(checked.firsts) < good:
+        summary += f', {good - len(checked.firsts)} repeated'
+    for other in others:
+        count = len(checked.firsts.keys() & other.firsts.keys())
+        summary += f', {count} of the images also in {os.path.basename(other.path)}' if count else ''
+    print(summary)
+
+
+def choose_unique(train, others):
+    """The indices of a train list's lines, each image once, without those that another list has or with two labels."""
+    left_out = {digest for other in others for digest in other.firsts}
+    left_out |= {train.digests[index] for index in train.good()
+                 if train.labels[index] != train.labels[train.firsts[train.digests[index]]]}
+    return [index for digest, index in train.firsts.items() if digest not in left_out]
+
+
+def print_labels(lists, num_classes):
+    """Print what the labels of the good lines of some `Checked` look like, and whether they seem to start at 1."""
+    counts = {checked.path: collections.Counter(checked.labels[index] for index in checked.good()) for checked in lists}
+    for path, count in counts.items():
+        if len(count) > 1:
+            ranked = count.most_common()
+            (largest, most), (smallest, least) = ranked[0], ranked[-1]
+            print(f'{path}: {len(count)} classes; the smallest is {smallest} with {least} images, the largest is '
+                  f'{largest} with {most}')
+    for path, other in itertools.permutations(counts, 2):
+        missing = [str(label) for label in sorted(counts[other].keys() - counts[path].keys())]
+        if missing:
+            print(f'{path}: no images of {len(missing)} classes of {os.path.basename(other)}: {first_few(missing)}')
+    used = {label for checked in lists for label in checked.labels if label is not None}
+    if used and 0 not in used and (max(used) == num_classes or used == set(range(1, max(used) + 1))):
+        print(f'no image has label 0, and the largest is {max(used)}: labels count from 0, so if these start at 1, '
+              'subtract 1 from each')
 
 
 def describe_ranges(ranges):
@@ -140,6 +218,18 @@ def save_list(path, good):
     print(f'{path}: {len(good)} lines written')
 
 
+def save_checked(lists, args):
+    """Write some `Checked` without their bad lines to the folder args.save; args.unique: as `choose_unique` does."""
+    from datasets import parse_line
+    for checked in lists:
+        folder, name = os.path.split(checked.path)
+        is_train = name == LISTS[0]
+        indices = choose_unique(checked, lists[1:]) if args.unique and is_train else checked.good()
+        images = [parse_line(checked.lines[index]) for index in indices]
+        save_list(os.path.join(args.save, name),
+                  [(os.path.abspath(os.path.join(folder, image)), label) for image, label in images])
+
+
 def find_lists(data_path):
     """The names of the lists that a folder holds. Raises: UserError if it holds none."""
     found = [name for name in LISTS if os.path.lexists(os.path.join(data_path, name))]
@@ -152,10 +242,14 @@ def find_lists(data_path):
 def main():
     parser = get_parser(__doc__, ['data_path'])
     parser.add_argument('-save', metavar='DIR', help='write the lists without their bad lines to this folder')
+    parser.add_argument('-unique', action='store_true', help='leave images out of the train list that -save writes '
+                        'which are in the val list too, repeated, or have several labels')
     args = parser.parse_args()
     config = resolve_config(update_config(get_config(), args))
     data_path = config.DATA.DATA_PATH
     found = find_lists(data_path)
+    if args.unique and not args.save:
+        raise UserError('-unique is for the lists that -save writes: add -save DIR')
     if args.save:
         for name in LISTS:
             if os.path.lexists(os.path.join(args.save, name)):
@@ -163,28 +257,22 @@ def main():
                                 'remove it')
         os.makedirs(args.save, exist_ok=True)
     prepare_runtime()
-    bad, before, ranges = 0, set(), []
+    setup_logger()
+    lists, ranges = [], []
     with start_workers(usable_cores()) as workers:
         for name in found:
-            path = os.path.join(data_path, name)
-            count, good, found_ranges = check_list(path, config, workers)
+            checked, found_ranges = check_list(os.path.join(data_path, name), config, workers)
             ranges += found_ranges
-            bad += count - len(good)
-            images = {image for image, _ in good}
-            summary = f'{path}: {count} lines, {count - len(good)} bad'
-            if len(images) < len(good):
-                summary += f', {len(good) - len(images)} repeated'
-            if images & before:
-                summary += f', {len(images & before)} of the images also in {found[0]}'
-            print(summary)
-            before = images
-            if args.save:
-                save_list(os.path.join(args.save, name), [
-                    (os.path.abspath(os.path.join(data_path, image)), label) for image, label in good])
+            print_copies(checked, lists)
+            print_summary(checked, lists)
+            lists.append(checked)
+    print_labels(lists, config.MODEL.NUM_CLASSES)
+    if args.save:
+        save_checked(lists, args)
     note = describe_ranges(ranges)
     if note:
         print(note)
-    sys.exit(1 if bad else 0)
+    sys.exit(0 if all(all(checked.digests) for checked in lists) else 1)
 
 
 if __name__ == '__main__':

@@ -23,10 +23,9 @@ import numpy as np
 from config import get_config, get_parser, resolve_config, update_config
 from deploy import phone
 from deploy.predictor import LOADERS, ONNX, ONNX_ENGINES, Spec, find_class_names, load_program, run_batches, softmax
-from images import read_image
+from images import find_images, read_image
 from runtime.files import sync
 from runtime.program import prepare_runtime, remedy, run_program
-from tools.make_list import EXTENSIONS
 from utils import UserError, describe_error, setup_logger
 
 # share of the largest output by which an exported network may differ, and what changes no probability
@@ -103,14 +102,13 @@ def compare(path, engine, spec, images, expected):
 def read_calibration(path, count, spec, num_classes):
     """uint8 [N, size, size, 3], as in evaluation, of at most `count` images of a list or folder, evenly spread over it.
 
-    A folder's own folders are searched too. Raises: UserError, also for fewer than LEAST_IMAGES.
+    A folder's own folders are searched too, linked ones as well. Raises: UserError, also for fewer than LEAST_IMAGES.
     """
     from datasets import read_list
     if not os.path.exists(path):
         raise UserError(f'-calibration {path}: no such list or folder')
     if os.path.isdir(path):
-        paths = sorted(os.path.join(parent, file) for parent, _, files in os.walk(path) for file in files
-                       if file.lower().endswith(EXTENSIONS) and not file.startswith('.'))
+        paths = [os.path.join(path, name) for name in find_images(path)[0]]
     else:
         paths = [os.path.join(os.path.dirname(path), name) for name in read_list(path, num_classes)[0]]
     if len(paths) < LEAST_IMAGES:

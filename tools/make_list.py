@@ -6,42 +6,76 @@ Two folders, a train one and a val one, with the same class folders in them:
 One folder of class folders, of which a share of each class becomes the val list:
   python -m tools.make_list -data_path photos -train . -val_share 0.2
 
-Classes are numbered in the order of their sorted names, which class_names.txt keeps. Images are the files below a class
-folder whose names end in .jpg, .jpeg, .png, .bmp, .gif, .tif, .tiff, .webp, in any case. Paths are relative to
--data_path, where the three files are written. The same images, share and seed give the same lists.
+Classes are numbered in the order of their sorted names, which class_names.txt keeps; with -numeric, of the numbers that
+these are. Images are the files below a class folder, linked folders included, whose extension is that of a format that
+Pillow reads. Hidden files and folders, those of the system and the folders of runs are left out; what is left out is
+counted and named. Paths are relative to -data_path, where the three files are written. The same images, share and seed
+give the same lists.
 """
 import os
 import re
 
 import numpy as np
 
+from images import RUNS, find_images
 from runtime.files import write_text
 from runtime.program import run_program
 from runtime.settings import ArgumentParser
-from utils import UserError
-
-EXTENSIONS = ('.jpg', '.jpeg', '.png', '.bmp', '.gif', '.tif', '.tiff', '.webp')
+from utils import UserError, first_few, one_line
 
 
-def find_classes(data_path, folder):
-    """{class name: sorted paths of its images, relative to data_path}, of the class folders in data_path/folder."""
-    root = os.path.join(data_path, folder)
+def find_classes(data_path, folder, numeric=False):
+    """{class name: sorted paths of its images, relative to data_path}, of the class folders in data_path/folder.
+
+    numeric: sort the names as numbers. Prints what is left out.
+    Raises: UserError for a class without images, and for names that are no numbers.
+    """
+    root = os.path.normpath(os.path.join(data_path, folder))
     if not os.path.isdir(root):
         raise UserError(f'{root}: no such folder; -train and -val are folders of class folders inside -data_path')
-    classes = {}
-    for name in sorted(os.listdir(root)):
-        if name.startswith('.') or not os.path.isdir(os.path.join(root, name)):
-            continue
-        classes[name] = sorted(
-            os.path.relpath(os.path.join(parent, file), data_path).replace(os.sep, '/')
-            for parent, _, files in os.walk(os.path.join(root, name)) for file in files
-            if file.lower().endswith(EXTENSIONS) and not file.startswith('.'))
+    images, left_out = find_images(root)
+    loose = [path for path in images if '/' not in path]
+    if loose:
+        left_out['images in no class folder'] = loose
+    for reason, paths in left_out.items():
+        print(f'{root}: left out {len(paths)}, {reason}: {one_line(first_few(paths))}')
+    names = set(os.listdir(root)) - {path for paths in left_out.values() for path in paths}
+    classes = {name: [] for name in names if os.path.isdir(os.path.join(root, name))}
+    prefix = os.path.relpath(root, data_path).replace(os.sep, '/')
+    for path in images:
+        if '/' in path:
+            classes[path.split('/')[0]].append(path if prefix == '.' else f'{prefix}/{path}')
+    for run in left_out.get(RUNS, []):  # the folder that holds only runs is no class either
+        if not classes.get(run.split('/')[0], True):
+            del classes[run.split('/')[0]]
+    for name in sorted(classes):
         if not classes[name]:
-            raise UserError(f'{os.path.join(root, name)}: holds no images; remove the folder, or add images '
-                            f'({", ".join(EXTENSIONS)})')
+            raise UserError(f'{os.path.join(root, name)}: holds no images; remove the folder, or add images')
     if not classes:
         raise UserError(f'{root}: holds no class folders; put the images of each class in a folder of its own')
-    return classes
+    return {name: classes[name] for name in sort_names(root, classes, numeric)}
+
+
+def sort_names(root, names, numeric):
+    """Sort the names of the class folders in `root` as text or, if numeric, as numbers. Prints where the two differ.
+
+    Raises: UserError for a name that is no number, if numeric.
+    """
+    as_text = sorted(names)
+    words = [name for name in as_text if not (name.isascii() and name.isdigit())]
+    if words:
+        if numeric:
+            raise UserError(f'-numeric: {os.path.join(root, words[0])} is no number; leave out -numeric')
+        return as_text
+    as_numbers = sorted(as_text, key=int)
+    if numeric:
+        return as_numbers
+    for label, (name, other) in enumerate(zip(as_text, as_numbers)):
+        if name != other:
+            print(f'{root}: the class folders are numbers, but sorted as text, so label {label} is folder {name}; '
+                  f'-numeric sorts them as numbers, then it is {other}')
+            break
+    return as_text
 
 
 def split_classes(classes, share, seed):
@@ -75,11 +109,12 @@ def main():
     val = parser.add_mutually_exclusive_group(required=True)
     val.add_argument('-val', metavar='DIR', help='the same for validation')
     val.add_argument('-val_share', metavar='X', type=float, help='share of each class for validation, e.g. 0.2')
+    parser.add_argument('-numeric', action='store_true', help='sort class folders as numbers: 2 before 10')
     parser.add_argument('-seed', metavar='N', type=int, default=0, help='seed of the split (default: 0)')
     args = parser.parse_args()
-    train = find_classes(args.data_path, args.train)
+    train = find_classes(args.data_path, args.train, args.numeric)
     if args.val is not None:
-        val = find_classes(args.data_path, args.val)
+        val = find_classes(args.data_path, args.val, args.numeric)
         if list(val) != list(train):
             odd = sorted(set(val) ^ set(train))
             raise UserError(f'the folders of -train and -val differ: {", ".join(odd)} is in only one of them')

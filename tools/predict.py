@@ -14,7 +14,7 @@ import sys
 
 from config import get_config
 from deploy.predictor import ENGINES, Predictor, find_engine
-from images import read_image
+from images import is_image, read_image
 from runtime.files import replace
 from runtime.program import prepare_runtime, run_program, use_device
 from runtime.settings import ArgumentParser, add_device_flag
@@ -27,13 +27,10 @@ ROWS = 20
 
 def find_images(names):
     """The files that are meant by files, folders and patterns, in order. Raises: UserError for a folder of none."""
-    from PIL import Image
-    extensions = {extension for extension, kind in Image.registered_extensions().items() if kind in Image.OPEN}
     paths = []
     for name in names:
         if os.path.isdir(name):
-            found = [os.path.join(name, file) for file in sorted(os.listdir(name))
-                     if os.path.splitext(file)[1].lower() in extensions and not file.startswith('.')]
+            found = [os.path.join(name, file) for file in sorted(os.listdir(name)) if is_image(file)]
             if not found:
                 raise UserError(f'{name}: no images in this folder (its own folders are not searched: give them too)')
             paths += found

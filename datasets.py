@@ -154,7 +154,8 @@ def count_classes(data_path):
     if os.path.isfile(names):
         return len(read_lines(names)), names
     any_label = np.iinfo('int64').max
-    return max((int(read_list(path, any_label)[1].max()) + 1, path) for path in lists)
+    found = [(int(read_list(path, any_label)[1].max()) + 1, path) for path in lists]
+    return max(found, key=lambda pair: pair[0])
 
 
 class ImageNet2012Dataset(Dataset):
@@ -310,8 +311,9 @@ def describe_dataset(dataset, num_classes):
     used, counts = int(dataset.labels.max()) + 1, np.unique(dataset.labels, return_counts=True)[1]
     line = (f'{dataset.list_path}: {len(dataset)} images, labels 0 to {used - 1}, {counts.max() / len(dataset):.1%} of '
             'them in the largest class')
-    return line if used == num_classes else (
-        f'{line}: {num_classes - used} of MODEL.NUM_CLASSES {num_classes} unused; 0 takes the number from the data')
+    if used < num_classes:
+        line += f': {num_classes - used} of MODEL.NUM_CLASSES {num_classes} unused'
+    return f'{line}; 0 takes the number from the data' if 2 * used < num_classes else line
 
 
 def get_dataloader(config, dataset, is_train=True, rank=0, world_size=1):

@@ -215,7 +215,7 @@ class Progress:
         self.steps = steps
         self.every = every
         self.done = done
-        # the bar takes what the text leaves of the terminal's width, which is 80 columns at least
+        # the bar is as wide as the rest, which fits 80 columns, leaves it
         self.bar = tqdm(total=steps, initial=done, desc=name, leave=False, file=sys.stdout,
                         bar_format='{desc} |{bar}| {n_fmt}/{total_fmt}{postfix}',
                         disable=rank() > 0 or not sys.stdout.isatty())

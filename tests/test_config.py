@@ -13,6 +13,7 @@ from config import (
     changes,
     get_config,
     get_parser,
+    get_teacher_config,
     resolve_config,
     stage_widths,
     update_config,
@@ -224,6 +225,13 @@ def test_misspelt_flags_get_a_suggestion(flag, meant, capsys):
         parse(flag, '3')
     said = f'; did you mean {meant}?' if meant else ''
     assert capsys.readouterr().err.endswith(f'unrecognized arguments: {flag} 3{said} (-h explains)\n')
+
+
+def test_a_teacher_without_a_number_of_classes_has_the_students():
+    config = parse('-opts', 'MODEL.NUM_CLASSES', '7', 'TRAIN.DISTILLATION.TYPE', 'soft',
+                   'TRAIN.DISTILLATION.TEACHER_WEIGHTS', 'w.pdparams', 'TRAIN.DISTILLATION.TEACHER_CFG',
+                   str(ROOT / 'configs/finetune.yaml'))
+    assert get_teacher_config(config).MODEL.NUM_CLASSES == 7
 
 
 def test_changes_are_what_differs_from_the_defaults():

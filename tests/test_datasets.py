@@ -234,6 +234,7 @@ def test_more_classes_than_labels_are_said(config, fashion):
     config.DATA.DATA_PATH = str(fashion)
     line = describe_dataset(get_dataset(config), 10)
     assert line.endswith('train_list.txt: 60 images, labels 0 to 9, 16.7% of them in the largest class')
+    assert describe_dataset(get_dataset(config), 12) == f'{line}: 2 of MODEL.NUM_CLASSES 12 unused'
     assert describe_dataset(get_dataset(config), 1000) == (
         f'{line}: 990 of MODEL.NUM_CLASSES 1000 unused; 0 takes the number from the data')
 

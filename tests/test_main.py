@@ -170,7 +170,7 @@ def test_fine_tuning_with_other_classes(trained, fashion, tmp_path):
     args = ['-pretrained', folder / 'best.pdparams', '-data_path', data, '-last_epoch', '1']
     still = ['MODEL.NUM_CLASSES', '0', 'TRAIN.NUM_EPOCHS', '2', 'TRAIN.BASE_LR', '0', 'TRAIN.END_LR', '0']
     out = run(MAIN, *args, '-output', tmp_path / 'tuned', *options(fashion, *still)[2:]).stdout
-    assert f'MODEL.NUM_CLASSES 3: as in {data}/val_list.txt\n' in out and '\n  MODEL.NUM_CLASSES 3\n' in out
+    assert f'MODEL.NUM_CLASSES 3: as in {data}/train_list.txt\n' in out and '\n  MODEL.NUM_CLASSES 3\n' in out
     assert 'left out fc.weight, fc.bias, made for 10 classes, not 3' in out and 'unused' not in out
     assert 'acc1' in out and 'acc5' not in out
     rows = records(tmp_path / 'tuned')

@@ -208,6 +208,9 @@ def test_the_start_of_a_fine_tuning_is_evaluated_once(config, fashion, tmp_path,
     train(config)
     rows = [json.loads(line) for line in (folder / 'log.jsonl').read_text().splitlines()]
     assert [row['epoch'] for row in rows] == [0, 1, 1, 1, 2, 2, 2]
+    config.TRAIN.FREEZE = 'backbone'
+    with pytest.raises(UserError, match='its optimizer is another one: .*; resume with the .*, the TRAIN.FREEZE and'):
+        train(config)
 
 
 @pytest.mark.parametrize('evaluation', [False, True])

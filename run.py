@@ -210,9 +210,11 @@ class Run:
 
     def end(self):
         """End the program, as it was asked to."""
-        LOG.info(f'stopped by {self.stop.name or "a signal to another process"}; '
-                 f'{self.last_checkpoint or "nothing yet"} is saved: the same command with -output {self.config.SAVE} '
-                 '-resume auto goes on from there')
+        saved, does = 'nothing is saved yet', 'starts afresh'
+        if self.last_checkpoint:
+            saved, does = f'{self.last_checkpoint} is saved', 'goes on from there'
+        LOG.info(f'stopped by {self.stop.name or "a signal to another process"}; {saved}: the same command with '
+                 f'-output {self.config.SAVE} -resume auto {does}')
         sys.exit(STOPPED)
 
     def save(self):
@@ -421,9 +423,9 @@ def weight_files(config):
 
 
 def with_num_classes(config):
-    """A config whose MODEL.NUM_CLASSES is not 0, and the file that says it: the weights with EVAL, or of the data set.
+    """(A config with a number in place of a MODEL.NUM_CLASSES of 0, the file that has it; '' where the config has it).
 
-    '' is the file where the config says it. Raises: UserError for a file that cannot be read.
+    With EVAL it is that of the weights, else that of the data set. Raises: UserError for a file that cannot be read.
     """
     if config.MODEL.NUM_CLASSES:
         return config, ''

@@ -16,6 +16,7 @@ from mobileone import build_mobileone
 from run import Run, build_training, check_shared_memory, save_config, warn_of_waiting
 from run import run as train
 from runtime import checkpoint
+from runtime.loader import StoppedWaiting
 from utils import LOG, UserError
 
 
@@ -222,3 +223,23 @@ def test_the_names_of_the_classes_come_with_a_run(config, tmp_path, evaluation):
         (tmp_path / 'class_names.txt').write_text(names)
         save_config(config)
     assert (tmp_path / 'run/class_names.txt').read_text() == ('cat' if evaluation else 'dog')
+
+
+def test_a_stop_in_the_evaluation_of_the_start_ends_in_order(config, loaders, tmp_path, monkeypatch, caplog):
+    """With what it says, and without a checkpoint: there is nothing to save."""
+    monkeypatch.setattr(LOG, 'propagate', True)
+    caplog.set_level('INFO', LOG.name)
+    config.SAVE = str(tmp_path)
+    run = Run(config, build_training(config, build_mobileone(config), loaders[0]), is_fine_tuning=True)
+    run.stop.name = 'SIGTERM'
+    with pytest.raises(SystemExit):
+        run.train(*loaders)
+    assert caplog.messages[-1] == ('stopped by SIGTERM; nothing is saved yet: the same command with -output '
+                                   f'{tmp_path} -resume auto starts afresh')
+    assert os.listdir(tmp_path) == []
+
+    def wait(*args):
+        raise StoppedWaiting
+    monkeypatch.setattr(engine, 'evaluate', wait)
+    with pytest.raises(SystemExit):
+        run.train(*loaders)

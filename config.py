@@ -4,7 +4,7 @@ How YAML files and flags are read is in runtime/settings.py. Nothing here import
 """
 import copy
 
-from runtime.settings import Key, Settings, refusal
+from runtime.settings import Key, Settings, leaves, refusal
 from utils import UserError
 
 KEYS = {
@@ -56,8 +56,9 @@ KEYS = {
     'MODEL.PRETRAINED': Key('', null=''),
     # checkpoint of this project to continue, before PRETRAINED; auto: the newest whole one in SAVE, if any
     'MODEL.RESUME': Key('', null=''),
-    # labels go from 0 to this less one
-    'MODEL.NUM_CLASSES': Key(1000, low=1),
+    # labels go from 0 to this less one; 0: as many as the weights have, where weights are evaluated or exported, and in
+    # training as the class_names.txt of DATA_PATH has lines, or else as its lists have
+    'MODEL.NUM_CLASSES': Key(1000, low=0),
     # the five lists have an entry for the stem and for each of four stages of (depthwise 3x3, pointwise 1x1) pairs:
     # pairs per stage; the stem is one dense 3x3 layer
     'MODEL.NUM_BLOCKS': Key([1, 2, 8, 10, 1], low=1),
@@ -79,11 +80,13 @@ KEYS = {
     # TRAIN: these defaults and configs/mobileone_s*.yaml are the paper's recipe; what no source that could be read
     # confirms is marked so
 
-    # epochs that count as done: the run starts with the next, at its place in the schedules
-    'TRAIN.LAST_EPOCH': Key(0, low=0),
     # epochs of the whole run, counted from 1
     'TRAIN.NUM_EPOCHS': Key(300, low=1),
-    # the lr rises linearly for this many epochs (not confirmed: MMPretrain's)
+    # epochs that count as done: the run starts with the next, at its place in the schedules
+    'TRAIN.LAST_EPOCH': Key(0, low=0),
+    # what keeps its pretrained weights and batch-norm statistics: none, or the backbone, all but the classifier
+    'TRAIN.FREEZE': Key('none', choices=('none', 'backbone')),
+    # the lr rises linearly for this many epochs, at most all but the last (not confirmed: MMPretrain's)
     'TRAIN.WARMUP_EPOCHS': Key(5, low=0),
     # decay of weights with two or more dimensions, at the first step; none on batch norm and biases (not confirmed:
     # MMPretrain's, for batch norm)
@@ -273,8 +276,10 @@ def get_teacher_config(config):
     if config.EVAL or options.TYPE.lower() == 'none':
         return None
     try:
-        teacher = resolve_config(with_values(get_config(options.TEACHER_CFG), {
-            'MODEL.PRETRAINED': options.TEACHER_WEIGHTS, 'MODEL.RESUME': '', 'MODEL.DEPLOY': True, 'EVAL': True}))
+        teacher = get_config(options.TEACHER_CFG)
+        teacher = resolve_config(with_values(teacher, {
+            'MODEL.PRETRAINED': options.TEACHER_WEIGHTS, 'MODEL.RESUME': '', 'MODEL.DEPLOY': True, 'EVAL': True,
+            'MODEL.NUM_CLASSES': teacher.MODEL.NUM_CLASSES or config.MODEL.NUM_CLASSES}))
     except UserError as error:
         raise UserError(f'the teacher (TRAIN.DISTILLATION): {error}') from None
     for section, key in (('MODEL', 'NUM_CLASSES'), ('DATA', 'IMAGENET_MEAN'), ('DATA', 'IMAGENET_STD')):
@@ -283,6 +288,12 @@ def get_teacher_config(config):
             raise UserError(f'{options.TEACHER_CFG}: {section}.{key} is {theirs} for the teacher, {ours} for the '
                             'student; make them equal: both see the same images and classes')
     return teacher
+
+
+def changes(config):
+    """{dotted key: value} of what a config says otherwise than the defaults."""
+    defaults = dict(leaves(get_config()))
+    return {key: value for key, value in leaves(config) if value != defaults[key]}
 
 
 def with_values(config, values):
@@ -338,9 +349,8 @@ def _check_combinations(config):
     if distillation.TYPE.lower() != 'none' and not (distillation.TEACHER_CFG and distillation.TEACHER_WEIGHTS):
         raise refusal('TRAIN.DISTILLATION.TYPE', distillation.TYPE,
                       'there is no teacher: set TEACHER_CFG and TEACHER_WEIGHTS')
-    if train.WARMUP_EPOCHS >= train.NUM_EPOCHS:
-        raise refusal('TRAIN.WARMUP_EPOCHS', train.WARMUP_EPOCHS,
-                      f'must be below TRAIN.NUM_EPOCHS, {train.NUM_EPOCHS}')
+    if train.FREEZE.lower() != 'none' and not model.PRETRAINED and model.RESUME in ('', 'auto'):
+        raise refusal('TRAIN.FREEZE', train.FREEZE, 'there are no weights to keep: give them with -pretrained')
     if model.RESUME == 'auto' and not config.SAVE:
         raise UserError("MODEL.RESUME is 'auto', the newest checkpoint of a folder: name the folder with -output")
     _check_order('TRAIN.CUTMIX_MINMAX', train.CUTMIX_MINMAX)

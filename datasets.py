@@ -179,6 +179,19 @@ def read_list(path, num_classes):
     return Paths(lines), labels
 
 
+def count_classes(data_path):
+    """How many classes a data set has: the lines of its class_names.txt, or else by the largest label of its lists.
+
+    Returns: (the number, the file that says it). Raises: UserError for a data set without lists, and as `read_list`.
+    """
+    names, *lists = (os.path.join(data_path, name) for name in ('class_names.txt', 'train_list.txt', 'val_list.txt'))
+    if os.path.isfile(names):
+        return len(read_lines(names)), names
+    any_label = np.iinfo('int64').max
+    found = [(int(read_list(path, any_label)[1].max()) + 1, path) for path in lists]
+    return max(found, key=lambda pair: pair[0])
+
+
 class ImageNet2012Dataset(Dataset):
     """The images of a list file. Item (epoch, index), or index for epoch 0 -> (uint8 [H, W, 3], label).
 
@@ -242,6 +255,12 @@ class TrainSampler:
     def __len__(self):
         """Batches of a whole epoch."""
         return max(1, self.length // self.total_batch)
+
+    def describe_dropped(self):
+        """A line on the images that an epoch leaves out; '' if it has them all."""
+        dropped = self.length - len(self) * self.total_batch
+        return f'{dropped} of {self.length} training images, others in each epoch, are left out: they do not fill a ' \
+               f'batch of {self.total_batch}' if dropped else ''
 
 
 class EvalSampler:
@@ -318,14 +337,20 @@ def get_dataset(config, is_train=True, epoch=1):
         read = functools.partial(read_image, **options)
         transform = EvalTransform(data.IMAGE_SIZE, data.CROP_PCT, data.INTERPOLATION)
     return ImageNet2012Dataset(data.DATA_PATH, 'train_list.txt' if is_train else 'val_list.txt',
-                               config.MODEL.NUM_CLASSES, read, transform, config.SEED)
+                               config.MODEL.NUM_CLASSES or count_classes(data.DATA_PATH)[0], read, transform,
+                               config.SEED)
 
 
 def describe_dataset(dataset, num_classes):
-    """A line on a data set: its list, images and classes, and whether the network has more classes than the list."""
-    used = int(dataset.labels.max()) + 1
-    line = f'{dataset.list_path}: {len(dataset)} images, labels 0 to {used - 1}'
-    return line if used == num_classes else f'{line}: {num_classes - used} of MODEL.NUM_CLASSES {num_classes} unused'
+    """A line on a data set: its list, images and classes, what always guessing the largest class would score, and
+    whether the network has more classes than the list.
+    """
+    used, counts = int(dataset.labels.max()) + 1, np.unique(dataset.labels, return_counts=True)[1]
+    line = (f'{dataset.list_path}: {len(dataset)} images, labels 0 to {used - 1}, {counts.max() / len(dataset):.1%} of '
+            'them in the largest class')
+    if used < num_classes:
+        line += f': {num_classes - used} of MODEL.NUM_CLASSES {num_classes} unused'
+    return f'{line}; 0 takes the number from the data' if 2 * used < num_classes else line
 
 
 def get_dataloader(config, dataset, is_train=True, rank=0, world_size=1):

@@ -141,9 +141,11 @@ class Metrics:
         return {'loss': self.loss, 'acc1': self.acc1, 'acc5': self.acc5, 'n': self.n,
                 'seconds': round(self.seconds, 3), 'images_per_second': round(self.n / self.seconds, 2)}
 
-    def __str__(self):
-        return (f'loss {self.loss:.4f} acc1 {self.acc1:.2f}% acc5 {self.acc5:.2f}% of {self.n} images in '
-                f'{self.seconds:.1f} s ({self.n / self.seconds:.1f} images/s)')
+    def describe(self, num_classes):
+        """What a log line says of them, for a network of so many classes: of five or fewer, acc5 would be 100 %."""
+        acc5 = f' acc5 {self.acc5:.2f}%' if num_classes > 5 else ''
+        return (f'loss {self.loss:.4f} acc1 {self.acc1:.2f}%{acc5} of {self.n} images in {self.seconds:.1f} s '
+                f'({self.n / self.seconds:.1f} images/s)')
 
 
 def batch_sums(logits, labels, loss):
@@ -234,12 +236,15 @@ def time_left(seconds, steps_done, steps_left, evaluation_seconds=0.0):
 
 
 def describe_part(part, metrics, training, data_share):
-    """What a log line says of a part of an epoch. data_share: of the time, what waiting for images took."""
+    """What a progress bar says of a part of an epoch, and what a log line adds to that.
+
+    data_share: of the time, what waiting for images took.
+    """
     schedule = training.schedule
     step = (part.epoch - 1) * schedule.steps_per_epoch + part.steps
     left = time_left(metrics.seconds, part.steps, schedule.total_steps - step, training.evaluation_seconds)
-    return (f'loss {metrics.loss:.4f} lr {schedule.lr(step - 1):.6g} {metrics.n / metrics.seconds:.1f} images/s '
-            f'data {data_share:.0%} ETA {left}')
+    return (f'loss {metrics.loss:.4f} {metrics.n / metrics.seconds:.1f} images/s ETA {left}',
+            f' lr {schedule.lr(step - 1):.6g} data {data_share:.0%}')
 
 
 def windows(batches, size):
@@ -296,7 +301,7 @@ def train_one_epoch(training, loader, part, report_freq=50, should_stop=lambda: 
                 agreed, seconds = part.steps, metrics.seconds
             if is_line:
                 share = (loader.waited - waited) / (time.perf_counter() - began)
-                progress.show(describe_part(part, metrics, training, share))
+                progress.show(*describe_part(part, metrics, training, share))
             after_step(part, stopping)
     progress.close()
     average_statistics(training)

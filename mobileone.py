@@ -366,6 +366,23 @@ class MobileOne(nn.Layer):
             self.stages.append(nn.Sequential(*layers))
         self.avg_pool = nn.AdaptiveAvgPool2D(1)
         self.fc = nn.Linear(in_channels, num_classes)
+        self.is_frozen = False
+
+    def freeze_backbone(self):
+        """Let training change the classifier alone: the rest has no gradient and stays in evaluation mode."""
+        self.is_frozen = True
+        for parameter in self.stages.parameters():
+            parameter.stop_gradient = True
+        self._keep_frozen()
+
+    def train(self):
+        super().train()
+        self._keep_frozen()
+
+    def _keep_frozen(self):
+        if self.is_frozen:
+            for layer in self.stages.sublayers(include_self=True):
+                layer.training = False
 
     def forward_features(self, x):
         """[N, in_channels, H, W] images -> the maps of the stem and the four stages, a list.
@@ -387,9 +404,12 @@ class MobileOne(nn.Layer):
 def build_mobileone(config):
     """The network that a config describes (MODEL.*, and DATA.IMAGE_CHANNELS), with random weights.
 
-    Raises: UserError for an unknown MODEL.TYPE, or lists that do not describe a network.
+    Raises: UserError for an unknown MODEL.TYPE, a MODEL.NUM_CLASSES of 0, or lists that do not describe a network.
     """
     model = config.MODEL
+    if not model.NUM_CLASSES:
+        raise UserError('MODEL.NUM_CLASSES is 0, which a training replaces by the number in its data, and what reads '
+                        'weights by theirs; for anything else give the number, with -opts MODEL.NUM_CLASSES N')
     if model.TYPE.lower() != 'mobileone':
         raise UserError(f'MODEL.TYPE is {model.TYPE!r}, but must be MobileOne')
     return MobileOne(num_blocks=model.NUM_BLOCKS, num_branches=model.NUM_BRANCHES, channels=model.CHANNELS,

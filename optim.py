@@ -34,7 +34,11 @@ class Schedule:
         scale = total_batch / train.LINEAR_SCALED_LR if train.LINEAR_SCALED_LR else 1.0
         self.steps_per_epoch, self.total_batch = steps_per_epoch, total_batch
         self.total_steps = train.NUM_EPOCHS * steps_per_epoch
-        self.warmup_steps = train.WARMUP_EPOCHS * steps_per_epoch
+        warmup_epochs = min(train.WARMUP_EPOCHS, train.NUM_EPOCHS - 1)
+        self.warmup_steps = warmup_epochs * steps_per_epoch
+        self.warmup = f'{warmup_epochs} epochs of warm-up'
+        if warmup_epochs < train.WARMUP_EPOCHS:
+            self.warmup += f' (not TRAIN.WARMUP_EPOCHS {train.WARMUP_EPOCHS}: TRAIN.NUM_EPOCHS is {train.NUM_EPOCHS})'
         self.base, self.start, self.end = (scale * lr for lr in (train.BASE_LR, train.WARMUP_START_LR, train.END_LR))
         self.decay = train.WEIGHT_DECAY
         self.end_decay = train.END_WEIGHT_DECAY if train.END_WEIGHT_DECAY >= 0 else train.WEIGHT_DECAY
@@ -42,8 +46,8 @@ class Schedule:
 
     def __str__(self):
         return (f'{self.total_steps} steps of {self.total_batch} images, {self.steps_per_epoch} per epoch; learning '
-                f'rate up to {self.base:g}, weight decay {self.decay:g} to {self.end_decay:g}, EMA decay up to '
-                f'{self.max_ema_decay:g}')
+                f'rate up to {self.base:g} after {self.warmup}, weight decay {self.decay:g} to {self.end_decay:g}, EMA '
+                f'decay up to {self.max_ema_decay:g}')
 
     def lr(self, step):
         return warmup_cosine(step, self.total_steps, self.warmup_steps, self.base, self.start, self.end)
@@ -148,7 +152,7 @@ def load_optimizer_state(optimizer, model, state, path):
                        {ours: f'{list(array.shape)} {array.dtype}' for ours, array in state.items()})
     if problems:
         raise UserError(f'{path}: its optimizer is another one: {first_few(problems)}; resume with the '
-                        'TRAIN.OPTIMIZER and the network of that run')
+                        'TRAIN.OPTIMIZER, the TRAIN.FREEZE and the network of that run')
     optimizer.set_state_dict({paddles: state[ours] for ours, paddles, _ in states})
 
 
@@ -163,10 +167,14 @@ class ModelEma:
         self.network.eval()
         for parameter in self.network.parameters():
             parameter.stop_gradient = True
-        # the tensors themselves, which loading and training change in place: collected once, not at each step
+        # the tensors themselves, which loading and training change in place: collected once, not at each step. Frozen
+        # layers are left out: the average of one value may differ from it in the last bit
         own = model.state_dict()
-        self.averages, self.tensors = zip(*((average, own[name]) for name, average in
-                                            self.network.state_dict().items()))
+        training = {id(tensor) for layer in model.sublayers(include_self=True)
+                    if any(not tensor.stop_gradient for tensor in layer.parameters(include_sublayers=False))
+                    for tensor in layer.parameters(include_sublayers=False)}
+        self.averages, self.tensors = zip(*((average, own[name]) for name, average in self.network.state_dict().items()
+                                            if id(own[name]) in training))
 
     def update(self, decay):
         """average = decay * average + (1 - decay) * model, in place, in one operator and its learning rate."""

@@ -17,8 +17,8 @@ from yacs.config import CfgNode
 
 import engine
 import optim
-from config import UNRELATED, get_config, get_teacher_config, resolve_config, with_values
-from datasets import describe_curriculum, describe_dataset, get_dataloader, get_dataset, get_stage
+from config import UNRELATED, changes, get_config, get_teacher_config, resolve_config, with_values
+from datasets import count_classes, describe_curriculum, describe_dataset, get_dataloader, get_dataset, get_stage
 from images import describe_backend
 from losses import DistillationLoss, LabelSmoothingCrossEntropyLoss, SoftTargetCrossEntropyLoss
 from mixup import build_mixup
@@ -39,7 +39,7 @@ from utils import (
     setup_logger,
     world_size,
 )
-from weights import is_fused, load_into, load_model
+from weights import load_into, load_model, load_start, with_classes_of
 
 
 def build_loader(config, is_train, epoch=1):
@@ -76,6 +76,9 @@ def build_training(config, model, loader):
             raise UserError('MODEL.SYNC_BN is True, but PaddlePaddle synchronises batch norms on GPUs only: leave it '
                             'out')
         model = paddle.nn.SyncBatchNorm.convert_sync_batchnorm(model)
+    if config.TRAIN.FREEZE.lower() == 'backbone':
+        model.freeze_backbone()
+        LOG.info('TRAIN.FREEZE backbone: the classifier alone trains')
     ema = optim.ModelEma(model) if config.TRAIN.MODEL_EMA else None
     network = paddle.DataParallel(model) if world_size() > 1 else model
     optimizer = optim.build_optimizer(config, model)
@@ -83,6 +86,8 @@ def build_training(config, model, loader):
     schedule = optim.build_schedule(config, loader.batch_sampler)
     LOG.info(f'processes {world_size()} x DATA.BATCH_SIZE {config.DATA.BATCH_SIZE} x TRAIN.ACCUM_ITER '
              f'{config.TRAIN.ACCUM_ITER}: {schedule}')
+    if dropped := loader.batch_sampler.describe_dropped():
+        LOG.info(dropped)
     mixup = build_mixup(config)
     return engine.Training(model, network, build_criterion(config, bool(mixup)), optimizer, schedule, ema,
                            build_normalize(config), build_erase(config.TRAIN), mixup, engine.Precision(config),
@@ -96,6 +101,8 @@ class Run:
     training: engine.Training
     # epochs that are done
     done: int = 0
+    # whether weights are fine-tuned: the evaluation of the start says what training adds to it
+    is_fine_tuning: bool = False
     # what is done of the epoch after them
     part: Optional[engine.EpochPart] = None
     # the optimizer's state in the checkpoint that was resumed: before the first step PaddlePaddle 2.6.2 does not say it
@@ -110,6 +117,9 @@ class Run:
     def train(self, train_loader, val_loader):
         """Train, evaluate and save the epochs that are not done. Ends the program when it is asked to stop."""
         config = self.config
+        if self.is_fine_tuning:
+            metrics = self.evaluate([('raw', self.training.model)], val_loader)['raw']
+            write_record(config, None, 0, 'val', 'raw', metrics)
         stage = get_stage(config, 1)  # that of the loader
         for epoch in range(self.done + 1, config.TRAIN.NUM_EPOCHS + 1):
             if stage != get_stage(config, epoch):
@@ -143,7 +153,7 @@ class Run:
         try:
             yield
         except StoppedWaiting:
-            if world_size() == 1 and self.part.steps and self.part is not self.saved_part:
+            if world_size() == 1 and self.part and self.part.steps and self.part is not self.saved_part:
                 self.save()
             self.end()
         except RuntimeError:
@@ -161,6 +171,13 @@ class Run:
         if stopping:
             self.end()
 
+    def evaluate(self, networks, loader):
+        """{name: Metrics} of networks: [(name, network)]. Ends the program when it is asked to stop."""
+        training = self.training
+        with self.answering(loader):
+            return engine.evaluate(networks, loader, training.normalize, self.config.REPORT_FREQ,
+                                   training.precision.auto_cast, lambda: self.should_stop() and self.end())
+
     def validate(self, loader, epoch):
         """Evaluate and log the raw weights and their average, which decides whether the epoch is the best so far.
 
@@ -169,9 +186,7 @@ class Run:
         config, training = self.config, self.training
         self.save()
         networks = [('raw', training.model)] + ([('ema', training.ema.network)] if training.ema else [])
-        with self.answering(loader):
-            results = engine.evaluate(networks, loader, training.normalize, config.REPORT_FREQ,
-                                      training.precision.auto_cast, lambda: self.should_stop() and self.end())
+        results = self.evaluate(networks, loader)
         for name, metrics in results.items():
             write_record(config, training.schedule, epoch, 'val', name, metrics)
         metrics = results[networks[-1][0]]
@@ -183,8 +198,11 @@ class Run:
 
     def end(self):
         """End the program, as it was asked to."""
-        LOG.info(f'stopped by {self.stop.name or "a signal to another process"}; -resume auto goes on from '
-                 f'{self.last_checkpoint or "the start"}')
+        saved, does = 'nothing is saved yet', 'starts afresh'
+        if self.last_checkpoint:
+            saved, does = f'{self.last_checkpoint} is saved', 'goes on from there'
+        LOG.info(f'stopped by {self.stop.name or "a signal to another process"}; {saved}: the same command with '
+                 f'-output {self.config.SAVE} -resume auto {does}')
         sys.exit(STOPPED)
 
     def save(self):
@@ -235,7 +253,7 @@ def write_record(config, schedule, epoch, split, weights, metrics):
         'epoch': epoch, 'step': step, 'split': split, 'weights': weights, **metrics.record(),
         'lr': schedule and schedule.lr(step - 1), 'weight_decay': schedule and schedule.weight_decay(step - 1),
         'image_size': size})
-    LOG.info(f'epoch {epoch} {split} {weights}: {metrics}')
+    LOG.info(f'epoch {epoch} {split} {weights}: {metrics.describe(config.MODEL.NUM_CLASSES)}')
 
 
 def is_validated(config, epoch):
@@ -246,13 +264,9 @@ def is_validated(config, epoch):
 def start_run(config, loader):
     """A new Run, its weights random or MODEL.PRETRAINED's."""
     path = config.MODEL.PRETRAINED
-    if path:
-        model, _ = load_model(config, path, allow_other_classifier=True)
-        if is_fused(model.state_dict()):
-            raise UserError(f'{path}: holds fused weights, which cannot be trained; give the unfused ones')
-    else:
-        model = build_mobileone(config)
-    return Run(config, build_training(config, model, loader), config.TRAIN.LAST_EPOCH)
+    model, has_new_classifier = load_start(config, path) if path else (build_mobileone(config), False)
+    return Run(config, build_training(config, model, loader), config.TRAIN.LAST_EPOCH,
+               has_new_classifier or config.TRAIN.FREEZE.lower() != 'none')
 
 
 def resume_run(config, loader, path, state):
@@ -288,13 +302,13 @@ def resume_run(config, loader, path, state):
         if then != now:
             LOG.info(f'the checkpoint counts {then} {name}, this run {now}: it goes on after epoch {epoch}, but not '
                      'bitwise as it would have')
-    return Run(config, training, epoch, part, state['optimizer'], state['best'], f'{path} ({when})')
+    return Run(config, training, epoch, False, part, state['optimizer'], state['best'], f'{path} ({when})')
 
 
 def save_config(config):
     """Write the config of a run to its folder; an evaluation in the folder of a training does not replace that one's.
 
-    The names of a training's classes come with it, for predictions. Says in which keys the run differs from the one
+    The names of the classes come with it, for predictions. Says in which keys the run differs from the one
     that it goes on with.
     """
     path = os.path.join(config.SAVE, 'config.yaml')
@@ -309,9 +323,9 @@ def save_config(config):
         except UserError as error:  # a key of an earlier version, for example
             LOG.info(f'not compared with this run: {error}')
     files.write_text(path, saved.dump(default_flow_style=None))
-    names = os.path.join(config.DATA.DATA_PATH, 'class_names.txt')
-    if os.path.isfile(names) and not config.EVAL:
-        files.replace(os.path.join(config.SAVE, 'class_names.txt'), lambda partial: shutil.copyfile(names, partial))
+    names, copy = (os.path.join(folder, 'class_names.txt') for folder in (config.DATA.DATA_PATH, config.SAVE))
+    if os.path.isfile(names) and not (config.EVAL and os.path.exists(copy)):
+        files.replace(copy, lambda partial: shutil.copyfile(names, partial))
 
 
 def take_over(config, resumed):
@@ -381,14 +395,27 @@ def weight_files(config):
     return {key: path for key, path in paths.items() if path}
 
 
+def with_num_classes(config):
+    """(A config with a number in place of a MODEL.NUM_CLASSES of 0, the file that has it; '' where the config has it).
+
+    With EVAL it is that of the weights, else that of the data set. Raises: UserError for a file that cannot be read.
+    """
+    if config.MODEL.NUM_CLASSES:
+        return config, ''
+    if config.EVAL:
+        return with_classes_of(config, config.MODEL.PRETRAINED), config.MODEL.PRETRAINED
+    number, path = count_classes(config.DATA.DATA_PATH)
+    return with_values(config, {'MODEL.NUM_CLASSES': number}), path
+
+
 def run(config):
     """Train, or with EVAL evaluate, as the config says, on the current device, in this process or its process group.
 
     Makes the run's folder (SAVE) with config.yaml, log.txt, log.jsonl and, in training, checkpoints.
     Raises: UserError for what the user can fix; OSError for a folder that cannot be written.
     """
-    config = resolve_config(config)
-    # the lists are read first: a wrong path leaves no folder behind
+    # the data and weights are read first: a wrong path leaves no folder behind
+    config, source = with_num_classes(resolve_config(config))
     loaders = [build_loader(config, is_train) for is_train in ([False] if config.EVAL else [True, False])]
     for key, path in weight_files(config).items():
         checkpoint.check_exists(path, key)
@@ -401,13 +428,16 @@ def run(config):
     with contextlib.ExitStack() as stack:
         if not config.EVAL:
             from_main(lambda: stack.enter_context(folder.locked(config.SAVE)))
-        _run_in_folder(config, loaders)
+        _run_in_folder(config, loaders, source)
 
 
-def _run_in_folder(config, loaders):
+def _run_in_folder(config, loaders, source):
+    """source: the file that MODEL.NUM_CLASSES is from, if it is from one."""
     LOG.info(f'PaddlePaddle {paddle.__version__} on {paddle.device.get_device()}, processes: {world_size()}, data '
-             f'workers per process: {loaders[0].num_workers}, folder {config.SAVE}, config:\n'
-             f'{config.dump(default_flow_style=None).rstrip()}')
+             f'workers per process: {loaders[0].num_workers}, folder {config.SAVE}; its config.yaml has all keys, '
+             'these are not as by default:' + ''.join(f'\n  {key} {value}' for key, value in changes(config).items()))
+    if source:
+        LOG.info(f'MODEL.NUM_CLASSES {config.MODEL.NUM_CLASSES}: as in {source}')
     for loader in loaders:
         LOG.info(describe_dataset(loader.dataset, config.MODEL.NUM_CLASSES))
     if not config.EVAL:

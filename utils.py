@@ -215,7 +215,9 @@ class Progress:
         self.steps = steps
         self.every = every
         self.done = done
+        # the bar is as wide as the rest, which fits 80 columns, leaves it
         self.bar = tqdm(total=steps, initial=done, desc=name, leave=False, file=sys.stdout,
+                        bar_format='{desc} |{bar}| {n_fmt}/{total_fmt}{postfix}',
                         disable=rank() > 0 or not sys.stdout.isatty())
 
     def step(self):
@@ -224,11 +226,11 @@ class Progress:
         self.bar.update()
         return self.done % self.every == 0
 
-    def show(self, text):
+    def show(self, text, more=''):
+        """Show a text on the bar, or both in a log line; on a terminal log.txt alone takes that."""
         self.bar.set_postfix_str(text)
-        # on a terminal the bar shows it, and only log.txt takes the line
         LOG.log(logging.INFO if self.bar.disable else logging.DEBUG,
-                f'{self.name} step {self.done}/{self.steps} {text}')
+                f'{self.name} step {self.done}/{self.steps} {text}{more}')
 
     def close(self):
         self.bar.close()

@@ -11,26 +11,54 @@ from utils import LOG, UserError, first_few, misfits
 CLASSIFIER = ('fc.weight', 'fc.bias')
 
 
-def load_model(config, path, allow_other_classifier=False, raw=False):
+def load_model(config, path, raw=False):
     """The network of a config with the weights in a file: the fused network if they are those of one.
 
-    With MODEL.DEPLOY, unfused weights are fused after they are loaded. Nothing of the file is executed.
-    allow_other_classifier: a classifier of another size stays random; raw: as in `load_weights`.
+    With MODEL.DEPLOY, unfused weights are fused after they are loaded; MODEL.NUM_CLASSES 0 is as many as the weights
+    have. Nothing of the file is executed.
+    raw: as in `load_weights`.
     Returns: (model, whether the weights are a checkpoint's EMA).
     Raises: UserError for a file that cannot be read, and for tensors that do not fit.
     """
+    config = with_classes_of(config, path)
     weights, is_ema = load_weights(path, raw)
     fused = is_fused(weights)
     model = build_network(config, fused)
-    left_out = load_into(model, weights, path, allow_other_classifier)
+    load_into(model, weights, path)
     LOG.info(f'loaded {"EMA " if is_ema else ""}weights ({"fused" if fused else "unfused"}) from {path}')
-    if left_out:
-        LOG.info(f'left out {", ".join(left_out)}, made for {weights[left_out[-1]].shape[-1]} classes, not '
-                 f'{config.MODEL.NUM_CLASSES}: the classifier starts from random weights')
     if config.MODEL.DEPLOY and not fused:
         model = model_convert(model)
         LOG.info('fused the branches')
     return model, is_ema
+
+
+def load_start(config, path):
+    """The network to train from the weights in a file; a classifier of another size starts from random weights.
+
+    Returns: (model, whether it does).
+    Raises: UserError as `load_model`, and for fused weights.
+    """
+    weights, is_ema = load_weights(path)
+    if is_fused(weights):
+        raise UserError(f'{path}: holds fused weights, which cannot be trained; give the unfused ones')
+    model = build_mobileone(config)
+    left_out = load_into(model, weights, path, allow_other_classifier=True)
+    LOG.info(f'loaded {"EMA " if is_ema else ""}weights from {path}')
+    if left_out:
+        LOG.info(f'left out {", ".join(left_out)}, made for {weights[left_out[-1]].shape[-1]} classes, not '
+                 f'{config.MODEL.NUM_CLASSES}: the classifier starts from random weights')
+    return model, bool(left_out)
+
+
+def with_classes_of(config, path):
+    """A config whose MODEL.NUM_CLASSES, if it is 0, is the number of classes of the weights in a file.
+
+    Raises: UserError for a file that cannot be read.
+    """
+    if config.MODEL.NUM_CLASSES:
+        return config
+    bias = load_weights(path)[0].get('fc.bias')
+    return config if bias is None else with_values(config, {'MODEL.NUM_CLASSES': bias.size})
 
 
 def load_weights(path, raw=False):

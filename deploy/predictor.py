@@ -263,7 +263,8 @@ def _load_paddle(path, config, threads, fused=True):
         os.environ['OMP_NUM_THREADS'] = str(threads)
     import paddle
 
-    from weights import load_model
+    from weights import load_model, with_classes_of
+    config = with_classes_of(config, path)
     if threads:
         paddle.base.core.set_num_threads(threads)
     state = paddle.get_rng_state()

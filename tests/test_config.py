@@ -7,7 +7,18 @@ import pytest
 import yaml
 from conftest import ROOT, variant_config
 
-from config import KEYS, UNRELATED, get_config, get_parser, resolve_config, stage_widths, update_config, with_values
+from config import (
+    KEYS,
+    UNRELATED,
+    changes,
+    get_config,
+    get_parser,
+    get_teacher_config,
+    resolve_config,
+    stage_widths,
+    update_config,
+    with_values,
+)
 from utils import UserError
 
 
@@ -159,7 +170,9 @@ def test_flags_of_zero_count(tmp_path):
     ('MODEL.DEPLOY True', 'add -eval'),
     ('EVAL True', '-pretrained'),
     ('TRAIN.LAST_EPOCH 300', 'TRAIN.LAST_EPOCH is 300'),
-    ('TRAIN.WARMUP_EPOCHS 300', 'TRAIN.WARMUP_EPOCHS is 300'),
+    ('TRAIN.FREEZE all', "TRAIN.FREEZE is 'all', but must be one of none, backbone"),
+    ('TRAIN.FREEZE backbone', "TRAIN.FREEZE is 'backbone', but there are no weights to keep: give them with -pretr"),
+    ('TRAIN.FREEZE backbone MODEL.RESUME auto SAVE x', 'there are no weights to keep'),
     ('TRAIN.OPTIMIZER.NAME Adam', 'SGD, AdamW'),
     ('TRAIN.OPTIMIZER.NESTEROV True TRAIN.OPTIMIZER.MOMENTUM 0', 'NESTEROV'),
     ('TRAIN.OPTIMIZER.BETAS [1.0,0.9]', 'TRAIN.OPTIMIZER.BETAS'),
@@ -199,6 +212,35 @@ def test_flags_of_zero_count(tmp_path):
 def test_values_that_cannot_run(options, message):
     with pytest.raises(UserError, match=message):
         resolve_config(parse('-opts', *options.split()))
+
+
+@pytest.mark.parametrize('flag, meant', [
+    ('-epochs', '-opts TRAIN.NUM_EPOCHS VALUE'), ('--epoch', '-opts TRAIN.NUM_EPOCHS VALUE'),
+    ('-batchsize', '-batch_size'), ('--batch_size=16', '-batch_size'), ('-lr', '-opts TRAIN.BASE_LR VALUE'),
+    ('-num_class', '-opts MODEL.NUM_CLASSES VALUE'), ('-workers', '-opts DATA.NUM_WORKERS VALUE'),
+    ('-output_dir', '-output'), ('-config', '-cfg'), ('-bs', ''), ('-zzz', ''), ('stray', ''), ('-', ''),
+])
+def test_misspelt_flags_get_a_suggestion(flag, meant, capsys):
+    with pytest.raises(SystemExit):
+        parse(flag, '3')
+    said = f'; did you mean {meant}?' if meant else ''
+    assert capsys.readouterr().err.endswith(f'unrecognized arguments: {flag} 3{said} (-h explains)\n')
+
+
+def test_a_teacher_without_a_number_of_classes_has_the_students():
+    config = parse('-opts', 'MODEL.NUM_CLASSES', '7', 'TRAIN.DISTILLATION.TYPE', 'soft',
+                   'TRAIN.DISTILLATION.TEACHER_WEIGHTS', 'w.pdparams', 'TRAIN.DISTILLATION.TEACHER_CFG',
+                   str(ROOT / 'configs/finetune.yaml'))
+    assert get_teacher_config(config).MODEL.NUM_CLASSES == 7
+
+
+def test_changes_are_what_differs_from_the_defaults():
+    assert changes(get_config()) == {}
+    config = resolve_config(parse('-cfg', str(ROOT / 'configs/finetune.yaml'), '-opts', 'DATA.CROP_PCT', '0.875'))
+    found = changes(config)
+    assert found['MODEL.NUM_CLASSES'] == 0 and found['DATA.CROP_SCALE'] == [0.35, 1.0]
+    assert not {'BASE', 'DATA.CROP_PCT', 'DATA.BATCH_SIZE'} & set(found)
+    assert with_values(get_config(), found) == config
 
 
 def numbers():

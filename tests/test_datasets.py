@@ -10,7 +10,16 @@ from conftest import write_images
 
 import datasets
 import images
-from datasets import EvalSampler, TrainSampler, describe_dataset, get_dataloader, get_dataset, parse_line, read_list
+from datasets import (
+    EvalSampler,
+    TrainSampler,
+    count_classes,
+    describe_dataset,
+    get_dataloader,
+    get_dataset,
+    parse_line,
+    read_list,
+)
 from utils import UserError
 
 
@@ -256,5 +265,33 @@ def test_config_reaches_the_images(config, fashion):
 
 def test_more_classes_than_labels_are_said(config, fashion):
     config.DATA.DATA_PATH = str(fashion)
-    assert describe_dataset(get_dataset(config), 10).endswith('train_list.txt: 60 images, labels 0 to 9')
-    assert describe_dataset(get_dataset(config), 1000).endswith('labels 0 to 9: 990 of MODEL.NUM_CLASSES 1000 unused')
+    line = describe_dataset(get_dataset(config), 10)
+    assert line.endswith('train_list.txt: 60 images, labels 0 to 9, 16.7% of them in the largest class')
+    assert describe_dataset(get_dataset(config), 12) == f'{line}: 2 of MODEL.NUM_CLASSES 12 unused'
+    assert describe_dataset(get_dataset(config), 1000) == (
+        f'{line}: 990 of MODEL.NUM_CLASSES 1000 unused; 0 takes the number from the data')
+
+
+def test_the_number_of_classes_is_that_of_the_data(config, tmp_path):
+    config.DATA.DATA_PATH, config.MODEL.NUM_CLASSES = str(tmp_path), 0
+    with pytest.raises(UserError, match='train_list.txt: cannot read the list'):
+        count_classes(str(tmp_path))
+    (tmp_path / 'train_list.txt').write_text('a.jpg 0\nb.jpg 1\n')
+    (tmp_path / 'val_list.txt').write_text('c.jpg 2\n')
+    assert count_classes(str(tmp_path)) == (3, str(tmp_path / 'val_list.txt'))
+    assert get_dataset(config).labels.tolist() == [0, 1]
+    (tmp_path / 'class_names.txt').write_bytes(b'\xef\xbb\xbfcat\r\ndog\r\nowl\r\nelk\r\n\r\n')
+    assert count_classes(str(tmp_path)) == (4, str(tmp_path / 'class_names.txt'))
+    (tmp_path / 'class_names.txt').write_text('cat\ndog\n')
+    with pytest.raises(UserError, match='val_list.txt:1: label 2 is outside MODEL.NUM_CLASSES 2'):
+        get_dataset(config, False)
+
+
+@pytest.mark.parametrize('length, batch, said', [
+    (60, 16, '12 of 60 training images, others in each epoch, are left out: they do not fill a batch of 16'),
+    (60, 15, ''), (7, 16, ''),
+])
+def test_images_that_an_epoch_leaves_out_are_said(length, batch, said):
+    sampler = TrainSampler(length, batch, seed=0)
+    assert sampler.describe_dropped() == said
+    assert sum(map(len, sampler)) == length - int(said.split()[0] if said else 0)

@@ -56,6 +56,22 @@ def test_a_run_of_two_processes(trained):
     assert checkpoint.load(str(folder / 'latest.pdparams'))['world_size'] == 2
 
 
+def test_two_processes_tune_the_classifier_alone(trained, fashion, tmp_path):
+    """Their first evaluation is that of the start, and a run that goes on does not repeat it."""
+    folder, flags = tmp_path / 'run', ['-pretrained', trained[0] / 'best.pdparams', '-output', tmp_path / 'run']
+    for epochs, extra in (('1', []), ('2', ['-resume', 'auto'])):
+        process = run(MAIN, '-nproc', '2', *flags, *extra, *options(
+            fashion, 'DATA.BATCH_SIZE', '8', 'TRAIN.FREEZE', 'backbone', 'TRAIN.NUM_EPOCHS', epochs))
+        assert 'weight decay on 1 tensors (80 parameters), none on 1 tensors (10 parameters)' in process.stdout
+    assert [row['epoch'] for row in records(folder)] == [0, 1, 1, 1, 2, 2, 2]
+    start = checkpoint.load(str(trained[0] / 'best.pdparams'))['model_ema']
+    state = checkpoint.load(str(folder / 'latest.pdparams'))
+    assert state['epoch'] == 2 and list(state['optimizer']) == ['fc.weight.velocity', 'fc.bias.velocity']
+    for part in ('model', 'model_ema'):
+        changed = [name for name, value in state[part].items() if value.tobytes() != start[name].tobytes()]
+        assert changed == ['fc.weight', 'fc.bias']
+
+
 def test_two_processes_resume_bitwise(trained, fashion, tmp_path):
     folder, _ = trained
     again = tmp_path / 'again'
@@ -314,7 +330,7 @@ def test_scripts(trained, fashion, tmp_path):
     shutil.copytree(trained[0], folder)
     variables = {'DATA_PATH': fashion, 'OUTPUT': folder, 'BATCH_SIZE': '8', 'CFG': 'configs/mobileone_s4.yaml'}
     out = script('run_train_multi.sh', *narrow, 'TRAIN.NUM_EPOCHS', '5', **variables)
-    assert 'resumed' in out and 'after epoch 4' in out and 'NAME: mobileone_s4' in out
+    assert 'resumed' in out and 'after epoch 4' in out and '\n  MODEL.NAME mobileone_s4\n' in out
     assert 'processes: 2, data workers per process: 1, folder' in out
     assert [row['epoch'] for row in records(folder)] == [epoch for epoch in range(1, 6) for _ in range(3)]
 
@@ -384,7 +400,7 @@ def test_a_script_that_is_ended_ends_python(fashion, tmp_path):
     assert len(command_lines(tmp_path)) >= 3  # main_multi_gpu.py in the shell's place, and two ranks
     process.send_signal(signal.SIGUSR1)
     assert process.wait(60) == STOPPED
-    assert 'stopped by SIGTERM; -resume auto goes on' in (tmp_path / 'run/log.txt').read_text()
+    assert f'stopped by SIGTERM; {tmp_path}/run/latest.pdparams (' in (tmp_path / 'run/log.txt').read_text()
     deadline = time.monotonic() + 30
     while command_lines(tmp_path) and time.monotonic() < deadline:
         time.sleep(0.2)

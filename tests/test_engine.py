@@ -1,7 +1,11 @@
 """Metrics, the training step and the evaluation, in one process."""
 import contextlib
+import fcntl
 import multiprocessing
+import os
 import re
+import struct
+import termios
 from types import SimpleNamespace
 
 import numpy as np
@@ -18,7 +22,7 @@ from optim import Schedule, build_schedule
 from run import build_training
 from tools.benchmark.launches import count_launches
 from transforms import Normalize
-from utils import UserError
+from utils import Progress, UserError
 from weights import load_into
 
 
@@ -393,3 +397,27 @@ def test_ranks_agree_every_five_seconds(config, loaders, monkeypatch, seconds, s
     engine.train_one_epoch(training, loader, engine.EpochPart.none(2), 100, lambda: now[0] > 15 * seconds,
                            lambda part, stopping: stopped.append((part.steps, stopping)))
     assert [step for step, stopping in stopped if stopping] == list(range(4, 13))
+
+
+def test_top_5_of_five_classes_says_nothing():
+    metrics = engine.Metrics(1.0, 50.0, 100.0, 20, 2.0)
+    assert metrics.describe(5) == 'loss 1.0000 acc1 50.00% of 20 images in 2.0 s (10.0 images/s)'
+    assert metrics.describe(6) == 'loss 1.0000 acc1 50.00% acc5 100.00% of 20 images in 2.0 s (10.0 images/s)'
+
+
+def test_the_bar_of_a_long_training_fits_80_columns(config, monkeypatch):
+    config.TRAIN.NUM_EPOCHS = 300
+    training = SimpleNamespace(schedule=Schedule(config, 5004, 256), evaluation_seconds=0.0)
+    part = engine.EpochPart(150, 5004, None, 0, 0.0)
+    text, _ = engine.describe_part(part, engine.Metrics(6.9078, 0, 0, 1281024, 1000.0), training, 0.05)
+    outer, inner = os.openpty()
+    fcntl.ioctl(inner, termios.TIOCSWINSZ, struct.pack('HHHH', 25, 80, 0, 0))
+    with os.fdopen(inner, 'w') as screen:
+        monkeypatch.setattr('sys.stdout', screen)
+        progress = Progress('epoch 150/300', 5004, 50, done=5003)
+        progress.step()
+        progress.show(text)
+        shown = os.read(outer, 4096).decode().split('\r')[-1]
+    os.close(outer)
+    assert re.fullmatch(r'epoch 150/300 \|.+\| 5004/5004, loss 6.9078 1281.0 images/s ETA 1 day, 17:40:00', shown)
+    assert len(shown) <= 80

@@ -102,7 +102,8 @@ def test_asked_to_stop(whole, tmp_path, fault, number, where):
     process = run(FAULTS, fault, number, MAIN, *args, status=STOPPED, env=PATHS)
     name = 'SIGINT' if fault == 'interrupt' else 'SIGTERM'
     latest = tmp_path / 'run/latest.pdparams'
-    assert f'stopped by {name}; -resume auto goes on from {latest} ({where})' in process.stdout
+    assert process.stdout.endswith(f'stopped by {name}; {latest} ({where}) is saved: the same command with -output '
+                                   f'{tmp_path}/run -resume auto goes on from there\n')
     assert process.stderr == 'asked to stop: a checkpoint comes first; Ctrl-C again stops at once\n'
     out = run(MAIN, *args).stdout
     done, step = (int(word) for word in where.replace(',', '').split()[1::2])
@@ -116,7 +117,7 @@ def test_signals_before_a_machine_is_taken_away(whole, tmp_path, name):
     """SLURM's --signal, a closed terminal, a limit of the processor's time."""
     _, opts = whole
     process = run(FAULTS, name, 3, MAIN, '-output', tmp_path / 'run', *opts, status=STOPPED, env=PATHS)
-    assert f'stopped by {name}; -resume auto goes on from' in process.stdout
+    assert f'stopped by {name}; {tmp_path}/run/latest.pdparams (epoch 1, step 3) is saved' in process.stdout
     assert checkpoint.load_training(str(tmp_path / 'run/latest.pdparams'))['step'] == 3
 
 
@@ -332,7 +333,7 @@ def test_one_of_two_processes_is_asked_to_stop(whole_of_two, tmp_path):
     folder, opts = whole_of_two
     args = ['-output', tmp_path / 'run', '-resume', 'auto', *opts]
     out = run(*FAULTY_TWO, 'terminate', 8, TWO[0], *args, status=STOPPED, env=PATHS).stdout
-    assert 'stopped by a signal to another process; -resume auto goes on' in out
+    assert f'stopped by a signal to another process; {tmp_path}/run/latest.pdparams (' in out
     # at the next log line, or before it where steps are slow
     where = re.search(r'\(epoch 2, step ([34])\)', out.splitlines()[-1])
     out = run(*TWO, *args).stdout
@@ -377,7 +378,7 @@ def test_a_parent_and_its_processes_are_asked_to_stop(fashion, tmp_path, number)
     process.send_signal(number)
     out, error = process.communicate(timeout=30)
     assert process.returncode == STOPPED and time.monotonic() - began < 20
-    assert out.splitlines()[-1].endswith(')') and 'stopped by SIGTERM; -resume auto goes on from ' in out
+    assert f'stopped by SIGTERM; {tmp_path}/run/latest.pdparams (' in out.splitlines()[-1]
     assert error.splitlines() == ['asked to stop: a checkpoint comes first; Ctrl-C again stops at once']
     assert members(process) == []
 
@@ -386,7 +387,7 @@ def test_all_are_asked_to_stop_while_they_wait_for_one(fashion, tmp_path):
     """At the end of an evaluation, which that one leaves."""
     process = run(*FAULTY_TWO, 'terminate_all_in_evaluation', 4, TWO[0], '-output', tmp_path / 'run', *options(
         fashion, *RUN, *BOTH), status=STOPPED, env=PATHS)
-    assert 'stopped by SIGTERM; -resume auto goes on from ' in process.stdout
+    assert f'stopped by SIGTERM; {tmp_path}/run/latest.pdparams (' in process.stdout
     assert process.stderr == 'asked to stop: a checkpoint comes first; Ctrl-C again stops at once\n'
 
 
@@ -400,7 +401,7 @@ def test_slow_steps_do_not_delay_a_stop(fashion, tmp_path):
     process.terminate()
     out, _ = process.communicate(timeout=40)
     assert process.returncode == STOPPED and time.monotonic() - began < 20
-    assert 'stopped by SIGTERM; -resume auto goes on from ' in out and members(process) == []
+    assert f'stopped by SIGTERM; {tmp_path}/run/latest.pdparams (' in out and members(process) == []
 
 
 def test_the_launcher_is_asked_to_stop(fashion, tmp_path):
@@ -410,7 +411,7 @@ def test_the_launcher_is_asked_to_stop(fashion, tmp_path):
     wait_for_checkpoint(process, tmp_path / 'run')
     process.terminate()
     assert process.wait(timeout=40) == signal.SIGTERM and command_lines(tmp_path) == []
-    assert 'stopped by SIGTERM; -resume auto goes on' in (tmp_path / 'run/log.txt').read_text()
+    assert f'stopped by SIGTERM; {tmp_path}/run/latest.pdparams (' in (tmp_path / 'run/log.txt').read_text()
     assert checkpoint.load(str(tmp_path / 'run/latest.pdparams'))['progress']
 
 

@@ -60,7 +60,13 @@ def test_log(trained, fashion):
     decayed = [p for p in build_mobileone(config).parameters() if not p.stop_gradient and p.ndim > 1]
     assert any(f'weight decay on {len(decayed)} tensors ({sum(p.size for p in decayed):,} parameters)' in line
                for line in lines)
-    assert any(line.endswith('train_list.txt: 60 images, labels 0 to 9') for line in lines)
+    assert any(line.endswith('train_list.txt: 60 images, labels 0 to 9, 16.7% of them in the largest class')
+               for line in lines)
+    assert '  DATA.BATCH_SIZE 16' in lines and 'TRAIN.ACCUM_ITER 1:' in process.stdout
+    assert not any('WEIGHT_DECAY' in line for line in lines)  # is as by default
+    assert len(lines[:lines.index(next(line for line in lines if ' step 2/3 ' in line))]) < 35
+    assert any(line.endswith('12 of 60 training images, others in each epoch, are left out: they do not fill a batch '
+                             'of 16') for line in lines)
     steps = [line for line in lines if ' step ' in line and 'loss' in line]
     assert len(steps) == 8  # REPORT_FREQ 2: steps 2 and 3 of 3
     assert sum('evaluation step 2/3' in line for line in lines) == 2  # epochs; raw and EMA in one pass
@@ -117,7 +123,7 @@ def test_evaluation_of_checkpoints_fused_and_not(trained, fashion, tmp_path):
     assert 'top-1 accuracy' in out and 'latency, batch 1' in out and '35 val images' in out
     assert (tmp_path / 'class_names.txt').read_text() == (folder / 'class_names.txt').read_text()
     difference = float(out.split('largest logit difference ')[1].split()[0])
-    assert 0 < difference < 1e-4
+    assert 0 < difference < 1e-4 < 1e-3 < float(out.split(' of logits up to ')[1].split()[0])
     counts = [int(x.replace(',', '')) for x in
               next(line for line in out.splitlines() if line.startswith('parameters')).split()[1:]]
     config = get_config(str(folder / 'config.yaml'))
@@ -154,6 +160,7 @@ def test_raw_weights_are_evaluated_without_ema(fashion, tmp_path):
 
 
 def test_fine_tuning_with_other_classes(trained, fashion, tmp_path):
+    """Their number is that of the data. The first evaluation is that of the start, here of all others too."""
     folder, _ = trained
     data = tmp_path / 'data'
     shutil.copytree(fashion / 'train', data / 'train')
@@ -161,12 +168,25 @@ def test_fine_tuning_with_other_classes(trained, fashion, tmp_path):
         lines = (fashion / 'train_list.txt').read_text().splitlines()
         (data / f'{split}_list.txt').write_text('\n'.join(line for line in lines if int(line.split()[-1]) < 3))
     args = ['-pretrained', folder / 'best.pdparams', '-data_path', data, '-last_epoch', '1']
-    still = ['MODEL.NUM_CLASSES', '3', 'TRAIN.NUM_EPOCHS', '2', 'TRAIN.BASE_LR', '0', 'TRAIN.END_LR', '0']
+    still = ['MODEL.NUM_CLASSES', '0', 'TRAIN.NUM_EPOCHS', '2', 'TRAIN.BASE_LR', '0', 'TRAIN.END_LR', '0']
     out = run(MAIN, *args, '-output', tmp_path / 'tuned', *options(fashion, *still)[2:]).stdout
+    assert f'MODEL.NUM_CLASSES 3: as in {data}/train_list.txt\n' in out and '\n  MODEL.NUM_CLASSES 3\n' in out
     assert 'left out fc.weight, fc.bias, made for 10 classes, not 3' in out and 'unused' not in out
+    assert 'acc1' in out and 'acc5' not in out
     rows = records(tmp_path / 'tuned')
-    assert [row['epoch'] for row in rows] == [2, 2, 2]
+    assert [(row['epoch'], row['split'], row['weights']) for row in rows] == [
+        (0, 'val', 'raw'), (2, 'train', 'raw'), (2, 'val', 'raw'), (2, 'val', 'ema')]
     assert all(row['acc5'] == 100 for row in rows)  # top-3 of 3 classes
+    # evaluation takes the number from the weights, fusion too
+    weights = tmp_path / 'tuned/latest.pdparams'
+    out = run(MAIN, '-eval', '-pretrained', weights, '-data_path', data, '-output', tmp_path / 'eval',
+              *options(fashion, 'MODEL.NUM_CLASSES', '0')[2:]).stdout
+    assert f'MODEL.NUM_CLASSES 3: as in {weights}\n' in out
+    assert records(tmp_path / 'eval')[0]['loss'] == rows[-1]['loss']
+    assert get_config(str(tmp_path / 'eval/config.yaml')).MODEL.NUM_CLASSES == 3
+    out = run('-m', 'tools.fuse', '-pretrained', weights, '-data_path', data, *options(
+        fashion, 'MODEL.NUM_CLASSES', '0')[4:]).stdout
+    assert 'top-1 accuracy' in out and 'top-5' not in out
     tuned = checkpoint.load(str(tmp_path / 'tuned/latest.pdparams'))['model']
     start = checkpoint.load(str(folder / 'best.pdparams'))['model_ema']
     name = 'stages.1.0.dw_1x1.conv.weight'  # at a learning rate of 0 it stays as it was loaded, EMA first
@@ -238,7 +258,7 @@ def test_bars_on_a_terminal(fashion, tmp_path):
     os.close(outer)
     assert process.wait() == 0
     shown = shown.decode()
-    assert re.search(r'epoch 1/1: 100%\|.*3/3', shown) and re.search(r'evaluation: +\d+%\|', shown)
+    assert re.search(r'epoch 1/1 \|.+\| 3/3, loss ', shown) and re.search(r'evaluation \|.+\| 2/3, \d', shown)
     assert ' step 3/3 ' not in shown and ' step 3/3 ' in (tmp_path / 'run/log.txt').read_text()
 
 

@@ -169,6 +169,26 @@ def test_what_is_frozen_stays_frozen(config):
     assert all(tensor.stop_gradient for tensor in model_convert(model).parameters())
 
 
+def test_a_frozen_backbone_trains_its_classifier_alone(config):
+    """Its statistics stay, too, and its features are those of evaluation."""
+    model = build_mobileone(config)
+    randomise(model)
+    model.eval()
+    before, expected = {name: tensor.numpy() for name, tensor in model.state_dict().items()}, model(images(32)).numpy()
+    model.freeze_backbone()
+    model.train()
+    assert model.training and model.fc.training and not any(layer.training for layer in model.stages.sublayers(True))
+    assert [name for name, tensor in model.named_parameters() if not tensor.stop_gradient] == ['fc.weight', 'fc.bias']
+    outputs = model(images(32))
+    assert np.array_equal(outputs.numpy(), expected)
+    outputs.square().mean().backward()
+    assert model.fc.weight.grad is not None and all(p.grad is None for p in model.stages.parameters())
+    assert all(np.array_equal(tensor.numpy(), before[name]) for name, tensor in model.state_dict().items())
+    for other in (copy.deepcopy(model), model_convert(model)):
+        other.train()
+        assert np.allclose(other(images(32)).numpy(), expected, rtol=1e-3, atol=1e-4)
+
+
 def test_a_network_prepared_for_quantization_is_refused(config):
     from paddle.quantization import QAT, QuantConfig, imperative, quanters
     quanter = quanters.FakeQuanterWithAbsMaxObserver(moving_rate=0.9)

@@ -55,6 +55,18 @@ def test_schedule_scales_with_the_total_batch(config):
         assert Schedule(config, 7, total).ema_decay(10000) == pytest.approx(0.99 ** (total / 256), rel=1e-12)
 
 
+@pytest.mark.parametrize('epochs, warmup, said', [
+    (300, 5, 'after 5 epochs of warm-up, weight'), (1, 0, 'after 0 epochs of warm-up, weight'),
+    (3, 5, 'after 2 epochs of warm-up (not TRAIN.WARMUP_EPOCHS 5: TRAIN.NUM_EPOCHS is 3), weight'),
+    (1, 5, 'after 0 epochs of warm-up (not TRAIN.WARMUP_EPOCHS 5: TRAIN.NUM_EPOCHS is 1), weight'),
+])
+def test_the_warmup_leaves_an_epoch(config, epochs, warmup, said):
+    config.TRAIN.NUM_EPOCHS, config.TRAIN.WARMUP_EPOCHS = epochs, warmup
+    schedule = Schedule(config, 7, 256)
+    lrs = [schedule.lr(step) for step in range(7 * epochs)]
+    assert np.argmax(lrs) == 7 * min(warmup, epochs - 1) and said in str(schedule)
+
+
 def test_parameter_groups(config):
     model = build_mobileone(config)
     decayed, rest = parameter_groups(model)
@@ -161,6 +173,21 @@ def test_ema(config):
     assert any('_variance' in name for name in expected)
     for name, tensor in model.state_dict().items():
         np.testing.assert_array_equal(tensor.numpy(), own[name])
+
+
+def test_a_frozen_backbone_is_its_own_average(config):
+    model = build_mobileone(config)
+    model.freeze_backbone()
+    assert [group[0].shape for group in parameter_groups(model)] == [[8, 10], [10]]
+    ema, before = ModelEma(model), model.fc.weight.numpy()
+    for tensor in model.stages.parameters():
+        tensor.set_value(tensor / 3)
+    model.fc.weight.set_value(before + 1)
+    frozen = {name: tensor.numpy() for name, tensor in ema.network.stages.state_dict().items()}
+    ema.update(0.7)
+    np.testing.assert_allclose(ema.network.fc.weight.numpy(), before + 0.3, rtol=1e-5)
+    assert all(np.array_equal(tensor.numpy(), frozen[name]) for name, tensor in
+               ema.network.stages.state_dict().items())
 
 
 def test_ema_is_that_of_each_tensor_to_the_bit(config):

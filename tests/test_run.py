@@ -15,6 +15,7 @@ from mobileone import build_mobileone
 from run import Run, build_training, save_config
 from run import run as train
 from runtime import checkpoint
+from runtime.loader import StoppedWaiting
 from utils import LOG, UserError
 
 
@@ -158,3 +159,60 @@ def test_a_resume_with_other_workers_is_not_a_difference(config, fashion, tmp_pa
     config.SEED = 5
     save_config(config)
     assert 'not as in' in caplog.text and 'SEED' in caplog.text
+
+
+def test_the_start_of_a_fine_tuning_is_evaluated_once(config, fashion, tmp_path, monkeypatch):
+    """Where the classifier is new, or the backbone frozen; not of a run that goes on."""
+    config.DATA.DATA_PATH, config.DATA.NUM_WORKERS, config.TRAIN.NUM_EPOCHS = str(fashion), 0, 1
+    paths = {}
+    for classes in (10, 12):
+        config.MODEL.NUM_CLASSES, paths[classes] = classes, str(tmp_path / f'{classes}.pdparams')
+        checkpoint.save(build_mobileone(config).state_dict(), paths[classes])
+    config.MODEL.NUM_CLASSES = 10
+    scripted(monkeypatch, [50.0] * 20)
+    for path, freeze, first in ((paths[10], 'none', 1), ('', 'none', 1), (paths[10], 'backbone', 0),
+                                (paths[12], 'none', 0)):
+        folder = tmp_path / f'run-{os.path.basename(path)}-{freeze}'
+        config.MODEL.PRETRAINED, config.TRAIN.FREEZE, config.SAVE = path, freeze, str(folder)
+        train(config)
+        rows = [json.loads(line) for line in (folder / 'log.jsonl').read_text().splitlines()]
+        assert [row['epoch'] for row in rows] == [0][first:] + [1, 1, 1]
+    assert rows[0]['lr'] is None and rows[0]['split'] == 'val' and rows[0]['weights'] == 'raw'
+    config.MODEL.RESUME, config.TRAIN.NUM_EPOCHS = 'auto', 2
+    train(config)
+    rows = [json.loads(line) for line in (folder / 'log.jsonl').read_text().splitlines()]
+    assert [row['epoch'] for row in rows] == [0, 1, 1, 1, 2, 2, 2]
+    config.TRAIN.FREEZE = 'backbone'
+    with pytest.raises(UserError, match='its optimizer is another one: .*; resume with the .*, the TRAIN.FREEZE and'):
+        train(config)
+
+
+@pytest.mark.parametrize('evaluation', [False, True])
+def test_the_names_of_the_classes_come_with_a_run(config, tmp_path, evaluation):
+    """Those of an evaluation do not replace others."""
+    config.DATA.DATA_PATH, config.SAVE, config.EVAL = str(tmp_path), str(tmp_path / 'run'), evaluation
+    (tmp_path / 'run').mkdir()
+    for names in ('cat', 'dog'):
+        (tmp_path / 'class_names.txt').write_text(names)
+        save_config(config)
+    assert (tmp_path / 'run/class_names.txt').read_text() == ('cat' if evaluation else 'dog')
+
+
+def test_a_stop_in_the_evaluation_of_the_start_ends_in_order(config, loaders, tmp_path, monkeypatch, caplog):
+    """With what it says, and without a checkpoint: there is nothing to save."""
+    monkeypatch.setattr(LOG, 'propagate', True)
+    caplog.set_level('INFO', LOG.name)
+    config.SAVE = str(tmp_path)
+    run = Run(config, build_training(config, build_mobileone(config), loaders[0]), is_fine_tuning=True)
+    run.stop.name = 'SIGTERM'
+    with pytest.raises(SystemExit):
+        run.train(*loaders)
+    assert caplog.messages[-1] == ('stopped by SIGTERM; nothing is saved yet: the same command with -output '
+                                   f'{tmp_path} -resume auto starts afresh')
+    assert os.listdir(tmp_path) == []
+
+    def wait(*args):
+        raise StoppedWaiting
+    monkeypatch.setattr(engine, 'evaluate', wait)
+    with pytest.raises(SystemExit):
+        run.train(*loaders)

@@ -207,12 +207,29 @@ def test_from_own_folders_to_a_fine_tuned_model(fashion, tmp_path):
         'MODEL.NUM_CLASSES', '10')
     run('-m', 'tools.make_list', '-data_path', photos, '-train', '.', '-val_share', '0.25')
     run('main_single_gpu.py', '-cfg', 'configs/finetune.yaml', '-data_path', photos, '-pretrained',
-        start / 'best.pdparams', '-output', runs, *narrow, 'MODEL.NUM_CLASSES', '2', 'TRAIN.NUM_EPOCHS', '4')
+        start / 'best.pdparams', '-output', runs, *narrow, 'TRAIN.NUM_EPOCHS', '4')
     rows = records(runs)
-    assert [row['n'] for row in rows[:3]] == [18, 6, 6]  # the only batch, smaller than BATCH_SIZE, is kept
+    # the start, and then the only batch, smaller than BATCH_SIZE, which is kept
+    assert [row['n'] for row in rows[:4]] == [6, 18, 6, 6] and [row['epoch'] for row in rows[:2]] == [0, 1]
     out = run('-m', 'tools.fuse', '-cfg', runs / 'config.yaml', '-pretrained', runs / 'best.pdparams', '-save',
-              tmp_path / 'photos.pdparams').stdout
-    assert '6 val images' in out and pathlib.Path(tmp_path / 'photos.pdparams').exists()
+              runs / 'fused.pdparams').stdout
+    assert '6 val images' in out
+    # the names of the classes travel along, where the config still says 0 too
+    command = ['-m', 'tools.predict', next((photos / 'Bag').iterdir()), '-model']
+    (tmp_path / 'exported').mkdir()
+    narrow_file = tmp_path / 'narrow.yaml'
+    narrow_file.write_text((runs / 'config.yaml').read_text().replace('NUM_CLASSES: 2', 'NUM_CLASSES: 0'))
+    run('-m', 'tools.export_model', '-cfg', narrow_file, '-pretrained', runs / 'best.pdparams', '-output',
+        tmp_path / 'exported', '-format', 'paddle')
+    for model in ([runs / 'fused.pdparams'], [runs / 'best.pdparams', '-cfg', narrow_file], [tmp_path / 'exported']):
+        shown = run(*command, *model).stdout
+        assert re.search(r'%  0 Bag$', shown, re.M) and re.search(r'%  1 Sneaker$', shown, re.M)
+    # and do not replace others
+    (tmp_path / 'class_names.txt').write_text('cat\ndog\n')
+    line = fails('-m', 'tools.fuse', '-cfg', runs / 'config.yaml', '-pretrained', runs / 'best.pdparams', '-save',
+                 tmp_path / 'fused.pdparams')
+    assert f'{tmp_path}/class_names.txt: names other classes than {runs}/class_names.txt' in line
+    assert not (tmp_path / 'fused.pdparams').exists()
 
 
 def test_picture(tmp_path):
@@ -236,13 +253,17 @@ def test_plot_log(fashion, tmp_path):
     for folder, decay, epochs in zip(folders, ('1e-4', '1e-2', '1e-2'), ('3', '4', '4')):
         run('main_single_gpu.py', '-output', folder, *options(
             fashion, 'TRAIN.NUM_EPOCHS', epochs, 'TRAIN.WEIGHT_DECAY', decay, 'TRAIN.CURRICULUM', stages))
-    run('-m', 'tools.plot_log', *folders, '-save', tmp_path / 'x.png')
-    assert Image.open(tmp_path / 'x.png').size == (1200, 696)
+    out = run('-m', 'tools.plot_log', *folders, '-save', tmp_path / 'x.png').stdout.splitlines()
+    assert out[:3] == [f'{folder}: {epochs} epochs' for folder, epochs in zip(folders, (3, 4, 4))]
+    assert out[3].startswith(f'{tmp_path}/x.png: drawn: training loss, training top-1 (%), ')
+    assert Image.open(tmp_path / 'x.png').size == (1560, 732)  # of three lines in the legend
+    assert f'{folders[0]}/curves.png: drawn' in run('-m', 'tools.plot_log', *folders[:2]).stdout
+    assert Image.open(folders[0] / 'curves.png').size == (1560, 714)
 
-    assert plot_log.label_runs(folders[:2]) == ['TRAIN.NUM_EPOCHS 3\nTRAIN.WEIGHT_DECAY 0.0001',
-                                               'TRAIN.NUM_EPOCHS 4\nTRAIN.WEIGHT_DECAY 0.01']
-    assert plot_log.label_runs(folders[1:]) == [str(folder) for folder in folders[1:]]
-    assert plot_log.label_runs(folders)[1] == f'{folders[1]}\nTRAIN.NUM_EPOCHS 4\nTRAIN.WEIGHT_DECAY 0.01'
+    assert plot_log.label_runs(folders[:2]) == (['TRAIN.NUM_EPOCHS 3\nTRAIN.WEIGHT_DECAY 0.0001',
+                                                'TRAIN.NUM_EPOCHS 4\nTRAIN.WEIGHT_DECAY 0.01'], '')
+    assert plot_log.label_runs(folders[1:]) == ([str(folder) for folder in folders[1:]], '')
+    assert plot_log.label_runs(folders)[0][1] == f'{folders[1]}\nTRAIN.NUM_EPOCHS 4\nTRAIN.WEIGHT_DECAY 0.01'
     # as right after a resume: the last line is not whole yet, and an evaluation alone has no epoch
     log = folders[1] / 'log.jsonl'
     rows = records(folders[1])
@@ -258,6 +279,7 @@ def test_plot_log(fashion, tmp_path):
         return [[row['epoch'] for row in rows if (row['split'], row['weights']) == (split, weights)],
                 [row[field] for row in rows if (row['split'], row['weights']) == (split, weights)]]
     assert drawn['training loss'][1] == curve('train', 'raw', 'loss')
+    assert drawn['training top-1 (%)'][1] == curve('train', 'raw', 'acc1')
     assert drawn['validation loss'][2:] == [curve('val', 'raw', 'loss'), curve('val', 'ema', 'loss')]
     assert drawn['validation top-1 (%)'][2:] == [curve('val', 'raw', 'acc1'), curve('val', 'ema', 'acc1')]
     assert drawn['learning rate'][1] == curve('train', 'raw', 'lr')
@@ -276,6 +298,37 @@ def test_plot_log(fashion, tmp_path):
     assert 'holds no epoch of training yet' in fails('-m', 'tools.plot_log', folders[1])
     assert 'nowhere/config.yaml: cannot read the config file' in fails('-m', 'tools.plot_log', tmp_path / 'nowhere')
     assert '/dev/null/x.png' in fails('-m', 'tools.plot_log', folders[0], '-save', '/dev/null/x.png')
+
+
+def test_a_table_of_what_many_keys_differ_in(tmp_path):
+    """Beyond a few keys. The picture grows with it, so that it covers no curve."""
+    pytest.importorskip('matplotlib', reason='drawing is an optional extra')
+    from matplotlib import pyplot
+
+    from tools import plot_log
+    row = {'epoch': 1, 'split': 'train', 'weights': 'raw', 'loss': 1.0, 'acc1': 1.0, 'lr': 1.0, 'weight_decay': 1.0,
+           'image_size': 1}
+    folders = [tmp_path / name for name in ('demo', 's4', 'a folder of a name that is long')]
+    for folder, name in zip(folders, ('demo', 'mobileone_s4', 'finetune')):
+        folder.mkdir()
+        (folder / 'config.yaml').write_text(get_config(str(ROOT / f'configs/{name}.yaml')).dump())
+    labels, table = plot_log.label_runs(folders)
+    names, *rows = table.splitlines()
+    assert labels == [str(folder) for folder in folders] and len(rows) > 20
+    assert len({len(line) for line in (names, *rows)}) == 1
+    assert names.endswith('  ...lder of a name that is long')
+    assert next(line for line in rows if 'NUM_CLASSES' in line).split() == ['MODEL.NUM_CLASSES', '10', '1000', '0']
+    assert next(line for line in rows if 'CURRICULUM' in line).split()[-1] == '[]'
+    pyplot.close('all')
+    plot_log.draw([(label, [row]) for label in labels], tmp_path / 'x.png', table)
+    figure = pyplot.gcf()
+    figure.draw_without_rendering()
+    legend, = figure.legends
+    box = legend.get_window_extent()
+    assert 0 <= box.x0 < box.x1 <= figure.bbox.width and 0 <= box.y0
+    assert box.y1 < min(axis.get_tightbbox().y0 for axis in figure.axes if axis.lines)
+    assert min(axis.bbox.height for axis in figure.axes) > 0.1 * 1560
+    pyplot.close('all')
 
 
 def test_ablations(fashion, tmp_path, call_main):

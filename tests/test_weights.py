@@ -10,7 +10,7 @@ from conftest import variant_config
 from mobileone import build_mobileone, model_convert
 from runtime import checkpoint
 from utils import UserError
-from weights import is_fused, load_into, load_model, load_weights
+from weights import is_fused, load_into, load_model, load_start, load_weights, with_classes_of
 
 
 @pytest.fixture
@@ -138,3 +138,31 @@ def test_the_keys_decide_which_network_is_built(model, config, tmp_path, fused_f
     images = paddle.randn([2, 3, 32, 32])
     with paddle.no_grad():
         np.testing.assert_allclose(loaded(images).numpy(), model(images).numpy(), rtol=1e-3, atol=1e-4)
+
+
+def test_the_network_to_train_may_have_other_classes(model, config, tmp_path):
+    path = str(tmp_path / 'w.pdparams')
+    checkpoint.save(model.state_dict(), path)
+    for classes in (10, 4):
+        config.MODEL.NUM_CLASSES = classes
+        loaded, is_new = load_start(config, path)
+        assert is_new == (classes == 4) and len(loaded.fc.bias) == classes
+        for name, value in arrays(loaded).items():
+            assert np.array_equal(value, arrays(model)[name]) or is_new and name.startswith('fc.')
+    checkpoint.save(model_convert(model).state_dict(), path)
+    with pytest.raises(UserError, match='w.pdparams: holds fused weights, which cannot be trained'):
+        load_start(config, path)
+
+
+def test_a_config_without_a_number_of_classes_has_that_of_the_weights(model, config, tmp_path):
+    path = str(tmp_path / 'w.pdparams')
+    checkpoint.save({'model': model.state_dict(), 'model_ema': {}, 'epoch': 3}, path)
+    config.MODEL.NUM_CLASSES = 4
+    assert with_classes_of(config, path) is config
+    config.MODEL.NUM_CLASSES = 0
+    assert with_classes_of(config, path).MODEL.NUM_CLASSES == 10 and config.MODEL.NUM_CLASSES == 0
+    assert np.array_equal(load_model(config, path)[0].fc.weight.numpy(), model.fc.weight.numpy())
+    checkpoint.save({name: value for name, value in arrays(model).items() if name != 'fc.bias'}, path)
+    for function in (lambda: load_model(config, path), lambda: build_mobileone(config)):
+        with pytest.raises(UserError, match='MODEL.NUM_CLASSES is 0, .* with -opts MODEL.NUM_CLASSES N'):
+            function()

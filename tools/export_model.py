@@ -248,8 +248,9 @@ def export(config, args, batch, folder):
 
     from mobileone import model_convert
     from transforms import Normalize
-    from weights import load_model
+    from weights import load_model, with_classes_of
     setup_logger()
+    config = with_classes_of(config, config.MODEL.PRETRAINED)
     model, _ = load_model(config, config.MODEL.PRETRAINED, raw=args.raw)
     model.eval()
     spec = dataclasses.replace(

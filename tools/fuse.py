@@ -7,6 +7,7 @@ config (DATA.DATA_PATH, or -data_path) gives the accuracy of both networks and t
 logits; parameters and latency are counted and measured here. With -no_data random images take the val list's place
 and no accuracy is shown. The written file works with `-eval -pretrained`.
 """
+import filecmp
 import os
 import shutil
 import time
@@ -41,10 +42,16 @@ def latencies(models, size, batch, repeats=20):
 
 
 def largest_difference(models, batches, normalize):
-    """Largest absolute difference between the logits of two models over batches of uint8 images."""
+    """Of the logits of two models, over batches of uint8 images: the largest absolute difference, and the largest
+    absolute logit of the first.
+    """
     import paddle
+    largest = np.zeros(2)
     with paddle.no_grad():
-        return max(float((models[0](images) - models[1](images)).abs().max()) for images in map(normalize, batches))
+        for images in map(normalize, batches):
+            first, second = (model(images) for model in models)
+            largest = np.maximum(largest, [float((first - second).abs().max()), float(first.abs().max())])
+    return largest
 
 
 def compare(models, loader, config):
@@ -58,8 +65,9 @@ def compare(models, loader, config):
     rows = [('', 'unfused', 'fused')]
     if loader:
         metrics = evaluate(list(zip(rows[0][1:], models)), loader, normalize, config.REPORT_FREQ).values()
-        rows += [('top-1 accuracy', *(f'{m.acc1:.2f}%' for m in metrics)),
-                 ('top-5 accuracy', *(f'{m.acc5:.2f}%' for m in metrics))]
+        rows.append(('top-1 accuracy', *(f'{m.acc1:.2f}%' for m in metrics)))
+        if config.MODEL.NUM_CLASSES > 5:
+            rows.append(('top-5 accuracy', *(f'{m.acc5:.2f}%' for m in metrics)))
         batches, compared = (images for images, _ in loader), f'{len(loader.dataset)} val images'
     else:
         paddle.seed(config.SEED)
@@ -70,15 +78,23 @@ def compare(models, loader, config):
         rows.append((f'latency, batch {batch}', *(f'{1000 * t:.2f} ms/image' for t in times)))
     for row in rows:
         print(f'{row[0]:18}{row[1]:>16}{row[2]:>16}')
-    difference = largest_difference(models, batches, normalize)
-    print(f'largest logit difference {difference:.2g} on {compared}, {size}x{size}, {paddle.device.get_device()}')
+    difference, largest = largest_difference(models, batches, normalize)
+    print(f'largest logit difference {difference:.2g} of logits up to {largest:.3g} on {compared}, {size}x{size}, '
+          f'{paddle.device.get_device()}')
 
 
 def copy_class_names(source, target):
-    """Let the names of classes beside weights be beside other weights too; names that are there stay."""
+    """Let the names of classes beside weights be beside other weights too.
+
+    Raises: UserError where there are other names: predictions would take those.
+    """
     source, target = (os.path.join(os.path.dirname(path), 'class_names.txt') for path in (source, target))
-    if os.path.isfile(source) and not os.path.lexists(target):
+    if not os.path.isfile(source):
+        return
+    if not os.path.lexists(target):
         replace(target, lambda partial: shutil.copyfile(source, partial))
+    elif not filecmp.cmp(source, target, shallow=False):
+        raise UserError(f'{target}: names other classes than {source}; choose another folder for -save')
 
 
 def main():
@@ -99,8 +115,9 @@ def main():
     from datasets import get_dataloader, get_dataset
     from mobileone import model_convert
     from runtime import checkpoint
-    from weights import is_fused, load_model
+    from weights import is_fused, load_model, with_classes_of
     use_device(args.device)
+    config = with_classes_of(config, config.MODEL.PRETRAINED)
     loader = None if args.no_data else get_dataloader(config, get_dataset(config, False), False)
     setup_logger()
     model, _ = load_model(config, config.MODEL.PRETRAINED)
@@ -109,8 +126,8 @@ def main():
     model.eval()
     fused = model_convert(model)
     if args.save:
-        checkpoint.save(fused.state_dict(), args.save)
         copy_class_names(config.MODEL.PRETRAINED, args.save)
+        checkpoint.save(fused.state_dict(), args.save)
     compare([model, fused], loader, config)
     if args.save:
         print(f'fused weights: {args.save}')

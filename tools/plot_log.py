@@ -1,6 +1,6 @@
 """Draw the curves of one or several runs into one PNG: loss, accuracy, learning rate, weight decay, image size.
 
-  python -m tools.plot_log output/s0
+  python -m tools.plot_log output/s0                               # writes output/s0/curves.png
   python -m tools.plot_log output/a output/b -save compare.png
 
 The legend says what the runs' configs differ in. Needs matplotlib (pip install matplotlib).
@@ -19,12 +19,15 @@ from utils import UserError
 # title of a panel -> (field of the records, which of them: (split, weights))
 PANELS = {
     'training loss': ('loss', [('train', 'raw')]),
+    'training top-1 (%)': ('acc1', [('train', 'raw')]),
     'validation loss': ('loss', [('val', 'raw'), ('val', 'ema')]),
     'validation top-1 (%)': ('acc1', [('val', 'raw'), ('val', 'ema')]),
     'learning rate': ('lr', [('train', 'raw')]),
     'weight decay': ('weight_decay', [('train', 'raw')]),
     'training image size (pixels)': ('image_size', [('train', 'raw')]),
 }
+# keys whose values fit into a legend
+FEW = 4
 FIELDS = {'epoch', 'split', 'weights', *(field for field, _ in PANELS.values())}
 
 
@@ -55,19 +58,39 @@ def read_log(folder):
 
 
 def label_runs(folders):
-    """A label per run: the values of the keys that the runs' configs differ in; else, or if not unique, its folder."""
+    """A label per run, and a table of what the runs' configs differ in.
+
+    Of up to FEW keys the values are the labels, and the table is ''; else, or if not unique, the folders are.
+    """
     configs = [dict(leaves(get_config(os.path.join(folder, 'config.yaml')))) for folder in folders]
     keys = [key for key, value in configs[0].items()
             if key not in UNRELATED and any(config[key] != value for config in configs)]
+    names = [os.path.normpath(folder) for folder in folders]
+    if len(keys) > FEW:
+        return names, tabulate([['', *names], *([key, *(str(config[key]) for config in configs)] for key in keys)])
     labels = ['\n'.join(textwrap.fill(f'{key} {config[key]}', 45) for key in keys) for config in configs]
-    return [label if label and labels.count(label) == 1 else '\n'.join(filter(None, [os.path.normpath(folder), label]))
-            for folder, label in zip(folders, labels)]
+    return [label if label and labels.count(label) == 1 else '\n'.join(filter(None, [name, label]))
+            for name, label in zip(names, labels)], ''
 
 
-def draw(runs, path):
-    """Draw the PANELS into a PNG. runs: (label, records) of each."""
+def tabulate(rows):
+    """Rows of texts as lines with columns; a text beyond 30 characters keeps its end, a name's most telling part."""
+    rows = [[text if len(text) <= 30 else f'...{text[-27:]}' for text in row] for row in rows]
+    widths = [max(map(len, column)) for column in zip(*rows)]
+    return '\n'.join('  '.join(text.ljust(width) for text, width in zip(row, widths)) for row in rows)
+
+
+def draw(runs, path, table=''):
+    """Draw the PANELS into a PNG, as large as the legend and the table need. runs: (label, records) of each."""
     pyplot = import_pyplot()
-    figure, axes = pyplot.subplots(2, 3, figsize=(10, 5.8), layout='constrained')
+    lines = table.splitlines()
+    widths = [8 + len(line) for line in '\n'.join(label for label, _ in runs).split('\n')]
+    columns = max(1, min(3, len(runs), 170 // max(widths)))
+    height = len(lines) + max(sum(label.count('\n') + 2 for label, _ in runs[first::columns])
+                              for first in range(columns))
+    size = max(13, 0.08 * max(map(len, lines), default=0), 0.08 * max(widths)), 5.5 + 0.15 * height
+    figure, axes = pyplot.subplots(2, 4, figsize=size, layout='constrained')
+    axes.flat[-1].set_axis_off()
     runs = [(label.replace('$', r'\$'), rows) for label, rows in runs]  # which begins a formula otherwise
     for axis, (title, (field, curves)) in zip(axes.flat, PANELS.items()):
         for number, (label, rows) in enumerate(runs):
@@ -85,17 +108,24 @@ def draw(runs, path):
             axis.set_ylim(bottom=0)
         axis.grid(alpha=0.3)
     handles, labels = axes.flat[0].get_legend_handles_labels()
-    figure.legend(handles, labels, loc='outside lower center', ncols=min(3, len(runs)), fontsize='small',
-                  title='validation: raw weights dashed, EMA solid', title_fontsize='small')
+    legend = figure.legend(handles, labels, loc='outside lower center', ncols=columns, fontsize='small',
+                           title='validation: raw weights dashed, EMA solid' + f'\n\n{table}' * bool(table),
+                           title_fontproperties={'family': 'monospace', 'size': 'small'})
+    legend.get_title().set(multialignment='left', parse_math=False)
     replace(path, lambda partial: figure.savefig(partial, dpi=120, format='png'))
 
 
 def main():
     parser = ArgumentParser(description=__doc__)
     parser.add_argument('folders', metavar='RUN', nargs='+', help='folder of a run, with log.jsonl and config.yaml')
-    parser.add_argument('-save', metavar='FILE', default='curves.png', help='the PNG (default: curves.png)')
+    parser.add_argument('-save', metavar='FILE', help='the PNG (default: curves.png in the first RUN)')
     args = parser.parse_args()
-    draw(list(zip(label_runs(args.folders), map(read_log, args.folders))), args.save)
+    path = args.save or os.path.join(args.folders[0], 'curves.png')
+    (labels, table), logs = label_runs(args.folders), [read_log(folder) for folder in args.folders]
+    draw(list(zip(labels, logs)), path, table)
+    for folder, rows in zip(args.folders, logs):
+        print(f'{folder}: {rows[-1]["epoch"]} epochs')
+    print(f'{path}: drawn: {", ".join(PANELS)}')
 
 
 if __name__ == '__main__':

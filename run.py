@@ -309,9 +309,7 @@ def save_config(config):
     The names of a training's classes come with it, for predictions. Says in which keys the run differs from the one
     that it goes on with.
     """
-    path = os.path.join(config.SAVE, 'config.yaml')
-    if config.EVAL and os.path.exists(path):
-        path = os.path.join(config.SAVE, 'config-eval.yaml')
+    path = folder.path_beside(config.SAVE, 'config.yaml', config.EVAL)
     saved = with_values(config, {'MODEL.RESUME': ''})  # it says how this process began, not what the run is
     if config.MODEL.RESUME and os.path.exists(path):
         try:
@@ -408,10 +406,17 @@ def weight_files(config):
     return {key: path for key, path in paths.items() if path}
 
 
+def record_start(config, loaders):
+    """The context of a run in which its run.json is kept."""
+    resume = [] if config.MODEL.RESUME in ('', 'auto') else [config.MODEL.RESUME]
+    paths = [*(loader.dataset.list_path for loader in loaders), *weight_files(config).values(), *resume]
+    return folder.recorded(folder.path_beside(config.SAVE, 'run.json', config.EVAL), folder.describe_start(paths))
+
+
 def run(config):
     """Train, or with EVAL evaluate, as the config says, on the current device, in this process or its process group.
 
-    Makes the run's folder (SAVE) with config.yaml, log.txt, log.jsonl and, in training, checkpoints.
+    Makes the run's folder (SAVE) with config.yaml, run.json, log.txt, log.jsonl and, in training, checkpoints.
     Raises: UserError for what the user can fix; OSError for a folder that cannot be written.
     """
     config = resolve_config(config)
@@ -429,6 +434,7 @@ def run(config):
     with contextlib.ExitStack() as stack:
         if not config.EVAL:
             from_main(lambda: stack.enter_context(folder.locked(config.SAVE)))
+        from_main(lambda: stack.enter_context(record_start(config, loaders)))
         _run_in_folder(config, loaders)
 
 

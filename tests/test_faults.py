@@ -1,5 +1,6 @@
 """Faults while a run goes on: kills, signals, disks that are full. What docs/reliability.md promises."""
 import contextlib
+import json
 import os
 import random
 import re
@@ -104,6 +105,7 @@ def test_asked_to_stop(whole, tmp_path, fault, number, where):
     latest = tmp_path / 'run/latest.pdparams'
     assert f'stopped by {name}; -resume auto goes on from {latest} ({where})' in process.stdout
     assert process.stderr == 'asked to stop: a checkpoint comes first; Ctrl-C again stops at once\n'
+    assert json.loads((tmp_path / 'run/run.json').read_text())[-1]['status'] == 'stopped'
     out = run(MAIN, *args).stdout
     done, step = (int(word) for word in where.replace(',', '').split()[1::2])
     assert (f'resumed {latest} after epoch {done - 1} and {step} of 5 steps of the next, step {5 * done - 5 + step}'

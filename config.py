@@ -184,6 +184,8 @@ KEYS = {
     'SEED': Key(0, low=0, high=2 ** 32 - 1),
     # evaluate MODEL.PRETRAINED and stop
     'EVAL': Key(False),
+    # folder that the report of an evaluation is written to; '': no report
+    'REPORT': Key('', null=''),
     # mixed precision in training and evaluation; no effect on a CPU
     'AMP': Key(False),
     # O1: convolutions and products in half precision, what lies between follows, reductions do not; O2: they do.
@@ -210,6 +212,8 @@ FLAGS = {
     'last_epoch': ('TRAIN.LAST_EPOCH', 'N', 'epochs that count as done; the run starts with the next'),
     'eval': ('EVAL', None, 'evaluate -pretrained on the val list, then stop'),
     'deploy': ('MODEL.DEPLOY', None, 'with -eval: fuse the branches after loading'),
+    'report': ('REPORT', 'DIR', 'with -eval: write report.html (accuracy per class, confusion, calibration, the worst '
+                                'images) and images.csv to this folder; needs matplotlib'),
 }
 
 # keys of older YAML files whose feature is not there: False is ignored, anything else an error
@@ -219,7 +223,7 @@ UNSUPPORTED = ('TRAIN.MODEL_EMA_FORCE_CPU', 'TRAIN.MULTI_SCALE_SAMPLER_DDP', 'TR
 # several processes, which a save averages)
 UNRELATED = ('BASE', 'SAVE', 'SAVE_FREQ', 'SAVE_FREQ_STEPS', 'KEEP_CHECKPOINTS', 'REPORT_FREQ', 'VALIDATE_FREQ',
              'DATA.NUM_WORKERS', 'DATA.WORKER_TIMEOUT', 'DATA.DATA_PATH', 'DATA.BATCH_SIZE_EVAL', 'MODEL.NAME',
-             'TRAIN.LAST_EPOCH')
+             'TRAIN.LAST_EPOCH', 'REPORT')
 
 SETTINGS = Settings(KEYS, FLAGS, UNSUPPORTED)
 
@@ -334,6 +338,8 @@ def _check_combinations(config):
         if model.RESUME:
             raise refusal('MODEL.RESUME', model.RESUME, 'EVAL takes its weights from -pretrained: leave it out')
         return
+    if config.REPORT:
+        raise refusal('REPORT', config.REPORT, 'a report is of an evaluation: add -eval or drop -report')
     if model.DEPLOY:
         raise refusal('MODEL.DEPLOY', True, 'a fused network cannot be trained: add -eval or drop -deploy')
     if train.LAST_EPOCH >= train.NUM_EPOCHS:

@@ -195,12 +195,14 @@ def train_step(training, batches, step):
 
 
 @paddle.no_grad()
-def evaluate(networks, loader, normalize, report_freq=50, auto_cast=contextlib.nullcontext, after_batch=lambda: None):
+def evaluate(networks, loader, normalize, report_freq=50, auto_cast=contextlib.nullcontext, after_batch=lambda: None,
+             predictions=None):
     """Evaluate networks on every image of a loader's data set, once, in one pass over the images.
 
     With several processes each has its share of the images, and all return the metrics of all.
     networks: [(name, network)], which are left in evaluation mode; report_freq: batches between progress lines, where
-    there is no terminal for a bar; auto_cast: see `Precision`; after_batch: called after each batch.
+    there is no terminal for a bar; auto_cast: see `Precision`; after_batch: called after each batch;
+    predictions: `Predictions` that those of one network are added to.
     Returns: {name: Metrics}.
     """
     for _, network in networks:
@@ -216,6 +218,8 @@ def evaluate(networks, loader, normalize, report_freq=50, auto_cast=contextlib.n
                     logits = network(inputs)
                 logits = logits.astype('float32')
                 rows.append(batch_sums(logits, labels, F.cross_entropy(logits, labels)))
+                if predictions:
+                    predictions.add(logits, labels)
             sums += paddle.stack(rows)
             n += len(labels)
             if progress.step():
@@ -227,6 +231,32 @@ def evaluate(networks, loader, normalize, report_freq=50, auto_cast=contextlib.n
         raise RuntimeError(f'evaluated {n:.0f} images of {len(loader.dataset)}')
     seconds = time.perf_counter() - start
     return {name: Metrics.of(row, n, seconds) for (name, _), row in zip(networks, np.reshape(sums, [-1, 3]))}
+
+
+class Predictions:
+    """What an evaluation says of each image: its best classes, their probabilities, and that of its label."""
+
+    def __init__(self, num_classes):
+        self.count = min(5, num_classes)
+        self.rows = []
+
+    def add(self, logits, labels):
+        """Add those of a batch: logits float32 [N, C], labels [N]. Nothing here waits for the device."""
+        best = logits.topk(self.count, axis=1)[1]
+        classes = paddle.concat([best, labels.unsqueeze(1)], axis=1)
+        probabilities = paddle.take_along_axis(F.softmax(logits), classes, axis=1)
+        self.rows.append(paddle.concat([best.astype('float64'), probabilities.astype('float64')], axis=1))
+
+    def gather(self, sampler, length):
+        """Those of all ranks, in the order of the data set, on all of them. sampler: of this rank's batches.
+
+        Returns: arrays of the best classes, int64 [length, k], their probabilities, [length, k], the labels', [length].
+        """
+        table = np.zeros([length, 2 * self.count + 1])
+        if self.rows:
+            table[np.array(sampler.indices)] = paddle.concat(self.rows).numpy()
+        best, probabilities, of_labels = np.split(reduce_over_ranks(table), [self.count, 2 * self.count], axis=1)
+        return best.astype('int64'), probabilities, of_labels[:, 0]
 
 
 def time_left(seconds, steps_done, steps_left, evaluation_seconds=0.0):

@@ -3,7 +3,8 @@
   python main_single_gpu.py -cfg configs/mobileone_s0.yaml -data_path /dataset/imagenet
   python main_single_gpu.py -cfg configs/mobileone_s0.yaml -data_path /dataset/imagenet -eval -pretrained s0.pdparams
 
-The run's folder (-output) gets config.yaml, log.txt, log.jsonl, latest.pdparams, best.pdparams and epoch_N.pdparams.
+The run's folder (-output) gets config.yaml, run.json, log.txt, log.jsonl, latest.pdparams, best.pdparams and
+epoch_N.pdparams.
 """
 from config import get_config, get_parser, update_config
 from runtime.program import environment_number, prepare_runtime, run_program, use_device

@@ -19,6 +19,7 @@ import engine
 import optim
 from config import UNRELATED, changes, get_config, get_teacher_config, resolve_config, with_values
 from datasets import count_classes, describe_curriculum, describe_dataset, get_dataloader, get_dataset, get_stage
+from deploy import report
 from images import describe_backend
 from losses import DistillationLoss, LabelSmoothingCrossEntropyLoss, SoftTargetCrossEntropyLoss
 from mixup import build_mixup
@@ -311,10 +312,9 @@ def save_config(config):
     The names of the classes come with it, for predictions. Says in which keys the run differs from the one
     that it goes on with.
     """
-    path = os.path.join(config.SAVE, 'config.yaml')
-    if config.EVAL and os.path.exists(path):
-        path = os.path.join(config.SAVE, 'config-eval.yaml')
-    saved = with_values(config, {'MODEL.RESUME': ''})  # it says how this process began, not what the run is
+    path = folder.path_beside(config.SAVE, 'config.yaml', config.EVAL)
+    # they say how this process began and what else it writes, not what the run is
+    saved = with_values(config, {'MODEL.RESUME': '', 'REPORT': ''})
     if config.MODEL.RESUME and os.path.exists(path):
         try:
             before = {key: value for key, value in leaves(get_config(path)) if key not in UNRELATED}
@@ -370,11 +370,32 @@ def run_training(config, train_loader, val_loader):
 
 def run_evaluation(config, loader):
     from_main(lambda: save_config(config))
+    class_names = from_main(lambda: prepare_report(config)) if config.REPORT else ()
     model, is_ema = load_model(config, config.MODEL.PRETRAINED)
     name = 'ema' if is_ema else 'raw'
+    predictions = engine.Predictions(config.MODEL.NUM_CLASSES) if config.REPORT else None
     results = engine.evaluate([(name, model)], loader, build_normalize(config), config.REPORT_FREQ,
-                              engine.Precision(config).auto_cast)
+                              engine.Precision(config).auto_cast, predictions=predictions)
     write_record(config, None, 0, 'val', name, results[name])
+    if config.REPORT:
+        facts = {'weights': f'{config.MODEL.PRETRAINED} ({name})', 'list': loader.dataset.list_path,
+                 'loss': f'{results[name].loss:.4f}'}
+        report_evaluation(config, loader, class_names, predictions, facts)
+
+
+def prepare_report(config):
+    """Make the folder of a report. Returns: the names of its classes."""
+    os.makedirs(config.REPORT, exist_ok=True)
+    return report.find_names(config.DATA.DATA_PATH, config.MODEL.PRETRAINED, config.MODEL.NUM_CLASSES)
+
+
+def report_evaluation(config, loader, class_names, predictions, facts):
+    dataset = loader.dataset
+    gathered = predictions.gather(loader.batch_sampler, len(dataset))
+    outcome = report.Outcome(dataset.paths, dataset.labels, *gathered, config.MODEL.NUM_CLASSES, class_names)
+    from_main(lambda: report.write_report(config.REPORT, config.MODEL.NAME, facts, outcome,
+                                          lambda index: dataset.read(dataset.name_of(index))))
+    LOG.info(f'report: {os.path.join(config.REPORT, "report.html")}')
 
 
 def find_facts(config, loaders):
@@ -408,14 +429,24 @@ def with_num_classes(config):
     return with_values(config, {'MODEL.NUM_CLASSES': number}), path
 
 
+def record_start(config, loaders):
+    """The context of a run in which its run.json is kept."""
+    resume = [] if config.MODEL.RESUME in ('', 'auto') else [config.MODEL.RESUME]
+    paths = [*(loader.dataset.list_path for loader in loaders), *weight_files(config).values(), *resume]
+    return folder.recorded(folder.path_beside(config.SAVE, 'run.json', config.EVAL), folder.describe_start(paths))
+
+
 def run(config):
     """Train, or with EVAL evaluate, as the config says, on the current device, in this process or its process group.
 
-    Makes the run's folder (SAVE) with config.yaml, log.txt, log.jsonl and, in training, checkpoints.
+    Makes the run's folder (SAVE) with config.yaml, run.json, log.txt, log.jsonl and, in training, checkpoints.
     Raises: UserError for what the user can fix; OSError for a folder that cannot be written.
     """
+    config = resolve_config(config)
+    if config.REPORT:
+        report.import_figure()  # without matplotlib there is none: this is said before the evaluation
     # the data and weights are read first: a wrong path leaves no folder behind
-    config, source = with_num_classes(resolve_config(config))
+    config, source = with_num_classes(config)
     loaders = [build_loader(config, is_train) for is_train in ([False] if config.EVAL else [True, False])]
     for key, path in weight_files(config).items():
         checkpoint.check_exists(path, key)
@@ -428,6 +459,7 @@ def run(config):
     with contextlib.ExitStack() as stack:
         if not config.EVAL:
             from_main(lambda: stack.enter_context(folder.locked(config.SAVE)))
+        from_main(lambda: stack.enter_context(record_start(config, loaders)))
         _run_in_folder(config, loaders, source)
 
 

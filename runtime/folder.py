@@ -1,15 +1,28 @@
-"""The folder of a run: its log.jsonl and checkpoints, and what of them a resumed run goes on from."""
+"""The folder of a run: its run.json, log.jsonl and checkpoints, and what of them a resumed run goes on from."""
 import contextlib
+import datetime
 import glob
+import importlib.metadata
 import itertools
 import json
 import math
 import os
+import platform
 import re
+import shlex
+import subprocess
+import sys
 import time
 
+import paddle
+
 from runtime import checkpoint, files
-from utils import LOG, UserError, naming, rank
+from runtime.program import usable_cores
+from utils import LOG, UserError, describe_error, naming, rank, world_size
+
+# whose versions run.json has, of those that are installed
+PACKAGES = ('paddlepaddle', 'paddlepaddle-gpu', 'numpy', 'pillow', 'pyyaml', 'yacs', 'simplejpeg',
+            'opencv-python-headless', 'opencv-python')
 
 
 def prepare_folder(save, resume, name, is_evaluation):
@@ -124,6 +137,88 @@ def prune(folder, keep):
               for match in [pattern.fullmatch(os.path.basename(path))] if match}
     for epoch in sorted(epochs)[:-keep] if keep else []:
         os.remove(epochs[epoch])
+
+
+def path_beside(folder, name, is_evaluation):
+    """The path of a run's file in a folder; with -eval in its name for an evaluation in the folder of another run."""
+    stem, extension = os.path.splitext(name)
+    is_guest = is_evaluation and os.path.exists(os.path.join(folder, 'config.yaml'))
+    return os.path.join(folder, f'{stem}-eval{extension}' if is_guest else name)
+
+
+def describe_start(paths):
+    """What `recorded` is to keep of the start of a run, as values of JSON. paths: of its lists and weights."""
+    device, versions = paddle.device.get_device(), {'python': platform.python_version()}
+    for name in PACKAGES:
+        with contextlib.suppress(importlib.metadata.PackageNotFoundError):
+            versions[name] = importlib.metadata.version(name)
+    if device.startswith('gpu'):
+        device += f' ({paddle.device.cuda.get_device_name()})'
+    return {'command': shlex.join([sys.executable, *sys.argv]), 'directory': os.getcwd(),
+            'git': find_revision(os.path.dirname(os.path.dirname(os.path.abspath(__file__)))), 'versions': versions,
+            'device': device, 'cores': usable_cores(), 'processes': world_size(),
+            'sha256': {path: checkpoint.sha256(path) for path in paths}}
+
+
+def find_revision(root):
+    """{'revision': of a folder that is a git clone, 'clean': whether no file that git tracks is changed}.
+
+    None where the folder is no clone, and where git is missing or fails.
+    """
+    def git(*args):
+        return subprocess.run(['git', '--no-optional-locks', '-C', root, *args], check=True, capture_output=True,
+                              text=True, timeout=10).stdout.splitlines()
+    try:
+        top, revision = git('rev-parse', '--show-toplevel', 'HEAD')
+        if not os.path.samefile(top, root):
+            return None
+        return {'revision': revision, 'clean': not git('status', '--porcelain', '--untracked-files=no')}
+    except (OSError, ValueError, subprocess.SubprocessError):
+        return None
+
+
+@contextlib.contextmanager
+def recorded(path, start):
+    """Keep a record of this start of a run in the JSON list at `path`, newest last: `start`, times, status, error.
+
+    The status is running, and stays so if the process is killed; then finished, stopped (it was asked to) or failed.
+    Raises: UserError for a file that is no such list, or cannot be written.
+    """
+    record = {**start, 'start': _now(), 'end': None, 'status': 'running', 'error': None}
+    starts = [*_read_starts(path), record]
+
+    def write(**values):
+        record.update(values)
+        files.write_text(path, json.dumps(starts, indent=1) + '\n')
+    write()
+    try:
+        yield
+    except BaseException as error:
+        is_exit = isinstance(error, SystemExit)
+        stopped = isinstance(error, KeyboardInterrupt) or (is_exit and isinstance(error.code, int))
+        line = str(error) if is_exit or isinstance(error, UserError) else describe_error(error)
+        with contextlib.suppress(UserError):  # a full disk may be what ends the run: that is the error to show
+            write(end=_now(), status='stopped' if stopped else 'failed', error=None if stopped else line)
+        raise
+    write(end=_now(), status='finished')
+
+
+def _now():
+    return datetime.datetime.now().astimezone().isoformat(timespec='seconds')
+
+
+def _read_starts(path):
+    """The list of records at a path; empty where there is no file."""
+    if not os.path.exists(path):
+        return []
+    try:
+        with open(path, encoding='utf-8') as file:
+            starts = json.load(file)
+    except ValueError:
+        starts = None
+    if not isinstance(starts, list):
+        raise UserError(f'{path}: is no JSON list of the starts of a run; fix it, or move it away')
+    return starts
 
 
 class RunLog:

@@ -1,5 +1,6 @@
 """Faults while a run goes on: kills, signals, disks that are full. What docs/reliability.md promises."""
 import contextlib
+import json
 import os
 import random
 import re
@@ -105,6 +106,7 @@ def test_asked_to_stop(whole, tmp_path, fault, number, where):
     assert process.stdout.endswith(f'stopped by {name}; {latest} ({where}) is saved: the same command with -output '
                                    f'{tmp_path}/run -resume auto goes on from there\n')
     assert process.stderr == 'asked to stop: a checkpoint comes first; Ctrl-C again stops at once\n'
+    assert json.loads((tmp_path / 'run/run.json').read_text())[-1]['status'] == 'stopped'
     out = run(MAIN, *args).stdout
     done, step = (int(word) for word in where.replace(',', '').split()[1::2])
     assert (f'resumed {latest} after epoch {done - 1} and {step} of 5 steps of the next, step {5 * done - 5 + step}'

@@ -1,7 +1,13 @@
-"""The folder of a run: names, what stays of checkpoints and records."""
+"""The folder of a run: names, what stays of checkpoints and records, its run.json."""
+import hashlib
+import json
 import os
+import subprocess
+
+import pytest
 
 from runtime import folder
+from utils import UserError
 
 
 def test_runs_that_start_together_have_folders_of_their_own(tmp_path):
@@ -17,3 +23,87 @@ def test_prune(tmp_path):
     folder.prune(str(tmp_path), 2)
     kept = ('best', 'epoch_10', 'epoch_9', 'epoch_x', 'latest')
     assert sorted(os.listdir(tmp_path)) == [f'{name}.pdparams' for name in kept]
+
+
+def test_an_evaluation_has_files_of_its_own_in_the_folder_of_another_run(tmp_path):
+    assert folder.path_beside(str(tmp_path), 'run.json', True) == str(tmp_path / 'run.json')
+    (tmp_path / 'config.yaml').write_text('')
+    assert folder.path_beside(str(tmp_path), 'run.json', True) == str(tmp_path / 'run-eval.json')
+    assert folder.path_beside(str(tmp_path), 'run.json', False) == str(tmp_path / 'run.json')
+
+
+@pytest.mark.parametrize('error, status, line', [
+    (None, 'finished', None),
+    (SystemExit(75), 'stopped', None),
+    (KeyboardInterrupt(), 'stopped', None),
+    (UserError('x is 1, but must be 2'), 'failed', 'x is 1, but must be 2'),
+    (SystemExit('lost a rank'), 'failed', 'lost a rank'),
+    (RuntimeError('two\nlines'), 'failed', 'RuntimeError: two lines'),
+], ids=str)
+def test_every_start_is_recorded(tmp_path, error, status, line):
+    path = tmp_path / 'run.json'
+    with folder.recorded(str(path), {'command': 'first'}):
+        first, = json.loads(path.read_text())
+        assert (first['status'], first['end']) == ('running', None)
+    try:
+        with folder.recorded(str(path), {'command': 'second'}):
+            if error:
+                raise error
+    except BaseException as raised:
+        assert raised is error
+    first, second = json.loads(path.read_text())
+    assert (first['command'], first['status']) == ('first', 'finished') and first['start'] <= first['end']
+    assert (second['command'], second['status'], second['error']) == ('second', status, line) and second['end']
+
+
+def test_a_full_disk_does_not_hide_why_a_run_has_ended(tmp_path):
+    path = tmp_path / 'run.json'
+    with pytest.raises(UserError, match='^the mistake$'), folder.recorded(str(path), {}):
+        (tmp_path / 'run.json.partial').symlink_to('/dev/full')
+        raise UserError('the mistake')
+    assert json.loads(path.read_text())[0]['status'] == 'running'
+    (tmp_path / 'run.json.partial').symlink_to('/dev/full')
+    with pytest.raises(UserError, match='run.json: cannot write .No space left'), folder.recorded(str(path), {}):
+        pass
+
+
+@pytest.mark.parametrize('text', ['', '{}', '[{]'])
+def test_a_record_that_somebody_has_broken_is_not_replaced(tmp_path, text):
+    path = tmp_path / 'run.json'
+    path.write_text(text)
+    with pytest.raises(UserError, match='run.json: is no JSON list of the starts of a run; fix it, or move it away'), \
+            folder.recorded(str(path), {}):
+        pass
+    assert path.read_text() == text
+
+
+def test_revision_of_a_clone(tmp_path, monkeypatch):
+    def git(*args):
+        return subprocess.run(['git', '-C', tmp_path, '-c', 'user.name=x', '-c', 'user.email=x', *args], check=True,
+                              capture_output=True, text=True).stdout.strip()
+    assert folder.find_revision(str(tmp_path)) is None
+    git('init')
+    assert folder.find_revision(str(tmp_path)) is None  # nothing is committed
+    (tmp_path / 'run.py').write_text('one')
+    git('add', 'run.py')
+    git('commit', '-m', 'one')
+    revision = git('rev-parse', 'HEAD')
+    (tmp_path / 'photos').mkdir()
+    (tmp_path / 'photos/1.jpg').write_text('not tracked')
+    assert folder.find_revision(str(tmp_path)) == {'revision': revision, 'clean': True}
+    assert folder.find_revision(str(tmp_path / 'photos')) is None  # a folder in somebody's clone
+    (tmp_path / 'run.py').write_text('two')
+    assert folder.find_revision(str(tmp_path)) == {'revision': revision, 'clean': False}
+    monkeypatch.setenv('PATH', '')
+    assert folder.find_revision(str(tmp_path)) is None
+
+
+def test_what_is_known_at_the_start(tmp_path, monkeypatch):
+    (tmp_path / 'list.txt').write_text('a 0\n')
+    monkeypatch.setattr('sys.argv', ['main.py', '-data_path', 'a b'])
+    start = folder.describe_start([str(tmp_path / 'list.txt')])
+    assert start['command'].endswith(" main.py -data_path 'a b'") and start['directory'] == os.getcwd()
+    assert start['sha256'] == {str(tmp_path / 'list.txt'): hashlib.sha256(b'a 0\n').hexdigest()}
+    assert start['device'] == 'cpu' and start['processes'] == 1 and start['cores'] >= 1
+    assert {'python', 'paddlepaddle', 'numpy', 'pillow'} <= set(start['versions'])
+    assert json.loads(json.dumps(start)) == start

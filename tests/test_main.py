@@ -1,5 +1,6 @@
 """main_single_gpu.py as a user runs it: training, its folder, evaluation, fusion, fine-tuning, mistakes."""
 import fcntl
+import json
 import os
 import re
 import shutil
@@ -36,11 +37,19 @@ def test_folder_of_a_run(trained):
     folder, process = trained
     assert sorted(path.name for path in folder.iterdir()) == [
         'best.pdparams', 'class_names.txt', 'config.yaml', 'epoch_3.pdparams', 'epoch_4.pdparams', 'latest.pdparams',
-        'log.jsonl', 'log.txt']
+        'log.jsonl', 'log.txt', 'run.json']
     config = get_config(str(folder / 'config.yaml'))
     assert config.DATA.BATCH_SIZE == 16 and config.SAVE == str(folder) and config.TRAIN.NUM_EPOCHS == 4
     assert process.stderr == ''
     assert (folder / 'log.txt').read_text() == process.stdout
+
+
+def test_record_of_a_run(trained, fashion):
+    folder, _ = trained
+    start, = json.loads((folder / 'run.json').read_text())
+    assert (start['status'], start['error'], start['processes']) == ('finished', None, 1)
+    assert f'{MAIN} -output {folder} ' in start['command']
+    assert list(start['sha256']) == [str(fashion / f'{split}_list.txt') for split in ('train', 'val')]
 
 
 def test_log(trained, fashion):
@@ -157,6 +166,10 @@ def test_raw_weights_are_evaluated_without_ema(fashion, tmp_path):
     assert [row['weights'] for row in rows] == ['raw'] * 3 and rows[2]['acc1'] == rows[1]['acc1']
     assert get_config(str(tmp_path / 'run/config.yaml')).EVAL is False
     assert get_config(str(tmp_path / 'run/config-eval.yaml')).EVAL is True
+    training, = json.loads((tmp_path / 'run/run.json').read_text())
+    evaluation, = json.loads((tmp_path / 'run/run-eval.json').read_text())
+    assert ' -eval ' not in training['command'] and ' -eval ' in evaluation['command']
+    assert f'{tmp_path}/run/best.pdparams' in evaluation['sha256']
 
 
 def test_fine_tuning_with_other_classes(trained, fashion, tmp_path):

@@ -1,4 +1,5 @@
 """A run that is ended and resumed is the run that was never ended."""
+import json
 import os
 import shutil
 import signal
@@ -49,6 +50,8 @@ def test_a_run_that_is_killed_goes_on_bitwise(whole, tmp_path):
     out = run(MAIN, '-output', again, '-resume', 'auto', *opts).stdout
     assert ' resumed ' in out and 'bitwise' not in out
     assert_same_runs(folder, again)
+    starts = json.loads((again / 'run.json').read_text())
+    assert [start['status'] for start in starts] == ['running', 'finished']
 
 
 def copy_until(folder, epoch, target):
@@ -106,7 +109,7 @@ def test_a_run_that_is_done_is_left_as_it_is(whole, tmp_path):
     out = run(MAIN, '-output', again, '-resume', 'auto', *opts).stdout
     assert f'resumed {again}/latest.pdparams after epoch 4' in out and 'not compared' not in out
     for path in folder.iterdir():
-        if path.name not in ('log.txt', 'config.yaml'):
+        if path.name not in ('log.txt', 'config.yaml', 'run.json'):
             assert path.read_bytes() == (again / path.name).read_bytes(), path
 
 
@@ -141,7 +144,7 @@ def test_a_resume_that_fails_leaves_the_folder(whole, tmp_path):
     shutil.copytree(folder, again)
     assert 'does not fit' in fails(MAIN, '-resume', again / 'epoch_2.pdparams', *opts, 'MODEL.USE_SE', 'False')
     for path in folder.iterdir():
-        assert path.name == 'log.txt' or path.read_bytes() == (again / path.name).read_bytes(), path
+        assert path.name in ('log.txt', 'run.json') or path.read_bytes() == (again / path.name).read_bytes(), path
     assert len(list(again.iterdir())) == len(list(folder.iterdir()))
 
 

@@ -33,7 +33,7 @@ def test_help_is_complete(program):
     name = ' '.join(program).replace('-m ', '')
     assert out.startswith(f'usage: {name}') and f'python {" ".join(program)}' in out
     flags = set(re.findall(r'(?<=[\[ ])-[a-z_]+', out.split('\n\n')[0])) - {'-h'}
-    assert len(flags) == {'main_single_gpu.py': 16, 'main_multi_gpu.py': 17}.get(name, len(flags)) > 0
+    assert len(flags) == {'main_single_gpu.py': 17, 'main_multi_gpu.py': 18}.get(name, len(flags)) > 0
     # every flag of the usage has an entry of its own: flag and placeholders, then words
     entries = re.split(r'\n  (?=-)', '\n  ' + re.split(r'\n(?:options|optional arguments):\n', out)[1].strip('\n'))
     placeholders = r'^\S+( \[?[A-Z][A-Z ]*(\.\.\.)?\]?)?'

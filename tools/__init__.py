@@ -1,13 +1,12 @@
 """Programs for users: `python -m tools.NAME -h` explains each."""
-from utils import UserError
 
 
 def import_pyplot():
     """matplotlib.pyplot, which draws without a screen. Raises: UserError without matplotlib, an optional extra."""
-    try:
-        import matplotlib
-    except ImportError:
-        raise UserError('drawing needs matplotlib: pip install matplotlib') from None
+    from deploy.report import import_figure
+    import_figure()
+    import matplotlib
+
     matplotlib.use('Agg')
     from matplotlib import pyplot
 

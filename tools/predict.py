@@ -14,11 +14,10 @@ import sys
 
 from config import get_config
 from deploy.predictor import ENGINES, Predictor, find_engine
+from deploy.report import THUMBNAIL, Drawn, draw_images, import_figure
 from images import is_image, read_image
-from runtime.files import replace
 from runtime.program import prepare_runtime, run_program, use_device
 from runtime.settings import ArgumentParser, add_device_flag
-from tools import import_pyplot
 from utils import UserError, one_line, program_name
 
 # images in a picture of -plot
@@ -72,19 +71,12 @@ def show_json(path, result):
 
 def plot(results, spec, path):
     """Draw images with bars of their classes, a row each. results: [(path, Prediction)]."""
-    pyplot = import_pyplot()
-    figure, axes = pyplot.subplots(len(results), 2, figsize=(9, 2.4 * len(results)), squeeze=False)
-    for (name, result), (left, right) in zip(results, axes):
-        left.imshow(read_image(name, spec.exif_transpose, spec.bit_depth))
-        left.set_axis_off()
-        left.set_title(one_line(os.path.basename(name), 40), fontsize='small', parse_math=False)
-        places = range(len(result.ids))
-        right.barh(places, result.probabilities)
-        right.set_yticks(places, labels=[one_line(text, 40) for text in result.names], parse_math=False)
-        right.invert_yaxis()
-        right.set_xlim(0, 1)
-    figure.tight_layout()
-    replace(path, lambda partial: figure.savefig(partial, dpi=120, format='png'))
+    drawn = []
+    for name, result in results:
+        image = read_image(name, spec.exif_transpose, spec.bit_depth)
+        image.thumbnail(THUMBNAIL)
+        drawn.append(Drawn(os.path.basename(name), image, result.names, result.probabilities))
+    draw_images(drawn, path)
 
 
 def main():
@@ -103,7 +95,7 @@ def main():
     if args.top < 1:
         raise UserError(f'-top is {args.top}, but must be at least 1')
     if args.plot is not None:
-        import_pyplot()
+        import_figure()
         if not os.path.isdir(os.path.dirname(args.plot) or '.') or os.path.isdir(args.plot):
             raise UserError(f'-plot {args.plot!r}: cannot be a file; name a PNG in a folder that exists')
     paths = find_images(args.images)

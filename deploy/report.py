@@ -1,0 +1,394 @@
+"""What an evaluation shows people: accuracy per class, confusion, calibration and the worst images, on one page.
+
+Importing this module does not import Paddle.
+"""
+import base64
+import csv
+import dataclasses
+import html
+import io
+import os
+import pathlib
+import re
+import warnings
+from collections.abc import Sequence
+from typing import NamedTuple, Optional
+
+import numpy as np
+from PIL import Image
+
+from deploy.predictor import find_class_names
+from runtime.files import replace, write_text
+from utils import UserError, one_line
+
+# classes that fit into a picture, and pairs of classes that a table lists
+SHOWN = 30
+# the worst images that are drawn
+WORST = 24
+# of the reliability diagram, equal parts of the probabilities, as Guo et al. have them (arXiv 1706.04599)
+BINS = 15
+# longest sides of a drawn image, in pixels
+THUMBNAIL = (256, 256)
+
+
+@dataclasses.dataclass(frozen=True)
+class Outcome:
+    """What a network said of the N images of a list, in the order of the list.
+
+    best: the k most probable classes of each image, the first one first; probabilities: theirs.
+    """
+    paths: Sequence
+    labels: np.ndarray  # int [N]
+    best: np.ndarray  # int [N, k]
+    probabilities: np.ndarray  # float [N, k]
+    label_probabilities: np.ndarray  # float [N]
+    num_classes: int
+    class_names: tuple  # empty where the classes have numbers alone
+
+    @property
+    def predictions(self):
+        return self.best[:, 0]
+
+    @property
+    def right(self):
+        """Whether each prediction is the label, bool [N]."""
+        return self.predictions == self.labels
+
+    def name(self, number):
+        """What a class is called; its number where it has no name."""
+        return self.class_names[number] if self.class_names else str(number)
+
+    def title(self, number):
+        """A class's number, and its name where it has one."""
+        return f'{number} {self.class_names[number]}' if self.class_names else str(number)
+
+
+class ClassResult(NamedTuple):
+    """How the images of a class were classified."""
+    number: int
+    images: int
+    # of its images, those that are right; of the images taken for it, those that are its own; nan where there are none
+    accuracy: float
+    precision: float
+    # what its images are most often taken for by mistake, and how often; None and 0 without mistakes
+    rival: Optional[int]
+    mistakes: int
+
+
+class Drawn(NamedTuple):
+    """An image to draw, with bars of the probabilities of some classes."""
+    title: str
+    image: Image.Image
+    names: list
+    probabilities: list
+    # place of its label among them, if it is known
+    label: Optional[int] = None
+
+
+def import_figure():
+    """matplotlib's Figure, which is drawn without a screen. Raises: UserError without matplotlib, an optional extra."""
+    try:
+        from matplotlib.figure import Figure
+    except ImportError:
+        raise UserError('drawing needs matplotlib: pip install matplotlib') from None
+    return Figure
+
+
+def find_names(data_path, weights, num_classes):
+    """The names of classes: those of the data set, or else those that `find_class_names` finds for the weights."""
+    own = os.path.join(data_path, 'class_names.txt')
+    return find_class_names(own if os.path.lexists(own) else weights, num_classes)
+
+
+def find_confusions(outcome):
+    """Mistakes as int [P, 3], rows of (label, prediction, how often), the most frequent first."""
+    wrong, count = ~outcome.right, outcome.num_classes
+    codes, times = np.unique(outcome.labels[wrong] * count + outcome.predictions[wrong], return_counts=True)
+    order = np.argsort(-times, kind='stable')
+    return np.stack([codes // count, codes % count, times], axis=1)[order]
+
+
+def rank_classes(outcome):
+    """A ClassResult of every class, the least accurate first, of equal ones that with more images; without images last.
+    """
+    images, taken, right = (np.bincount(numbers, minlength=outcome.num_classes) for numbers in (
+        outcome.labels, outcome.predictions, outcome.labels[outcome.right]))
+    with np.errstate(invalid='ignore'):
+        accuracy, precision = right / images, right / taken
+    rivals = {label: (rival, times) for label, rival, times in find_confusions(outcome)[::-1].tolist()}
+    order = np.lexsort([-images, accuracy])  # nan comes last
+    return [ClassResult(number, int(images[number]), float(accuracy[number]), float(precision[number]),
+                        *rivals.get(number, (None, 0))) for number in order.tolist()]
+
+
+def find_calibration(outcome):
+    """How far the probabilities of predictions can be believed.
+
+    Returns: (the expected calibration error, rows of the BINS: images, their mean probability, their accuracy), the
+    latter two nan in an empty bin.
+    """
+    probabilities = outcome.probabilities[:, 0]
+    bins = np.clip(np.ceil(probabilities * BINS).astype(int) - 1, 0, BINS - 1)
+    images, confidence, right = (np.bincount(bins, weights, BINS) for weights in (None, probabilities, outcome.right))
+    error = np.abs(confidence - right).sum() / len(bins)
+    with np.errstate(invalid='ignore'):
+        return error, np.stack([images, confidence / images, right / images], axis=1)
+
+
+def find_worst(outcome):
+    """Indices of the WORST images: wrong, with the greatest probability; of equal ones the first in the list."""
+    wrong = np.flatnonzero(~outcome.right)
+    return wrong[np.argsort(-outcome.probabilities[wrong, 0], kind='stable')][:WORST].tolist()
+
+
+def _short(name):
+    """A class's name as it fits into a picture."""
+    return one_line(name, 40)
+
+
+def save_figure(figure, path):
+    """Write a figure to a PNG, whole or not at all."""
+    with warnings.catch_warnings():
+        warnings.filterwarnings('ignore', 'Glyph ')  # a character that the font lacks is a box
+        replace(path, lambda partial: figure.savefig(partial, dpi=120, format='png'))
+
+
+def draw_images(drawn, path, columns=1):
+    """Draw a list of Drawn into a PNG, `columns` in a row; the label is bold, and its bar green."""
+    rows, bars = -(-len(drawn) // columns), max(len(shown.names) for shown in drawn)
+    height = 0.4 + max(1.2, 0.17 * bars)
+    figure = import_figure()(figsize=(4.4 * columns, height * rows))
+    axes = figure.subplots(rows, 2 * columns, squeeze=False, gridspec_kw={
+        'width_ratios': [1, 1.8] * columns, 'left': 0.01, 'right': 0.99, 'bottom': 0.1 / height / rows,
+        'top': 1 - 0.3 / height / rows, 'hspace': 0.4 / (height - 0.4), 'wspace': 0.05})
+    for axis in axes.flat:
+        axis.set_axis_off()
+    for shown, left, right in zip(drawn, axes.flat[::2], axes.flat[1::2]):
+        left.imshow(shown.image)
+        left.set_anchor('NW')
+        left.set_title(one_line(shown.title, 60), fontsize='small', loc='left', y=1.02, parse_math=False)
+        colors = ['lightgreen' if place == shown.label else 'lightblue' for place in range(len(shown.names))]
+        right.barh(range(len(shown.names)), shown.probabilities, color=colors)
+        for place, (name, probability) in enumerate(zip(shown.names, shown.probabilities)):
+            right.text(0.01, place, f'{probability:.1%}  {_short(name)}', va='center', fontsize='small',
+                       weight='bold' if place == shown.label else 'normal', clip_on=True, parse_math=False)
+        right.set(xlim=(0, 1), ylim=(bars - 0.5, -0.5))
+    save_figure(figure, path)
+
+
+def draw_worst(outcome, worst, read, path):
+    """Draw the images of these indices into a PNG, with their best classes and their label. read: see `write_report`.
+    """
+    drawn = []
+    for place, index in enumerate(worst, 1):
+        image, label = read(index), int(outcome.labels[index])
+        image.thumbnail(THUMBNAIL)
+        numbers, probabilities = outcome.best[index].tolist(), outcome.probabilities[index].tolist()
+        if label not in numbers:
+            numbers, probabilities = [*numbers, label], [*probabilities, float(outcome.label_probabilities[index])]
+        drawn.append(Drawn(f'{place}: {os.path.basename(outcome.paths[index])}', image,
+                           [outcome.title(number) for number in numbers], probabilities, numbers.index(label)))
+    draw_images(drawn, path, columns=3)
+
+
+def draw_accuracy(outcome, results, path):
+    """Draw the accuracy of the SHOWN worst classes into a PNG, and where there are more, that of all in order."""
+    results = [result for result in results if result.images]
+    worst, overall = results[:SHOWN], outcome.right.mean()
+    figure = import_figure()(figsize=(10, 1.4 + 0.24 * len(worst)), layout='constrained')
+    left, *others = np.atleast_1d(figure.subplots(1, 1 + (len(results) > SHOWN))).tolist()
+    left.barh(range(len(worst)), [result.accuracy for result in worst], color='lightblue')
+    left.axvline(overall, color='gray', linestyle='--')
+    left.set_yticks(range(len(worst)), [_short(outcome.title(result.number)) for result in worst], parse_math=False)
+    left.set(xlim=(0, 1), ylim=(len(worst) - 0.5, -0.5), xlabel=f'accuracy (dashed: of all images, {overall:.2%})',
+             title=f'the {len(worst)} worst of {len(results)} classes' if others else 'accuracy per class')
+    for axis in others:
+        axis.plot(range(1, len(results) + 1), [result.accuracy for result in results])
+        axis.axhline(overall, color='gray', linestyle='--')
+        axis.set(ylim=(0, 1), xlabel='classes, the worst first', ylabel='accuracy', title='all classes')
+        axis.grid(alpha=0.3)
+    save_figure(figure, path)
+
+
+def draw_confusion(outcome, confusions, path):
+    """Draw the confusion matrix into a PNG: labels by predictions, shares of a label's images, with their numbers.
+
+    Of more than SHOWN classes those of the most frequent mistakes, with one more column for all other predictions.
+    """
+    are_all, confused = outcome.num_classes <= SHOWN, dict.fromkeys(confusions[:, :2].ravel().tolist())
+    shown = sorted(list(range(outcome.num_classes) if are_all or not confused else confused)[:SHOWN])
+    place = np.full(outcome.num_classes, len(shown))
+    place[shown] = range(len(shown))
+    matrix = np.zeros([len(shown) + 1, len(shown) + 1], int)
+    np.add.at(matrix, (place[outcome.labels], place[outcome.predictions]), 1)
+    matrix = matrix[:-1, :len(shown)] if are_all else matrix[:-1]
+    share = matrix / np.maximum(1, matrix.sum(axis=1, keepdims=True))
+    names = [_short(outcome.title(number)) for number in shown]
+    side = 1.5 + 0.32 * len(shown) + 0.085 * max(map(len, names))
+    figure = import_figure()(figsize=(side, side), layout='constrained')
+    axis = figure.subplots()
+    axis.imshow(share, cmap='Blues', vmin=0, vmax=1)
+    for row, column in np.argwhere(matrix).tolist():
+        axis.text(column, row, matrix[row, column], ha='center', va='center', fontsize='x-small',
+                  color='white' if share[row, column] > 0.5 else 'black')
+    axis.set_xticks(range(matrix.shape[1]), names if are_all else [*names, 'any other class'], rotation=90,
+                    parse_math=False)
+    axis.set_yticks(range(len(names)), names, parse_math=False)
+    axis.set(xlabel='prediction', ylabel='label')
+    figure.suptitle('confusion matrix' if are_all else f'the {len(shown)} classes of the most frequent mistakes')
+    save_figure(figure, path)
+
+
+def draw_calibration(error, bins, path):
+    """Draw what `find_calibration` has found into a PNG: a reliability diagram, and how many images it is of."""
+    images, confidence, accuracy = bins.T
+    edges, width = np.arange(BINS) / BINS, 1 / BINS
+    figure = import_figure()(figsize=(6, 6.4), layout='constrained')
+    upper, lower = figure.subplots(2, 1, sharex=True, gridspec_kw={'height_ratios': [3, 1]})
+    upper.bar(edges, np.nan_to_num(accuracy), width, align='edge', color='lightblue', edgecolor='white',
+              label='accuracy')
+    upper.plot(confidence, accuracy, 'o', color='tab:blue', label='at the mean probability')
+    upper.plot([0, 1], [0, 1], color='gray', linestyle='--', label='perfect calibration')
+    upper.set(xlim=(0, 1), ylim=(0, 1), ylabel='accuracy', title=f'expected calibration error {error:.2%}')
+    upper.legend(loc='upper left')
+    lower.bar(edges, images, width, align='edge', color='lightblue', edgecolor='white')
+    lower.set(xlabel='probability of the prediction', ylabel='images')
+    save_figure(figure, path)
+
+
+def to_csv(outcome):
+    """Text of a CSV file with a line per image, in the order of the list."""
+    file = io.StringIO()
+    writer = csv.writer(file, lineterminator='\n')
+    writer.writerow(['path', 'label', 'label_name', 'prediction', 'prediction_name', 'probability', 'label_probability',
+                     f'top{outcome.best.shape[1]}'])
+    for path, label, best, probability, of_label in zip(
+            outcome.paths, outcome.labels.tolist(), outcome.best.tolist(), outcome.probabilities[:, 0].tolist(),
+            outcome.label_probabilities.tolist()):
+        writer.writerow([path, label, outcome.name(label), best[0], outcome.name(best[0]), f'{probability:.6f}',
+                         f'{of_label:.6f}', ' '.join(map(str, best))])
+    return file.getvalue()
+
+
+def write_report(folder, title, facts, outcome, read):
+    """Write report.html, what it shows as PNG files, and images.csv, a line per image, into a folder that is there.
+
+    title: of the page; facts: {name: text}, what the page says first; outcome: see `Outcome`; read(index): gives the
+    Pillow image of an index, and is called for the worst alone.
+    Raises: UserError for an image that cannot be read, without matplotlib, and for a file that cannot be written.
+    """
+    def path(name):
+        return os.path.join(folder, name)
+    results, confusions, worst = rank_classes(outcome), find_confusions(outcome), find_worst(outcome)
+    error, bins = find_calibration(outcome)
+    draw_accuracy(outcome, results, path('accuracy.png'))
+    draw_confusion(outcome, confusions, path('confusion.png'))
+    draw_calibration(error, bins, path('calibration.png'))
+    if worst:
+        draw_worst(outcome, worst, read, path('worst.png'))
+    elif os.path.exists(path('worst.png')):
+        os.remove(path('worst.png'))  # an earlier report's
+    write_text(path('images.csv'), to_csv(outcome))
+    pictures = {name: base64.b64encode(pathlib.Path(path(f'{name}.png')).read_bytes()).decode()
+                for name in ('accuracy', 'confusion', 'calibration', *(['worst'] if worst else []))}
+    write_text(path('report.html'), to_page(title, facts, outcome, results, confusions, worst, error, pictures))
+
+
+STYLE = '''
+body { font: 16px/1.5 system-ui, sans-serif; max-width: 75rem; margin: 2rem auto; padding: 0 1rem; color: #222 }
+img { max-width: 100%; display: block; margin: 1rem 0 }
+table { border-collapse: collapse; font-size: 0.9rem }
+th, td { padding: 0.15rem 0.8rem 0.15rem 0; text-align: left; vertical-align: top; border-bottom: 1px solid #ddd;
+         overflow-wrap: anywhere }
+th { position: sticky; top: 0; background: white }
+.number { text-align: right; white-space: nowrap; font-variant-numeric: tabular-nums }
+.table { max-height: 30rem; overflow: auto; margin: 1rem 0 }
+@media print { .table { max-height: none } }
+'''
+
+
+def to_page(title, facts, outcome, results, confusions, worst, error, pictures):
+    """The HTML of a report, which needs no other file. pictures: {name: a PNG in base64}; the others: `write_report`'s.
+    """
+    share, largest = outcome.right.mean(), max(results, key=lambda result: result.images)
+    seen = [result for result in results if result.images]
+    facts = {**facts, 'images': f'{len(outcome.labels):,}', 'classes': f'{outcome.num_classes:,}'}
+    if len(seen) < len(results):
+        facts['classes'] += f', {len(results) - len(seen):,} of them without images here'
+    facts['top-1 accuracy'] = f'{share:.2%} ({outcome.right.sum():,} images)'
+    if outcome.num_classes > outcome.best.shape[1]:
+        hits = (outcome.best == outcome.labels[:, None]).any(axis=1).mean()
+        facts[f'top-{outcome.best.shape[1]} accuracy'] = f'{hits:.2%}'
+    facts['mean of the accuracies per class'] = f'{np.mean([result.accuracy for result in seen]):.2%}'
+    facts['share of the largest class'] = (f'{largest.images / len(outcome.labels):.2%} '
+                                           f'({outcome.title(largest.number)}): the accuracy of always guessing it')
+    facts['expected calibration error'] = (f'{error:.2%}, mean probability of the predictions '
+                                           f'{outcome.probabilities[:, 0].mean():.2%}')
+    classes = [(outcome.title(result.number), f'{result.images:,}', _percent(result.accuracy),
+                _percent(result.precision), '' if result.rival is None else outcome.title(result.rival),
+                f'{result.mistakes:,}') for result in results]
+    images_of = {result.number: result.images for result in results}
+    pairs = [(outcome.title(label), outcome.title(rival), f'{times:,}', _percent(times / images_of[label]))
+             for label, rival, times in confusions[:SHOWN].tolist()]
+    images = [(str(place), outcome.paths[index], outcome.title(outcome.labels[index]),
+               outcome.title(outcome.predictions[index]), _percent(outcome.probabilities[index, 0]),
+               _percent(outcome.label_probabilities[index])) for place, index in enumerate(worst, 1)]
+    more = f'The picture shows the classes of the most frequent mistakes, of {outcome.num_classes:,}. '
+    heading = html.escape(one_line(title))
+    return f'''<!DOCTYPE html>
+<html lang="en">
+<head>
+<meta charset="utf-8">
+<meta name="viewport" content="width=device-width">
+<title>{heading}</title>
+<style>{STYLE}</style>
+</head>
+<body>
+<h1>{heading}</h1>
+{_table(None, facts.items())}
+<p>What was said of each image is in <a href="images.csv">images.csv</a>, in the order of the list.</p>
+
+<h2>Accuracy per class</h2>
+{_picture(pictures, 'accuracy', 'bars of the accuracy per class')}
+<p>The least accurate classes come first. Accuracy: the share of a class's images that are recognized (recall).
+Precision: the share of the images taken for the class that are its own.</p>
+{_table(['class', 'images', 'accuracy', 'precision', 'most often taken for', 'times'], classes)}
+
+<h2>Confusion</h2>
+{_picture(pictures, 'confusion', 'confusion matrix')}
+<p>{more if outcome.num_classes > SHOWN else ''}A row has the images of a label, by what they are taken for; the darker,
+the larger the share. The most frequent mistakes:</p>
+{_table(['label', 'taken for', 'times', "of the label's images"], pairs) if pairs else '<p>None.</p>'}
+
+<h2>The worst images</h2>
+<p>Wrong, with the greatest probability: hard images, or wrong labels. The label is bold, its bar green.</p>
+{_picture(pictures, 'worst', 'the worst images') + _table(
+    ['', 'path', 'label', 'prediction', 'probability', "the label's probability"], images) if worst else '<p>None.</p>'}
+
+<h2>Calibration</h2>
+<p>Of the predictions with a probability of 80%, 80% should be right: bars below the diagonal mean a network that is too
+sure of itself. The expected calibration error is the mean distance from the diagonal, over the images.</p>
+{_picture(pictures, 'calibration', 'reliability diagram')}
+</body>
+</html>
+'''
+
+
+def _percent(share):
+    return '–' if np.isnan(share) else f'{share:.1%}'
+
+
+def _picture(pictures, name, text):
+    return f'<img src="data:image/png;base64,{pictures[name]}" alt="{text}">'
+
+
+def _table(head, rows):
+    """A table of texts in HTML. head: texts above the columns, or None. Columns of numbers are aligned to the right."""
+    rows = [[one_line(cell, 1000) for cell in row] for row in rows]
+    kinds = [' class="number"' if head and all(re.fullmatch('[0-9.,%–]+', cell) for cell in column) else ''
+             for column in zip(*rows)]
+
+    def line(tag, cells):
+        return f'<tr>{"".join(f"<{tag}{kind}>{html.escape(cell)}</{tag}>" for kind, cell in zip(kinds, cells))}</tr>'
+    return '\n'.join(['<div class="table"><table>', *([line('th', head)] if head else []),
+                      *(line('td', row) for row in rows), '</table></div>'])

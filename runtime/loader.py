@@ -117,33 +117,35 @@ class Loader:
         return len(self.batch_sampler)
 
     def __iter__(self):
-        with Workers(self.dataset, self.batch_sampler.batch_size, self.num_workers) as workers:
-            stream = _Stream(workers.read(self.batch_sampler))
-            batches = iter(DataLoader(stream, batch_size=None))
-            requests, results = queue.SimpleQueue(), queue.SimpleQueue()
-            place = paddle.framework._current_expected_place()
-            threading.Thread(target=_fetch, args=[batches, place, requests, results], daemon=True).start()
-            waits = Waits(self.on_slow)
-            try:
-                while True:
-                    start = time.perf_counter()
-                    requests.put(True)
-                    batch = self._wait(results, workers)
-                    end = time.perf_counter()
-                    self.waited += end - start
-                    waits.add(start, end)
-                    if stream.error and not batch:
-                        raise stream.error
-                    if batch is None:
-                        return
-                    if isinstance(batch, Exception):
-                        raise batch
-                    yield tuple(batch)
-            finally:
-                requests.put(None)
-                # or it would wait, at exit too, for its thread, which may read from a dead disk
-                batches._shutdown = True
-                batches._exit_thread_expectedly()
+        workers = Workers(self.dataset, self.batch_sampler.batch_size, self.num_workers)
+        stream = _Stream(workers.read(self.batch_sampler))
+        batches = iter(DataLoader(stream, batch_size=None))
+        requests, results = queue.SimpleQueue(), queue.SimpleQueue()
+        place = paddle.framework._current_expected_place()
+        thread = threading.Thread(target=_fetch, args=[batches, place, requests, results], daemon=True)
+        thread.start()
+        waits = Waits(self.on_slow)
+        try:
+            while True:
+                start = time.perf_counter()
+                requests.put(True)
+                batch = self._wait(results, workers)
+                end = time.perf_counter()
+                self.waited += end - start
+                waits.add(start, end)
+                if stream.error and not batch:
+                    raise stream.error
+                if batch is None:
+                    return
+                if isinstance(batch, Exception):
+                    raise batch
+                yield tuple(batch)
+        finally:
+            requests.put(None)
+            batches._shutdown = True  # or it would wait, at exit too, for its thread, which may read from a dead disk
+            batches._exit_thread_expectedly()
+            workers.end()
+            thread.join(1)  # one that is in C++ code when Python ends would abort the process
 
     def _wait(self, results, workers):
         """What is put into results next. Says after a minute at which items the workers are."""

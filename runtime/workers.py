@@ -87,7 +87,7 @@ def _death(worker):
 
 
 class Workers:
-    """`count` processes (0: this one) that read batches of a dataset's items; while it is open.
+    """`count` processes (0: this one) that read batches of a dataset's items, until `end`.
 
     batch_size: the largest number of items in a batch. dataset.shape: that of its images, (H, W, 3), uint8.
     places: of each worker, the index of the item that it reads.
@@ -109,10 +109,7 @@ class Workers:
             self.workers.append(worker)
             self.connections.append(mine)
 
-    def __enter__(self):
-        return self
-
-    def __exit__(self, *args):
+    def end(self):
         for worker in self.workers:
             worker.kill()  # it may be in the middle of an image, and has nothing to clean up
         for worker in self.workers:

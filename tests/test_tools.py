@@ -400,7 +400,8 @@ def test_check_dataset_lists_every_bad_line(fashion, tmp_path):
     (data / 'train').unlink()
     shutil.copytree(fashion / 'train', data / 'train')
     (data / 'train/cut.png').write_bytes((fashion / train[0].rsplit(' ', 1)[0]).read_bytes()[:100])
-    out = check_dataset(data, '-opts', 'MODEL.NUM_CLASSES', '10', '-save', tmp_path / 'good', status=1)
+    shutil.copyfile(fashion / 'class_names.txt', data / 'class_names.txt')
+    out = check_dataset(data, '-opts', 'MODEL.NUM_CLASSES', '0', '-save', tmp_path / 'good', status=1)
     path = f'{data}/train_list.txt'
     starts = [f"{path}:2: 'no label' is not \"path label\"",
               f'{path}:5: {data}/train/cut.png: cannot read the image (', f"{path}:6: '' is not",
@@ -416,7 +417,8 @@ def test_check_dataset_lists_every_bad_line(fashion, tmp_path):
 
     assert read(tmp_path / 'good/train_list.txt') == [
         f'{data}/{line}' for number, line in enumerate(lines, 1) if number not in bad]
-    # what is written is usable as it is
+    # what is written is usable as it is, with the names
+    assert read(tmp_path / 'good/class_names.txt') == read(fashion / 'class_names.txt')
     assert check_dataset(tmp_path / 'good', '-opts', 'MODEL.NUM_CLASSES', '10', status=0)[3].startswith(
         f'{tmp_path}/good/val_list.txt: 37 lines, 0 bad')
     run('main_single_gpu.py', '-output', tmp_path / 'run', *options(tmp_path / 'good', 'TRAIN.NUM_EPOCHS', '1'))

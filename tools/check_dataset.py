@@ -13,10 +13,12 @@ is 1 if a line is bad.
 """
 import collections
 import contextlib
+import functools
 import hashlib
 import itertools
 import multiprocessing
 import os
+import shutil
 import signal
 import sys
 from concurrent.futures import ProcessPoolExecutor
@@ -25,8 +27,8 @@ from dataclasses import dataclass
 
 from tqdm import tqdm
 
-from config import get_config, get_parser, resolve_config, update_config
-from runtime.files import write_text
+from config import get_config, get_parser, resolve_config, update_config, with_values
+from runtime.files import replace, write_text
 from runtime.program import end_with_parent, prepare_runtime, run_program, usable_cores
 from utils import UserError, first_few, program_name, setup_logger
 
@@ -64,7 +66,7 @@ def check_line(line, config):
     data, num_classes, label = config.DATA, config.MODEL.NUM_CLASSES, None
     try:
         name, label = parse_line(line)
-        if label >= num_classes:
+        if 0 < num_classes <= label:
             raise UserError(f'{line!r}: the label is outside MODEL.NUM_CLASSES {num_classes}')
         path = os.path.join(data.DATA_PATH, name)
         image = read_image(path, data.EXIF_TRANSPOSE, data.BIT_DEPTH)
@@ -258,6 +260,10 @@ def main():
         os.makedirs(args.save, exist_ok=True)
     prepare_runtime()
     setup_logger()
+    names = os.path.join(data_path, 'class_names.txt')
+    if not config.MODEL.NUM_CLASSES and os.path.isfile(names):
+        from datasets import count_classes
+        config = with_values(config, {'MODEL.NUM_CLASSES': count_classes(data_path)[0]})
     lists, ranges = [], []
     with start_workers(usable_cores()) as workers:
         for name in found:
@@ -269,6 +275,8 @@ def main():
     print_labels(lists, config.MODEL.NUM_CLASSES)
     if args.save:
         save_checked(lists, args)
+        if os.path.isfile(names):
+            replace(os.path.join(args.save, 'class_names.txt'), functools.partial(shutil.copyfile, names))
     note = describe_ranges(ranges)
     if note:
         print(note)

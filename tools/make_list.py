@@ -129,7 +129,8 @@ def main():
         print(f'{path}: {write_list(path, classes)} images')
     path = os.path.join(args.data_path, 'class_names.txt')
     write_text(path, ''.join(f'{name}\n' for name in train))
-    print(f'{path}: {len(train)} classes; train with -opts MODEL.NUM_CLASSES {len(train)}')
+    print(f'{path}: {len(train)} classes; configs/finetune.yaml takes their number from here, with other configs add '
+          f'-opts MODEL.NUM_CLASSES {len(train)}')
 
 
 if __name__ == '__main__':

@@ -7,6 +7,7 @@ start and that the size of /dev/shm does not limit. Nothing here imports Paddle.
 import atexit
 import collections
 import contextlib
+import gc
 import mmap
 import multiprocessing
 import os
@@ -59,12 +60,32 @@ def read_items(dataset, items, images, place):
     return labels
 
 
+@contextlib.contextmanager
+def _without_collection():
+    """While it is open, no garbage is collected.
+
+    A new process would end objects of Paddle (2.6.2, 3.3.1) that wait for threads, which it does not have.
+    """
+    was_enabled = gc.isenabled()
+    gc.disable()
+    try:
+        yield
+    finally:
+        if was_enabled:
+            gc.enable()
+
+
 def _start_worker(parent):
-    """Let a worker live as long as its parent: the parent alone answers STOP_SIGNALS, which all processes may get."""
+    """Let a worker live as long as its parent: the parent alone answers STOP_SIGNALS, which all processes may get.
+
+    What the parent has left as garbage stays.
+    """
     end_with_parent(parent)
     for number in STOP_SIGNALS:
         signal.signal(number, signal.SIG_IGN)
     signal.pthread_sigmask(signal.SIG_UNBLOCK, STOP_SIGNALS)
+    gc.freeze()
+    gc.enable()
 
 
 def _work(dataset, slots, place, connection, parent):
@@ -102,7 +123,7 @@ class Workers:
             mine, its = multiprocessing.get_context('fork').Pipe()
             worker = multiprocessing.get_context('fork').Process(
                 target=_work, args=[dataset, self.slots, self.places[number:number + 1], its, os.getpid()], daemon=True)
-            with blocked(STOP_SIGNALS):  # in the worker too, until it ignores them
+            with blocked(STOP_SIGNALS), _without_collection():  # in the worker too, until `_start_worker`
                 worker.start()
             its.close()  # its end of the connection is seen here then
             _WORKERS.add(worker)

@@ -1,5 +1,6 @@
 """Data workers: which signals they answer, and how they end."""
 import contextlib
+import gc
 import multiprocessing
 import os
 import shutil
@@ -147,6 +148,36 @@ def test_an_error_comes_after_the_batches_before_it(workers, error, message):
     assert read == list(range(7)) and multiprocessing.active_children() == []
 
 
+class Knot:
+    """Garbage that has to be collected, and that no data worker may end: see `_without_collection`."""
+
+    def __init__(self, pid):
+        self.pid = pid
+        self.knot = self
+
+    def __del__(self):
+        if os.getpid() != self.pid:
+            os.kill(os.getpid(), signal.SIGKILL)
+
+
+class Collecting(Images):
+    """Reading an image collects garbage."""
+
+    def __getitem__(self, index):
+        gc.collect()
+        return super().__getitem__(index)
+
+
+def test_workers_leave_garbage_of_their_parent_alone(monkeypatch):
+    after_fork = multiprocessing.process.BaseProcess._after_fork
+    monkeypatch.setattr(multiprocessing.process.BaseProcess, '_after_fork',
+                        staticmethod(lambda: gc.isenabled() and gc.collect() or after_fork()))
+    gc.disable()
+    Knot(os.getpid())
+    gc.enable()
+    assert len(list(Loader(Collecting(0), Batches([[0], [1]]), 2))) == 2 and gc.isenabled()
+
+
 def test_a_worker_without_work_may_end():
     loader = Loader(Images(0), Batches([[0], [1]]), 3)
     batches = iter(loader)
@@ -154,6 +185,18 @@ def test_a_worker_without_work_may_end():
     last = max(multiprocessing.active_children(), key=lambda process: process.pid)
     last.kill()
     assert [int(labels) for _, labels in batches] == [1] and multiprocessing.active_children() == []
+
+
+@pytest.mark.parametrize('workers', [0, 1])
+def test_loading_and_steps_overlap(workers):
+    """A step that takes 1.2 times as long as loading its batch hardly waits."""
+    loader = Loader(Images(0.02), Batches([list(range(8))] * 15), workers)
+    batches = iter(loader)
+    next(batches)
+    began, before = time.perf_counter(), loader.waited
+    for _ in batches:
+        time.sleep(1.2 * 8 * 0.02)
+    assert (loader.waited - before) / (time.perf_counter() - began) < 0.1
 
 
 def shared_by_workers():

@@ -268,7 +268,7 @@ class EvalSampler:
 
     def __init__(self, length, batch_size, rank=0, world_size=1):
         self.indices = range(rank, length, world_size)
-        self.batch_size = batch_size
+        self.batch_size = min(batch_size, max(1, len(self.indices)))
 
     def __iter__(self):
         for start in range(0, len(self.indices), self.batch_size):

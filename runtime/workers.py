@@ -43,12 +43,11 @@ def _shared_array(shape, dtype):
     return np.frombuffer(mmap.mmap(-1, max(1, size)), dtype, int(np.prod(shape))).reshape(shape)
 
 
-def read_items(dataset, items, images, place):
-    """Put the images of a dataset's items into an array [N, H, W, 3], one by one. place: where to say which one it is.
+def read_items(dataset, items, images, labels, place):
+    """Put the images and labels of a dataset's items into arrays, [N, H, W, 3] and [N]. place: where to say which one.
 
-    Returns: their labels, int64 [N]; or the exception that one has raised, with its traceback unless it is a UserError.
+    Returns: the exception that one has raised, with its traceback unless it is a UserError; None otherwise.
     """
-    labels = np.empty(len(items), 'int64')
     for number, item in enumerate(items):
         place[...] = item[1] if isinstance(item, tuple) else item
         try:
@@ -57,7 +56,7 @@ def read_items(dataset, items, images, place):
             return error
         except Exception:
             return RuntimeError(f'while reading item {item}:\n{traceback.format_exc()}')
-    return labels
+    return None
 
 
 @contextlib.contextmanager
@@ -88,12 +87,13 @@ def _start_worker(parent):
     gc.enable()
 
 
-def _work(dataset, slots, place, connection, parent):
-    """What a worker does: for each (slot, items) that it receives, read the items into the slot, send `read_items`'."""
+def _work(dataset, images, labels, place, connection, parent):
+    """What a worker does: for each (slot, items) that it receives, read the items into the slot, send what came of it.
+    """
     _start_worker(parent)
     while True:
         slot, items = connection.recv()
-        connection.send(read_items(dataset, items, slots[slot], place))
+        connection.send(read_items(dataset, items, images[slot], labels[slot], place))
 
 
 def _death(worker):
@@ -117,12 +117,14 @@ class Workers:
     def __init__(self, dataset, batch_size, count):
         self.dataset = dataset
         self.places = _shared_array([max(1, count)], 'int64')
-        self.slots = _shared_array([PREFETCH * count, batch_size, *dataset.shape], 'uint8')
+        self.images = _shared_array([PREFETCH * count, batch_size, *dataset.shape], 'uint8')
+        self.labels = _shared_array([PREFETCH * count, batch_size], 'int64')
         self.workers, self.connections = [], []
         for number in range(count):
             mine, its = multiprocessing.get_context('fork').Pipe()
             worker = multiprocessing.get_context('fork').Process(
-                target=_work, args=[dataset, self.slots, self.places[number:number + 1], its, os.getpid()], daemon=True)
+                target=_work, daemon=True,
+                args=[dataset, self.images, self.labels, self.places[number:number + 1], its, os.getpid()])
             with blocked(STOP_SIGNALS), _without_collection():  # in the worker too, until `_start_worker`
                 worker.start()
             its.close()  # its end of the connection is seen here then
@@ -135,30 +137,29 @@ class Workers:
             worker.kill()  # it may be in the middle of an image, and has nothing to clean up
         for worker in self.workers:
             worker.join(1)  # not for ever: one that waits for a dead disk does not end
-        self.slots = None  # Paddle's loader (2.6.2, 3.3.1) keeps its last iterator, and with it this object
+        self.images = None  # Paddle's loader (2.6.2, 3.3.1) keeps its last iterator, and with it this object
 
     def read(self, batches):
         """Yield (uint8 [N, H, W, 3], int64 [N]) of batches of items, in their order.
 
         Raises: what an item raises; UserError when a worker has ended.
         """
-        for done in self._read_by_workers(batches) if self.workers else self._read_here(batches):
-            images, labels = done
-            if isinstance(labels, Exception):
-                raise labels
-            yield images, labels
+        return self._read_by_workers(batches) if self.workers else self._read_here(batches)
 
     def _read_here(self, batches):
         for items in batches:
-            images = np.empty([len(items), *self.dataset.shape], 'uint8')
-            yield images, read_items(self.dataset, items, images, self.places)
+            images, labels = np.empty([len(items), *self.dataset.shape], 'uint8'), np.empty(len(items), 'int64')
+            error = read_items(self.dataset, items, images, labels, self.places)
+            if error:
+                raise error
+            yield images, labels
 
     def _read_by_workers(self, batches):
-        sent = collections.deque()
+        sent, slots = collections.deque(), PREFETCH * len(self.workers)
         for number, items in enumerate(batches):
-            done = self._receive(*sent.popleft()) if len(sent) == len(self.slots) else None
-            slot = number % len(self.slots)  # which is free now; a slot always has the same worker
-            with self._watching(slot % len(self.workers)) as connection:
+            done = self._receive(*sent.popleft()) if len(sent) == slots else None
+            slot = number % slots  # which is free now; a slot always has the same worker
+            with self._watching(slot) as connection:
                 connection.send((slot, items))
             sent.append((slot, len(items)))
             if done:
@@ -167,16 +168,18 @@ class Workers:
             yield self._receive(*sent.popleft())
 
     def _receive(self, slot, length):
-        """The batch that a worker has in a slot, when it is read: a copy of its images, and what `read_items` returned.
-        """
-        with self._watching(slot % len(self.workers)) as connection:
-            labels = connection.recv()
-        return self.slots[slot, :length].copy(), labels
+        """Copies of the images and labels that a worker has in a slot, when they are read."""
+        with self._watching(slot) as connection:
+            error = connection.recv()
+        if error:
+            raise error
+        return self.images[slot, :length].copy(), self.labels[slot, :length].copy()
 
     @contextlib.contextmanager
-    def _watching(self, number):
-        """Gives the connection to a worker. Raises: UserError when it turns out that the worker has ended."""
+    def _watching(self, slot):
+        """Gives the connection to the worker of a slot. Raises: UserError when it turns out that it has ended."""
+        number = slot % len(self.workers)
         try:
             yield self.connections[number]
-        except (EOFError, ConnectionError):
+        except (EOFError, OSError):
             raise _death(self.workers[number]) from None

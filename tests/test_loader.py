@@ -124,6 +124,12 @@ def test_batches_are_those_of_the_sampler_whoever_keeps_them(workers):
             assert (images.numpy() == labels.numpy()[:, None, None, None]).all()
 
 
+def test_large_batches_are_handed_over():
+    """Their lists of items and labels are larger than what a connection holds."""
+    loader = Loader(Images(0, 1), Batches([[index % 1000 for index in range(50000)]] * 3), 1)
+    assert [len(labels) for _, labels in loader] == [50000] * 3
+
+
 class Faulty(Images):
     """One of its images fails."""
 

@@ -237,8 +237,8 @@ def find_engine(path, engine='auto'):
     able += ['inference'] * (os.path.isdir(path) and bool(set(PROGRAMS) & set(files)))
     able += ['paddle'] * (not os.path.isdir(path) and files[0].endswith(WEIGHTS))
     if not able:
-        raise UserError(f'{path}: neither weights ({", ".join(WEIGHTS)}), nor an .onnx file, nor a folder of '
-                        f'tools.export_model with {ONNX} or {PROGRAMS[0]}: export those, too')
+        raise UserError(f'{path}: neither weights ({", ".join(WEIGHTS)}), nor an .onnx file, nor an export with {ONNX} '
+                        f'or {PROGRAMS[0]}; give the best.pdparams of a run, or export again with -format onnx')
     if engine == 'auto':
         engine = next((name for name in able if importlib.util.find_spec(ENGINES[name][0])), able[0])
     if engine not in able:

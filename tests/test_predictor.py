@@ -404,6 +404,8 @@ def test_predict_program(trained, exported, tmp_path):
     assert '-device is cpu, but the engine onnxruntime chooses by itself: leave it out' in line
     assert '-top is 0, but must be at least 1' in fails(*command, tmp_path / 'photos', '-top', '0')
     assert "-plot 'no/bars.png': cannot be a file" in fails(*command, tmp_path / 'photos', '-plot', 'no/bars.png')
+    out = run(*command, tmp_path / 'photos', '-plot', tmp_path / 'bars.png').stdout.splitlines()
+    assert out[6:] == [f'{tmp_path}/bars.png: drawn: 2 of 2 images']
     process = run(*command, tmp_path / '*o*', status=1)  # a folder and a file, of which the folder is left out
     assert process.stdout == '' and len(process.stderr.splitlines()) == 1
     (tmp_path / 'empty').mkdir()

@@ -121,7 +121,8 @@ def main():
     parser.add_argument('-save', metavar='FILE', help='the PNG (default: curves.png in the first RUN)')
     args = parser.parse_args()
     path = args.save or os.path.join(args.folders[0], 'curves.png')
-    (labels, table), logs = label_runs(args.folders), [read_log(folder) for folder in args.folders]
+    logs = [read_log(folder) for folder in args.folders]
+    labels, table = label_runs(args.folders)
     draw(list(zip(labels, logs)), path, table)
     for folder, rows in zip(args.folders, logs):
         print(f'{folder}: {rows[-1]["epoch"]} epochs')

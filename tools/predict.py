@@ -21,7 +21,7 @@ from runtime.settings import ArgumentParser, add_device_flag
 from utils import UserError, one_line, program_name
 
 # images in a picture of -plot
-ROWS = 20
+DRAWN = 20
 
 
 def find_images(names):
@@ -70,13 +70,13 @@ def show_json(path, result):
 
 
 def plot(results, spec, path):
-    """Draw images with bars of their classes, a row each. results: [(path, Prediction)]."""
+    """Draw images with bars of their classes. results: [(path, Prediction)]."""
     drawn = []
     for name, result in results:
         image = read_image(name, spec.exif_transpose, spec.bit_depth)
         image.thumbnail(THUMBNAIL)
         drawn.append(Drawn(os.path.basename(name), image, result.names, result.probabilities))
-    draw_images(drawn, path)
+    draw_images(drawn, path, columns=-(-len(drawn) // 7))
 
 
 def main():
@@ -90,7 +90,7 @@ def main():
                         help='(default: the fastest that is installed and runs the model)')
     add_device_flag(parser)
     parser.add_argument('-threads', metavar='N', type=int, help="threads of a CPU (default: the engine's choice)")
-    parser.add_argument('-plot', metavar='FILE', help=f'draw the first {ROWS} images with their classes into this PNG')
+    parser.add_argument('-plot', metavar='FILE', help=f'draw the first {DRAWN} images with their classes into this PNG')
     args = parser.parse_args()
     if args.top < 1:
         raise UserError(f'-top is {args.top}, but must be at least 1')
@@ -109,14 +109,17 @@ def main():
         raise UserError(f'-device is {args.device}, but the engine {engine} chooses by itself: leave it out, or give '
                         'weights or -engine inference')
     predictor = Predictor(args.model, get_config(args.cfg) if args.cfg else None, args.engine, args.threads)
-    drawn, failed = [], False
+    drawn, count, failed = [], 0, False
     for path, result in predict(predictor, paths, args.top):
         (show_json if args.json else show)(path, result)
         failed |= isinstance(result, UserError)
-        if not isinstance(result, UserError) and len(drawn) < ROWS:
-            drawn.append((path, result))
+        if not isinstance(result, UserError):
+            count += 1
+            drawn += [(path, result)] * (count <= DRAWN)
     if args.plot is not None and drawn:
         plot(drawn, predictor.spec, args.plot)
+        if not args.json:
+            print(f'{args.plot}: drawn: {len(drawn)} of {count} images')
     sys.exit(int(failed))
 
 

@@ -196,7 +196,7 @@ def test_demo_set_is_whole_and_small(tmp_path):
 
 
 def test_from_own_folders_to_a_fine_tuned_model(fashion, tmp_path):
-    """The README's three commands, with narrow weights of another number of classes and few steps."""
+    """The README's commands, with narrow weights of another number of classes and few steps."""
     photos, start, runs = tmp_path / 'my photos', tmp_path / 'start', tmp_path / 'run'
     for name in ('Bag', 'Sneaker'):
         shutil.copytree(fashion / 'train' / name, photos / name)
@@ -206,14 +206,24 @@ def test_from_own_folders_to_a_fine_tuned_model(fashion, tmp_path):
     run('main_single_gpu.py', '-data_path', fashion, '-output', start, *narrow, 'TRAIN.NUM_EPOCHS', '1',
         'MODEL.NUM_CLASSES', '10')
     run('-m', 'tools.make_list', '-data_path', photos, '-train', '.', '-val_share', '0.25')
-    run('main_single_gpu.py', '-cfg', 'configs/finetune.yaml', '-data_path', photos, '-pretrained',
-        start / 'best.pdparams', '-output', runs, *narrow, 'TRAIN.NUM_EPOCHS', '4')
+    assert len(check_dataset(photos, '-opts', 'MODEL.NUM_CLASSES', '0', status=0)) == 4
+    # without weights it would be no fine-tuning
+    command = ['main_single_gpu.py', '-cfg', 'configs/finetune.yaml', '-data_path', photos, '-output', runs, *narrow,
+               'TRAIN.NUM_EPOCHS', '4']
+    assert 'mobileone_s0.pdparams' in fails(*command)
+    run(*command, 'MODEL.PRETRAINED', start / 'best.pdparams')
     rows = records(runs)
     # the start, and then the only batch, smaller than BATCH_SIZE, which is kept
     assert [row['n'] for row in rows[:4]] == [6, 18, 6, 6] and [row['epoch'] for row in rows[:2]] == [0, 1]
     out = run('-m', 'tools.fuse', '-cfg', runs / 'config.yaml', '-pretrained', runs / 'best.pdparams', '-save',
               runs / 'fused.pdparams').stdout
     assert '6 val images' in out
+    run('-m', 'tools.plot_log', runs)
+    evaluation = ['-cfg', runs / 'config.yaml', '-pretrained', runs / 'best.pdparams']
+    run('main_single_gpu.py', *evaluation, '-eval', '-output', runs, '-report', runs / 'report')
+    run('-m', 'tools.export_model', *evaluation, '-output', tmp_path / 'int8', '-precision', 'int8', '-calibration',
+        photos / 'train_list.txt', '-num_images', '8')
+    assert all((runs / name).exists() for name in ('curves.png', 'report/report.html', 'run-eval.json'))
     # the names of the classes travel along, where the config still says 0 too
     command = ['-m', 'tools.predict', next((photos / 'Bag').iterdir()), '-model']
     (tmp_path / 'exported').mkdir()
@@ -221,7 +231,8 @@ def test_from_own_folders_to_a_fine_tuned_model(fashion, tmp_path):
     narrow_file.write_text((runs / 'config.yaml').read_text().replace('NUM_CLASSES: 2', 'NUM_CLASSES: 0'))
     run('-m', 'tools.export_model', '-cfg', narrow_file, '-pretrained', runs / 'best.pdparams', '-output',
         tmp_path / 'exported', '-format', 'paddle')
-    for model in ([runs / 'fused.pdparams'], [runs / 'best.pdparams', '-cfg', narrow_file], [tmp_path / 'exported']):
+    for model in ([tmp_path / 'int8'], [tmp_path / 'exported'], [runs / 'fused.pdparams'],
+                  [runs / 'best.pdparams', '-cfg', narrow_file]):
         shown = run(*command, *model).stdout
         assert re.search(r'%  0 Bag$', shown, re.M) and re.search(r'%  1 Sneaker$', shown, re.M)
     # and do not replace others

@@ -184,17 +184,17 @@ def find_revision(root):
 
 @contextlib.contextmanager
 def recorded(path, start):
-    """Keep a record of this start of a run in the JSON list at `path`, newest last: `start`, times, status, error.
+    """Keep a record of this start of a run in the JSON list at `path`, newest last: `start`, pid, times, status, error.
 
     The status is running, and stays so if the process is killed; then finished, stopped (it was asked to) or failed.
     Raises: UserError for a file that is no such list, or cannot be written.
     """
-    record = {**start, 'start': _now(), 'end': None, 'status': 'running', 'error': None}
+    record = {**start, 'pid': os.getpid(), 'start': _now(), 'end': None, 'status': 'running', 'error': None}
 
     def write(**values):
         starts, before = _read_starts(path), dict(record)  # another run may have written meanwhile
         record.update(values)
-        place = starts.index(before) if values and before in starts else len(starts)
+        place = starts.index(before) if before in starts else len(starts)
         starts[place:place + 1] = [record]
         files.write_text(path, json.dumps(starts, indent=1) + '\n')
     write()

@@ -58,15 +58,20 @@ def test_every_start_is_recorded(tmp_path, error, status, line):
     assert (second['command'], second['status'], second['error']) == ('second', status, line) and second['end']
 
 
-def test_runs_at_once_keep_their_records(tmp_path):
+def test_runs_at_once_keep_their_records(tmp_path, monkeypatch):
+    """Of the same command, in the same second."""
     path = tmp_path / 'run.json'
-    with folder.recorded(str(path), {'command': 'same'}):
-        with folder.recorded(str(path), {'command': 'same'}):
-            assert [start['status'] for start in json.loads(path.read_text())] == ['running', 'running']
-        with pytest.raises(UserError), folder.recorded(str(path), {'command': 'other'}):
+    monkeypatch.setattr(folder, '_now', lambda: 'now')
+    monkeypatch.setattr(os, 'getpid', iter([7, 8]).__next__)
+
+    def statuses():
+        return [(start['pid'], start['status']) for start in json.loads(path.read_text())]
+    with folder.recorded(str(path), {}):
+        with pytest.raises(UserError), folder.recorded(str(path), {}):
+            assert statuses() == [(7, 'running'), (8, 'running')]
             raise UserError('the mistake')
-    assert [(start['command'], start['status']) for start in json.loads(path.read_text())] == [
-        ('same', 'finished'), ('same', 'finished'), ('other', 'failed')]
+        assert statuses() == [(7, 'running'), (8, 'failed')]
+    assert statuses() == [(7, 'finished'), (8, 'failed')]
 
 
 def test_a_full_disk_does_not_hide_why_a_run_has_ended(tmp_path):

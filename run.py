@@ -120,7 +120,7 @@ class Run:
         config = self.config
         if self.is_fine_tuning:
             metrics = self.evaluate([('raw', self.training.model)], val_loader)['raw']
-            write_record(config, None, 0, 'val', 'raw', metrics)
+            write_record(config, None, self.done, 'val', 'raw', metrics)
         stage = get_stage(config, 1)  # that of the loader
         for epoch in range(self.done + 1, config.TRAIN.NUM_EPOCHS + 1):
             if stage != get_stage(config, epoch):
@@ -328,15 +328,16 @@ def save_config(config):
         files.replace(copy, lambda partial: shutil.copyfile(names, partial))
 
 
-def take_over(config, resumed):
+def take_over(run, resumed):
     """Make the folder what it was when a checkpoint was written, for the run that goes on from there.
 
     resumed: its (path, state); None where MODEL.RESUME has found none.
     """
+    config = run.config
     save_config(config)
     if not config.MODEL.RESUME:
         return
-    folder.RunLog(config.SAVE).drop_after(resumed[1]['epoch'] if resumed else config.TRAIN.LAST_EPOCH)
+    folder.RunLog(config.SAVE).drop_after(run.done - run.is_fine_tuning)  # which writes its start's record again
     if not resumed:
         return
     path, state = resumed
@@ -354,7 +355,7 @@ def run_training(config, train_loader, val_loader):
     resumed = from_main(lambda: folder.find_checkpoint(config.SAVE, config.MODEL.RESUME))
     run = resume_run(config, train_loader, *resumed) if resumed else start_run(config, train_loader)
     # nothing of an earlier run is touched before the checkpoint has proved to fit
-    from_main(lambda: take_over(config, resumed))
+    from_main(lambda: take_over(run, resumed))
     if run.done >= config.TRAIN.NUM_EPOCHS:
         LOG.info(f'all {config.TRAIN.NUM_EPOCHS} epochs are done: nothing is left to train')
     try:
@@ -385,7 +386,7 @@ def run_evaluation(config, loader):
 
 def prepare_report(config):
     """Make the folder of a report. Returns: the names of its classes."""
-    os.makedirs(config.REPORT, exist_ok=True)
+    report.prepare_folder(config.REPORT)
     return report.find_names(config.DATA.DATA_PATH, config.MODEL.PRETRAINED, config.MODEL.NUM_CLASSES)
 
 
@@ -467,7 +468,8 @@ def _run_in_folder(config, loaders, source):
     """source: the file that MODEL.NUM_CLASSES is from, if it is from one."""
     LOG.info(f'PaddlePaddle {paddle.__version__} on {paddle.device.get_device()}, processes: {world_size()}, data '
              f'workers per process: {loaders[0].num_workers}, folder {config.SAVE}; its config.yaml has all keys, '
-             'these are not as by default:' + ''.join(f'\n  {key} {value}' for key, value in changes(config).items()))
+             'these differ from the defaults:'
+             + ''.join(f'\n  {key} {value}' for key, value in changes(config).items()))
     if source:
         LOG.info(f'MODEL.NUM_CLASSES {config.MODEL.NUM_CLASSES}: as in {source}')
     for loader in loaders:

@@ -21,6 +21,8 @@ from deploy.predictor import find_class_names
 from runtime.files import replace, write_text
 from utils import UserError, one_line
 
+# what a report writes besides report.html
+FILES = ('accuracy.png', 'confusion.png', 'calibration.png', 'worst.png', 'images.csv')
 # classes that fit into a picture, and pairs of classes that a table lists
 SHOWN = 30
 # the worst images that are drawn
@@ -83,6 +85,16 @@ class Drawn(NamedTuple):
     probabilities: list
     # place of its label among them, if it is known
     label: Optional[int] = None
+
+
+def prepare_folder(folder):
+    """Make the folder of a report. Raises: UserError if it holds a file of a report's names that no report wrote."""
+    os.makedirs(folder, exist_ok=True)
+    for name in () if os.path.lexists(os.path.join(folder, 'report.html')) else FILES:
+        path = os.path.join(folder, name)
+        if os.path.lexists(path):
+            raise UserError(f'{path}: would be replaced, but is of no report; choose another -report folder, or move '
+                            'it away')
 
 
 def import_figure():
@@ -346,7 +358,7 @@ def to_page(title, facts, outcome, results, confusions, worst, error, pictures):
 <body>
 <h1>{heading}</h1>
 {_table(None, facts.items())}
-<p>What was said of each image is in <a href="images.csv">images.csv</a>, in the order of the list.</p>
+<p><a href="images.csv">images.csv</a> has the prediction for each image, in the order of the list.</p>
 
 <h2>Accuracy per class</h2>
 {_picture(pictures, 'accuracy', 'bars of the accuracy per class')}

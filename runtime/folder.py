@@ -7,6 +7,7 @@ import itertools
 import json
 import math
 import os
+import pathlib
 import platform
 import re
 import shlex
@@ -18,7 +19,7 @@ import paddle
 
 from runtime import checkpoint, files
 from runtime.program import usable_cores
-from utils import LOG, UserError, describe_error, naming, rank, world_size
+from utils import LOG, UserError, describe_error, naming, program_name, rank, world_size
 
 # whose versions run.json has, of those that are installed
 PACKAGES = ('paddlepaddle', 'paddlepaddle-gpu', 'numpy', 'pillow', 'pyyaml', 'yacs', 'simplejpeg',
@@ -140,9 +141,10 @@ def prune(folder, keep):
 
 
 def path_beside(folder, name, is_evaluation):
-    """The path of a run's file in a folder; with -eval in its name for an evaluation in the folder of another run."""
+    """The path of a run's file in a folder; with -eval in its name for an evaluation in the folder of a training."""
     stem, extension = os.path.splitext(name)
-    is_guest = is_evaluation and os.path.exists(os.path.join(folder, 'config.yaml'))
+    config = pathlib.Path(folder, 'config.yaml')
+    is_guest = is_evaluation and config.exists() and b'EVAL: true' not in config.read_bytes().splitlines()
     return os.path.join(folder, f'{stem}-eval{extension}' if is_guest else name)
 
 
@@ -165,9 +167,12 @@ def find_revision(root):
 
     None where the folder is no clone, and where git is missing or fails.
     """
+    # a git hook's name its own repository
+    env = {name: value for name, value in os.environ.items() if not name.startswith('GIT_')}
+
     def git(*args):
         return subprocess.run(['git', '--no-optional-locks', '-C', root, *args], check=True, capture_output=True,
-                              text=True, timeout=10).stdout.splitlines()
+                              text=True, timeout=10, env=env).stdout.splitlines()
     try:
         top, revision = git('rev-parse', '--show-toplevel', 'HEAD')
         if not os.path.samefile(top, root):
@@ -179,16 +184,18 @@ def find_revision(root):
 
 @contextlib.contextmanager
 def recorded(path, start):
-    """Keep a record of this start of a run in the JSON list at `path`, newest last: `start`, times, status, error.
+    """Keep a record of this start of a run in the JSON list at `path`, newest last: `start`, pid, times, status, error.
 
     The status is running, and stays so if the process is killed; then finished, stopped (it was asked to) or failed.
     Raises: UserError for a file that is no such list, or cannot be written.
     """
-    record = {**start, 'start': _now(), 'end': None, 'status': 'running', 'error': None}
-    starts = [*_read_starts(path), record]
+    record = {**start, 'pid': os.getpid(), 'start': _now(), 'end': None, 'status': 'running', 'error': None}
 
     def write(**values):
+        starts, before = _read_starts(path), dict(record)  # another run may have written meanwhile
         record.update(values)
+        place = starts.index(before) if before in starts else len(starts)
+        starts[place:place + 1] = [record]
         files.write_text(path, json.dumps(starts, indent=1) + '\n')
     write()
     try:
@@ -197,6 +204,7 @@ def recorded(path, start):
         is_exit = isinstance(error, SystemExit)
         stopped = isinstance(error, KeyboardInterrupt) or (is_exit and isinstance(error.code, int))
         line = str(error) if is_exit or isinstance(error, UserError) else describe_error(error)
+        line = line.removeprefix(f'{program_name()}: error: ')
         with contextlib.suppress(UserError):  # a full disk may be what ends the run: that is the error to show
             write(end=_now(), status='stopped' if stopped else 'failed', error=None if stopped else line)
         raise
@@ -241,7 +249,7 @@ class RunLog:
         kept = [line for line in lines if _epoch_of(line) <= epoch]
         if kept != lines:
             files.write_text(self.path, ''.join(kept))
-            LOG.info(f'{self.path}: dropped {len(lines) - len(kept)} records past epoch {epoch}')
+            LOG.info(f'{self.path}: dropped {len(lines) - len(kept)} records from epoch {epoch + 1} on')
 
 
 def _epoch_of(line):

@@ -8,7 +8,6 @@ import ast
 import copy
 import dataclasses
 import difflib
-import functools
 import math
 import os
 import re
@@ -152,17 +151,16 @@ class Settings:
             raise refusal(f'{source}: BASE', value, 'takes effect only at the top of a YAML file')
         if name not in self.keys:
             name = one_line(name)
-            raise UserError(f'{source}: unknown key {name}; the nearest known key is {self._nearest(name, self.keys)}')
+            raise UserError(f'{source}: unknown key {name}; the nearest known key is {self._nearest(name)}')
         _put(config, name, self.keys[name].read(value, f'{source}: {name}'))
 
-    def _nearest(self, name, keys, least=0.0):
-        """The key of `keys` most like a name, without regard to case; the last part counts most: sections are mixed up.
+    def _nearest(self, name):
+        """The key most like a name, without regard to case; the last part counts most, for sections are mixed up.
 
         The first key of which that is a whole word goes first: of the keys that end in LR, LR means the main one.
-        least: likeness, up to 1.5, below which it is ''.
         """
         word = re.escape(name.rpartition('.')[2].upper().removesuffix('S'))
-        for known in keys if word else ():
+        for known in self.keys if word else ():
             if re.search(rf'[._]{word}S?([._]|$)', f'.{known.partition(".")[2] or known}'):
                 return known
 
@@ -170,8 +168,7 @@ class Settings:
             pairs = [(name, known), (name.rpartition('.')[2], known.rpartition('.')[2])]
             whole, last = (difflib.SequenceMatcher(None, a.upper(), b).ratio() for a, b in pairs)
             return last + 0.5 * whole
-        nearest = max(keys, key=likeness)
-        return nearest if likeness(nearest) >= least else ''
+        return max(self.keys, key=likeness)
 
     def merge_file(self, config, path, parents=()):
         """Merge a YAML file into a config, the files of its BASE first. parents: the files whose BASE led to it.
@@ -222,8 +219,7 @@ class Settings:
 
     def parser(self, description, flags, example):
         """An ArgumentParser of -cfg, -opts and the named flags. -h shows description, and example as pairs of -opts."""
-        nearest_key = functools.partial(self._nearest, keys=[key for key in self.keys if key != 'BASE'], least=0.9)
-        parser = ArgumentParser(nearest_key, description=description)
+        parser = ArgumentParser(self._meanings(flags), description=description)
         parser.add_argument('-cfg', metavar='FILE', help='YAML config file, see configs/')
         for flag in flags:
             _, metavar, text = self.flags[flag]
@@ -232,6 +228,15 @@ class Settings:
         parser.add_argument('-opts', metavar='KEY VALUE', nargs='*', action='append',
                             help=f'set any key of config.py, e.g. -opts {example} (repeatable)')
         return parser
+
+    def _meanings(self, flags):
+        """{-name: what sets its key}, with the names that users may take for flags, for the error of an unknown one."""
+        flag_of, meanings = {self.flags[flag][0]: f'-{flag}' for flag in flags}, {}
+        for key in self.keys:
+            name = key.rpartition('.')[2].lower()
+            for part in () if key == 'BASE' else (name, re.sub('^(num|base)_', '', name)):
+                meanings.setdefault(f'-{part}', flag_of.get(key, f'-opts {key} VALUE'))
+        return meanings
 
     def checked(self, config):
         """A frozen copy of a config in which each value is of its key's type and one that it may be; BASE is emptied.
@@ -299,13 +304,13 @@ def add_device_flag(parser):
 class ArgumentParser(argparse.ArgumentParser):
     """argparse with exact single-dash flags, values that may start with a minus, and errors of one line.
 
-    nearest_key: (name) -> the key of -opts that may be meant, or '', for the error of an unknown flag.
+    meanings: {what may be taken for a flag: what to give instead}, for the error of an unknown flag.
     """
 
-    def __init__(self, nearest_key=lambda name: '', **kwargs):
+    def __init__(self, meanings=(), **kwargs):
         super().__init__(prog=program_name(), allow_abbrev=False,
                          formatter_class=argparse.RawDescriptionHelpFormatter, **kwargs)
-        self.nearest_key = nearest_key
+        self.meanings = dict(meanings)
 
     def parse_args(self, args=None, namespace=None):
         args, unknown = self.parse_known_args(args, namespace)
@@ -315,13 +320,15 @@ class ArgumentParser(argparse.ArgumentParser):
 
     def _suggestion(self, argument):
         """What an unknown flag may have been meant for; '' for what is none, or like none."""
-        name = argument.lstrip('-').partition('=')[0]
-        if not argument.startswith('-') or not name:
+        name = '-' + argument.lstrip('-').partition('=')[0].lower()
+        if not argument.startswith('-') or name == '-':
             return ''
-        flags, key = self._option_string_actions, self.nearest_key(name)
-        near = (difflib.get_close_matches(f'-{name}', flags, 1, 0.8) or [f'-opts {key} VALUE'] * bool(key)
-                or difflib.get_close_matches(f'-{name}', flags, 1))
-        return f'; did you mean {near[0]}?' if near else ''
+        flags = self._option_string_actions
+        known = {**self.meanings, **{flag: flag for flag in flags}}
+        near = (difflib.get_close_matches(name, known, 1, 0.8)
+                or [other for other in known if other.startswith(f'{name}_') or name.startswith(f'{other}_')]
+                or difflib.get_close_matches(name, flags, 1, 0.7))
+        return f'; did you mean {known[near[0]]}?' if near else ''
 
     def _get_option_tuples(self, option_string):
         """No abbreviations: `allow_abbrev=False` spares only double-dash flags (Python 3.9 to 3.13)."""

@@ -218,7 +218,11 @@ def test_values_that_cannot_run(options, message):
     ('-epochs', '-opts TRAIN.NUM_EPOCHS VALUE'), ('--epoch', '-opts TRAIN.NUM_EPOCHS VALUE'),
     ('-batchsize', '-batch_size'), ('--batch_size=16', '-batch_size'), ('-lr', '-opts TRAIN.BASE_LR VALUE'),
     ('-num_class', '-opts MODEL.NUM_CLASSES VALUE'), ('-workers', '-opts DATA.NUM_WORKERS VALUE'),
-    ('-output_dir', '-output'), ('-config', '-cfg'), ('-bs', ''), ('-zzz', ''), ('stray', ''), ('-', ''),
+    ('-output_dir', '-output'), ('-config', '-cfg'), ('-save', '-output'), ('-data', '-data_path'),
+    ('-batch', '-batch_size'), ('-eval_only', '-eval'), ('-evaluate', '-eval'),
+    ('-mixup', '-opts TRAIN.MIXUP_ALPHA VALUE'), ('-LR', '-opts TRAIN.BASE_LR VALUE'),
+    ('-base', '-opts TRAIN.BASE_LR VALUE'), ('-dropout', ''), ('-checkpoint', ''), ('-weights', ''), ('-bs', ''),
+    ('-zzz', ''), ('stray', ''), ('-', ''),
 ])
 def test_misspelt_flags_get_a_suggestion(flag, meant, capsys):
     with pytest.raises(SystemExit):

@@ -7,7 +7,7 @@ import subprocess
 import pytest
 
 from runtime import folder
-from utils import UserError
+from utils import UserError, program_name
 
 
 def test_runs_that_start_together_have_folders_of_their_own(tmp_path):
@@ -25,9 +25,11 @@ def test_prune(tmp_path):
     assert sorted(os.listdir(tmp_path)) == [f'{name}.pdparams' for name in kept]
 
 
-def test_an_evaluation_has_files_of_its_own_in_the_folder_of_another_run(tmp_path):
+def test_an_evaluation_has_files_of_its_own_in_the_folder_of_a_training(tmp_path):
     assert folder.path_beside(str(tmp_path), 'run.json', True) == str(tmp_path / 'run.json')
-    (tmp_path / 'config.yaml').write_text('')
+    (tmp_path / 'config.yaml').write_text('DATA: {}\nEVAL: true\n')  # an evaluation's
+    assert folder.path_beside(str(tmp_path), 'run.json', True) == str(tmp_path / 'run.json')
+    (tmp_path / 'config.yaml').write_text('DATA: {}\nEVAL: false\n')
     assert folder.path_beside(str(tmp_path), 'run.json', True) == str(tmp_path / 'run-eval.json')
     assert folder.path_beside(str(tmp_path), 'run.json', False) == str(tmp_path / 'run.json')
 
@@ -37,7 +39,7 @@ def test_an_evaluation_has_files_of_its_own_in_the_folder_of_another_run(tmp_pat
     (SystemExit(75), 'stopped', None),
     (KeyboardInterrupt(), 'stopped', None),
     (UserError('x is 1, but must be 2'), 'failed', 'x is 1, but must be 2'),
-    (SystemExit('lost a rank'), 'failed', 'lost a rank'),
+    (SystemExit(f'{program_name()}: error: lost a rank'), 'failed', 'lost a rank'),
     (RuntimeError('two\nlines'), 'failed', 'RuntimeError: two lines'),
 ], ids=str)
 def test_every_start_is_recorded(tmp_path, error, status, line):
@@ -54,6 +56,22 @@ def test_every_start_is_recorded(tmp_path, error, status, line):
     first, second = json.loads(path.read_text())
     assert (first['command'], first['status']) == ('first', 'finished') and first['start'] <= first['end']
     assert (second['command'], second['status'], second['error']) == ('second', status, line) and second['end']
+
+
+def test_runs_at_once_keep_their_records(tmp_path, monkeypatch):
+    """Of the same command, in the same second."""
+    path = tmp_path / 'run.json'
+    monkeypatch.setattr(folder, '_now', lambda: 'now')
+    monkeypatch.setattr(os, 'getpid', iter([7, 8]).__next__)
+
+    def statuses():
+        return [(start['pid'], start['status']) for start in json.loads(path.read_text())]
+    with folder.recorded(str(path), {}):
+        with pytest.raises(UserError), folder.recorded(str(path), {}):
+            assert statuses() == [(7, 'running'), (8, 'running')]
+            raise UserError('the mistake')
+        assert statuses() == [(7, 'running'), (8, 'failed')]
+    assert statuses() == [(7, 'finished'), (8, 'failed')]
 
 
 def test_a_full_disk_does_not_hide_why_a_run_has_ended(tmp_path):
@@ -92,6 +110,9 @@ def test_revision_of_a_clone(tmp_path, monkeypatch):
     (tmp_path / 'photos/1.jpg').write_text('not tracked')
     assert folder.find_revision(str(tmp_path)) == {'revision': revision, 'clean': True}
     assert folder.find_revision(str(tmp_path / 'photos')) is None  # a folder in somebody's clone
+    monkeypatch.setenv('GIT_DIR', str(tmp_path / 'nowhere'))  # as in a hook of another repository
+    assert folder.find_revision(str(tmp_path)) == {'revision': revision, 'clean': True}
+    monkeypatch.delenv('GIT_DIR')
     (tmp_path / 'run.py').write_text('two')
     assert folder.find_revision(str(tmp_path)) == {'revision': revision, 'clean': False}
     monkeypatch.setenv('PATH', '')

@@ -188,7 +188,7 @@ def test_fine_tuning_with_other_classes(trained, fashion, tmp_path):
     assert 'acc1' in out and 'acc5' not in out
     rows = records(tmp_path / 'tuned')
     assert [(row['epoch'], row['split'], row['weights']) for row in rows] == [
-        (0, 'val', 'raw'), (2, 'train', 'raw'), (2, 'val', 'raw'), (2, 'val', 'ema')]
+        (1, 'val', 'raw'), (2, 'train', 'raw'), (2, 'val', 'raw'), (2, 'val', 'ema')]
     assert all(row['acc5'] == 100 for row in rows)  # top-3 of 3 classes
     # evaluation takes the number from the weights, fusion too
     weights = tmp_path / 'tuned/latest.pdparams'

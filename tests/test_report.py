@@ -194,7 +194,18 @@ def test_mistakes(trained, fashion, tmp_path):
     assert not (tmp_path / 'run').exists() and not (tmp_path / 'report').exists()
     (tmp_path / 'report').write_text('')
     assert f'{tmp_path}/report: File exists; ' in fails(MAIN, *trained[1], *output)
+    (tmp_path / 'worst.png').write_text('')
+    assert 'worst.png: would be replaced' in fails(MAIN, *trained[1], *output[:3], tmp_path)
     assert not (tmp_path / 'run/log.jsonl').exists()
+
+
+@pytest.mark.parametrize('name', sorted({*FILES} - {'report.html'}))
+def test_files_of_no_report_are_not_replaced(tmp_path, name):
+    (tmp_path / name).write_text("a user's")
+    with pytest.raises(report.UserError, match=f'{name}: would be replaced, but is of no report; choose another'):
+        report.prepare_folder(tmp_path)
+    (tmp_path / 'report.html').write_text('an earlier report')
+    report.prepare_folder(tmp_path)
 
 
 @pytest.mark.parametrize('name', FILES)

@@ -187,6 +187,28 @@ def test_the_start_of_a_fine_tuning_is_evaluated_once(config, fashion, tmp_path,
         train(config)
 
 
+@pytest.mark.parametrize('done', [0, 1])
+def test_a_fine_tuning_that_starts_again_has_one_record_of_its_start(config, fashion, tmp_path, monkeypatch, done):
+    """It has failed before its first checkpoint."""
+    config.DATA.DATA_PATH, config.DATA.NUM_WORKERS, config.TRAIN.NUM_EPOCHS = str(fashion), 0, done + 1
+    config.SAVE, config.MODEL.RESUME, config.TRAIN.LAST_EPOCH = str(tmp_path), 'auto', done
+    config.TRAIN.FREEZE, config.MODEL.PRETRAINED = 'backbone', str(tmp_path / 'start/w.pdparams')
+    checkpoint.save(build_mobileone(config).state_dict(), config.MODEL.PRETRAINED)
+    scripted(monkeypatch, [50.0] * 8)
+
+    def fail(*args):
+        raise UserError('the mistake')
+
+    def epochs():
+        return [json.loads(line)['epoch'] for line in (tmp_path / 'log.jsonl').read_text().splitlines()]
+    with monkeypatch.context() as patch, pytest.raises(UserError, match='the mistake'):
+        patch.setattr(engine, 'train_one_epoch', fail)
+        train(config)
+    assert epochs() == [done]
+    train(config)
+    assert epochs() == [done] + [done + 1] * 3
+
+
 @pytest.mark.parametrize('evaluation', [False, True])
 def test_the_names_of_the_classes_come_with_a_run(config, tmp_path, evaluation):
     """Those of an evaluation do not replace others."""

@@ -235,12 +235,18 @@ def test_from_own_folders_to_a_fine_tuned_model(fashion, tmp_path):
                   [runs / 'best.pdparams', '-cfg', narrow_file]):
         shown = run(*command, *model).stdout
         assert re.search(r'%  0 Bag$', shown, re.M) and re.search(r'%  1 Sneaker$', shown, re.M)
-    # and do not replace others
+    # and to a new folder, but do not replace others
+    command = ['-m', 'tools.fuse', '-no_data', '-cfg', runs / 'config.yaml', '-pretrained', runs / 'best.pdparams']
+    run(*command, '-save', tmp_path / 'new/fused.pdparams')
+    assert read(tmp_path / 'new/class_names.txt') == ['Bag', 'Sneaker']
     (tmp_path / 'class_names.txt').write_text('cat\ndog\n')
-    line = fails('-m', 'tools.fuse', '-cfg', runs / 'config.yaml', '-pretrained', runs / 'best.pdparams', '-save',
-                 tmp_path / 'fused.pdparams')
+    line = fails(*command, '-save', tmp_path / 'fused.pdparams')
     assert f'{tmp_path}/class_names.txt: names other classes than {runs}/class_names.txt' in line
     assert not (tmp_path / 'fused.pdparams').exists()
+    (runs / 'class_names.txt').unlink()
+    line = fails(*command, '-save', tmp_path / 'new/again.pdparams')
+    assert f'{tmp_path}/new/class_names.txt: names classes, but {runs}/class_names.txt is missing; choose' in line
+    assert not (tmp_path / 'new/again.pdparams').exists()
 
 
 def test_picture(tmp_path):
@@ -536,7 +542,10 @@ def test_check_dataset_errors(tmp_path):
     assert f'{tmp_path}: holds neither train_list.txt nor val_list.txt' in fails(*command)
     (tmp_path / 'val_list.txt').write_text('')
     assert 'val_list.txt: the list is empty' in fails(*command)
-    assert 'val_list.txt: would be replaced' in fails(*command, '-save', tmp_path)
+    for name in ('val_list.txt', 'class_names.txt'):
+        (tmp_path / name[:3]).mkdir()
+        (tmp_path / name[:3] / name).write_text('')
+        assert f'{name}: would be replaced' in fails(*command, '-save', tmp_path / name[:3])
 
 
 def resize_dataset(folder, output, *more, status=0):

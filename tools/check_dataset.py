@@ -253,7 +253,7 @@ def main():
     if args.unique and not args.save:
         raise UserError('-unique is for the lists that -save writes: add -save DIR')
     if args.save:
-        for name in LISTS:
+        for name in (*LISTS, 'class_names.txt'):
             if os.path.lexists(os.path.join(args.save, name)):
                 raise UserError(f'{os.path.join(args.save, name)}: would be replaced; choose another -save folder, or '
                                 'remove it')

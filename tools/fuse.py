@@ -83,17 +83,11 @@ def compare(models, loader, config):
           f'{paddle.device.get_device()}')
 
 
-def copy_class_names(source, target):
-    """Let the names of classes beside weights be beside other weights too.
-
-    Raises: UserError where there are other names: predictions would take those.
-    """
-    source, target = (os.path.join(os.path.dirname(path), 'class_names.txt') for path in (source, target))
-    if not os.path.isfile(source):
-        return
-    if not os.path.lexists(target):
-        replace(target, lambda partial: shutil.copyfile(source, partial))
-    elif not filecmp.cmp(source, target, shallow=False):
+def check_class_names(source, target):
+    """Raises: UserError if `target` is there and is no copy of `source`: predictions would take its names."""
+    if os.path.lexists(target) and not os.path.isfile(source):
+        raise UserError(f'{target}: names classes, but {source} is missing; choose another folder for -save')
+    if os.path.lexists(target) and not filecmp.cmp(source, target, shallow=False):
         raise UserError(f'{target}: names other classes than {source}; choose another folder for -save')
 
 
@@ -126,8 +120,12 @@ def main():
     model.eval()
     fused = model_convert(model)
     if args.save:
-        copy_class_names(config.MODEL.PRETRAINED, args.save)
+        source, target = (os.path.join(os.path.dirname(path), 'class_names.txt')
+                          for path in (config.MODEL.PRETRAINED, args.save))
+        check_class_names(source, target)
         checkpoint.save(fused.state_dict(), args.save)
+        if os.path.isfile(source) and not os.path.exists(target):
+            replace(target, lambda partial: shutil.copyfile(source, partial))
     compare([model, fused], loader, config)
     if args.save:
         print(f'fused weights: {args.save}')

@@ -3,9 +3,9 @@
 A sample's index is a pair (epoch, index). Whatever is random about it is a function of (SEED, epoch, index), so workers
 hold no state: any number of them gives the same batches.
 """
-import codecs
 import functools
 import os
+import re
 import zlib  # noqa: F401  before Paddle: see utils.py
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -14,13 +14,14 @@ import numpy as np
 from paddle.io import Dataset
 
 from images import find_backend, open_image, read_image
-from runtime.files import check_regular
+from runtime.files import check_regular, read_names, to_plain
 from runtime.loader import Loader
 from transforms import AutoAugment, ColorJitter, EvalTransform, RandAugment, TrainTransform
 from utils import LOG, UserError
 
 # bytes and lines of a list that are parsed at a time: its parsing takes little memory besides the list
 BLOCK_BYTES, BLOCK_LINES = 2 ** 22, 2 ** 16
+CLASS_NAMES = 'class_names.txt'
 
 
 class Lines(Sequence):
@@ -47,22 +48,6 @@ class Lines(Sequence):
         return self.content[self.starts[index]:self.starts[index + 1] - 1].decode(errors='surrogateescape')
 
 
-def _to_plain(content, path):
-    """The bytes of a list file as UTF-8 text with line feeds, without byte-order marks. Raises: UserError."""
-    if content.startswith((codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE)):
-        try:
-            content = bytearray(content.decode('utf-16').encode())
-        except UnicodeDecodeError as error:
-            raise UserError(f'{path}: begins as UTF-16 text, but is none from byte {error.start} on; save the list as '
-                            'UTF-8') from None
-    if codecs.BOM_UTF8[:1] in content:  # one byte is found much faster than three
-        # where lists were joined, within it too
-        content = content.replace(codecs.BOM_UTF8, b'')
-    if b'\r' in content:
-        content = content.replace(b'\r\n', b'\n').replace(b'\r', b'\n')
-    return content
-
-
 def _with_slashes(content, path):
     """The bytes of a list file with slashes for backslashes, unless the first path with one exists as it is."""
     at = content.find(b'\\')
@@ -70,6 +55,9 @@ def _with_slashes(content, path):
         return content
     line = content[content.rfind(b'\n', 0, at) + 1:content.find(b'\n', at)].decode(errors='surrogateescape')
     name = line.rsplit(maxsplit=1)[0]
+    # UTF-16 without its mark, and paths on another computer, are errors of their lines
+    if '\0' in line or content.startswith(b'\\\\') or b'\n\\\\' in content:
+        return content
     if os.path.lexists(os.path.join(os.path.dirname(path), name)):
         return content
     LOG.info(f'{path}: backslashes in its paths are read as slashes, for there is no file {name!r}')
@@ -77,7 +65,7 @@ def _with_slashes(content, path):
 
 
 def read_lines(path):
-    """The `Lines` of a list file but empty ones at its end, whatever system wrote it: see `_to_plain`, `_with_slashes`.
+    """The `Lines` of a list file but empty ones at its end, whatever system wrote it: see `to_plain`, `_with_slashes`.
 
     Raises: UserError for a missing or an empty list, and for what is no regular file, or broken UTF-16.
     """
@@ -90,7 +78,7 @@ def read_lines(path):
         reason = getattr(error, 'strerror', error)
         raise UserError(f'{path}: cannot read the list ({reason}); DATA.DATA_PATH is the folder that holds it, see '
                         'README.md or python -m tools.make_list -h') from None
-    content = _to_plain(content, path)
+    content = to_plain(content, path)
     while content[-1:].isspace():
         del content[-1]
     if not content:
@@ -110,7 +98,7 @@ def parse_line(line):
     if not (label.isascii() and label.isdigit() and len(label) < 19):
         raise UserError(f'{line!r} holds null characters, perhaps UTF-16 text without its mark; save the list as UTF-8'
                         if '\0' in line else f'{line!r} is not "path label", the label a whole number from 0')
-    if name[1:3] in (':/', ':\\') and os.name != 'nt':
+    if re.match(r'[A-Za-z]:|\\\\', name) and os.name != 'nt':
         raise UserError(f"{line!r} is on a drive of Windows; write paths relative to the list's folder")
     return name, int(label)
 
@@ -132,7 +120,7 @@ def parse_plain_lines(lines, first, last):
         at -= is_digit  # not beyond the line feed before the line; before the first line that is the content's last
     blank, letter = lines.bytes[at], lines.bytes[at - 1]
     is_plain = (at < ends - 1) & ((blank == ord(' ')) | (blank == ord('\t'))) & (letter > ord(' ')) & (letter < 127)
-    is_plain &= lines.bytes[starts[:-1] + 1] != ord(':')  # C:/x.jpg
+    is_plain &= (lines.bytes[starts[:-1] + 1] != ord(':')) & (lines.bytes[starts[:-1]] != ord('\\'))  # C:/x, \\nas\x
     try:
         lines.content[starts[0]:starts[-1]].decode()
     except UnicodeDecodeError:
@@ -174,19 +162,23 @@ def read_list(path, num_classes):
         raise UserError(f'{path}:{outside[0] + 1}: labels are 1 to MODEL.NUM_CLASSES {num_classes}, but count from 0: '
                         'subtract 1 from each')
     if len(outside):
+        names = os.path.join(os.path.dirname(path), CLASS_NAMES)
+        has_names = os.path.isfile(names) and len(read_names(names)) == num_classes
         raise UserError(f'{path}:{outside[0] + 1}: label {labels[outside[0]]} is outside MODEL.NUM_CLASSES '
-                        f'{num_classes}; {labels.max() + 1} would fit this list')
+                        f'{num_classes}; {labels.max() + 1} would fit this list'
+                        + (f', but {names} has {num_classes} names: add the others' if has_names else ''))
     return Paths(lines), labels
 
 
 def count_classes(data_path):
     """How many classes a data set has: the lines of its class_names.txt, or else by the largest label of its lists.
 
-    Returns: (the number, the file that says it). Raises: UserError for a data set without lists, and as `read_list`.
+    Returns: (the number, the file that says it).
+    Raises: UserError for a data set without lists, and as `read_names` and `read_list`.
     """
-    names, *lists = (os.path.join(data_path, name) for name in ('class_names.txt', 'train_list.txt', 'val_list.txt'))
+    names, *lists = (os.path.join(data_path, name) for name in (CLASS_NAMES, 'train_list.txt', 'val_list.txt'))
     if os.path.isfile(names):
-        return len(read_lines(names)), names
+        return len(read_names(names)), names
     any_label = np.iinfo('int64').max
     found = [(int(read_list(path, any_label)[1].max()) + 1, path) for path in lists]
     return max(found, key=lambda pair: pair[0])
@@ -342,15 +334,18 @@ def get_dataset(config, is_train=True, epoch=1):
 
 
 def describe_dataset(dataset, num_classes):
-    """A line on a data set: its list, images and classes, what always guessing the largest class would score, and
-    whether the network has more classes than the list.
+    """A line on a data set: its list, images and classes, what always guessing the largest class would score, whether
+    its labels may count from 1, and whether the network has more classes than the list.
     """
     used, counts = int(dataset.labels.max()) + 1, np.unique(dataset.labels, return_counts=True)[1]
-    line = (f'{dataset.list_path}: {len(dataset)} images, labels 0 to {used - 1}, {counts.max() / len(dataset):.1%} of '
-            'them in the largest class')
+    least = dataset.labels.min()
+    line = (f'{dataset.list_path}: {len(dataset)} images, labels {least} to {used - 1}, '
+            f'{counts.max() / len(dataset):.1%} of them in the largest class')
     if used < num_classes:
         line += f': {num_classes - used} of MODEL.NUM_CLASSES {num_classes} unused'
-    return f'{line}; 0 takes the number from the data' if 2 * used < num_classes else line
+    if 2 * used < num_classes:
+        line += '; set MODEL.NUM_CLASSES 0 to take it from the data'
+    return f'{line}; labels count from 0: if these start at 1, subtract 1 from each' if least else line
 
 
 def get_dataloader(config, dataset, is_train=True, rank=0, world_size=1):

@@ -42,7 +42,7 @@ OPENCV = {Image.Resampling.BILINEAR: 'INTER_LINEAR', Image.Resampling.BICUBIC: '
 # what file managers, disks of a network and archives leave between files, besides names that begin with a dot
 SYSTEM_NAMES = {'@eadir', '@recycle', '@tmp', '#recycle', '#snapshot', '$recycle.bin', '__macosx', '__pycache__',
                 'desktop.ini', 'ehthumbs.db', 'lost+found', 'system volume information', 'thumbs.db'}
-RUNS = 'folders of runs'  # left out by `find_images`
+RUNS = 'folders of runs or reports'  # left out by `find_images`
 
 
 def is_hidden(name):
@@ -79,17 +79,19 @@ def _why_not(entry):
 
 
 def _is_run(names):
-    """Whether a folder of such names is a run's."""
-    return 'config.yaml' in names and any(name == 'log.jsonl' or name.endswith('.pdparams') for name in names)
+    """Whether a folder of such names is a run's, or the report of an evaluation."""
+    return ({'report.html', 'images.csv'} <= set(names) or 'config.yaml' in names
+            and any(name == 'log.jsonl' or name.endswith('.pdparams') for name in names))
 
 
-def find_images(root):
+def find_images(root, listed=None):
     """Search a folder and its folders, linked ones too, for images as in `is_image`; each once, whatever links to it.
 
+    listed: a set of real paths of images to leave out, to which those that are found are added.
     Returns: (sorted paths, {why others are left out: sorted paths}), relative to root, with slashes.
     Raises: OSError for a folder that cannot be read.
     """
-    found, left_out = [], collections.defaultdict(list)
+    images, left_out = [], collections.defaultdict(list)
     folders, seen = [''], set()
     while folders:
         folder = folders.pop()
@@ -98,9 +100,9 @@ def find_images(root):
         with os.scandir(target) as entries:
             entries = sorted(entries, key=lambda entry: entry.name)
         if any(os.path.join(parent, '').startswith(os.path.join(target, '')) for parent in parents):
-            left_out['links to a folder that they are in'].append(folder)
+            left_out['links to a parent folder'].append(folder)
         elif target in seen:
-            left_out['folders that are searched already'].append(folder)
+            left_out['folders already searched'].append(folder)
         elif folder and _is_run([entry.name for entry in entries]):
             left_out[RUNS].append(folder)
         else:
@@ -113,7 +115,15 @@ def find_images(root):
                     folders.insert(0 if entry.is_symlink() else len(folders), path)
                 else:
                     reason = _why_not(entry)
-                    (left_out[reason] if reason else found).append(path)
+                    if reason:
+                        left_out[reason].append(path)
+                    else:
+                        images.append((not folder, entry.is_symlink(), path, entry.path))
+    found, listed = [], set() if listed is None else listed
+    for _, is_link, path, real in sorted(images):  # those in folders first, links to them after them
+        real = os.path.realpath(real) if is_link else real
+        (left_out['images already listed under another path'] if real in listed else found).append(path)
+        listed.add(real)
     return sorted(found), {reason: sorted(paths) for reason, paths in left_out.items()}
 
 

@@ -16,7 +16,7 @@ import yaml
 from PIL import Image
 
 from images import convert, read_image
-from runtime.files import check_regular
+from runtime.files import check_regular, read_names
 from transforms import EvalTransform
 from utils import UserError, describe_error, one_line
 
@@ -204,7 +204,7 @@ def run_batches(run, spec, pixels):
 def find_class_names(path, num_classes):
     """The names in the class_names.txt beside weights; ImageNet's for its 1000 classes without one; else none.
 
-    Raises: UserError for a file that is not a line of UTF-8 text for each class.
+    Raises: UserError for a file that is not a name for each class, and as `read_names`.
     """
     names = os.path.join(os.path.dirname(path), 'class_names.txt')
     if not os.path.lexists(names):
@@ -212,13 +212,8 @@ def find_class_names(path, num_classes):
             return ()
         names = os.path.join(os.path.dirname(os.path.dirname(os.path.abspath(__file__))), 'configs',
                              'imagenet_classes.txt')
-    check_regular(names)
-    try:
-        with open(names, encoding='utf-8-sig') as file:
-            found = tuple(file.read().rstrip().split('\n'))
-    except (OSError, UnicodeDecodeError) as error:
-        raise UserError(f'{names}: cannot be read ({describe_error(error, 80)}); save it as UTF-8') from None
-    if len(found) != num_classes or not all(map(str.strip, found)):
+    found = read_names(names)
+    if len(found) != num_classes:
         raise UserError(f'{names}: {len(found)} lines, but the network has {num_classes} classes: write a name for '
                         'each')
     return found

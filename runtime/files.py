@@ -1,12 +1,13 @@
-"""Files on the disk: written whole or not at all, and read only where they are regular files.
+"""Files on the disk: written whole or not at all, and read only where they are regular files; text of any system.
 
 Importing this module does not import Paddle.
 """
+import codecs
 import os
 import pathlib
 
 from runtime.program import remedy
-from utils import UserError, one_line
+from utils import UserError, describe_error, one_line
 
 
 def check_regular(path, key=''):
@@ -43,6 +44,37 @@ def replace(path, write):
 def write_text(path, text):
     """Write a text file in UTF-8 as `replace` does."""
     replace(path, lambda partial: pathlib.Path(partial).write_text(text, 'utf-8'))
+
+
+def to_plain(content, path):
+    """The bytes of a text file as UTF-8 text with line feeds, without byte-order marks. Raises: UserError."""
+    if content.startswith((codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE)):
+        try:
+            content = bytearray(content.decode('utf-16').encode())
+        except UnicodeDecodeError as error:
+            raise UserError(f'{path}: is not valid UTF-16 from byte {error.start} on; save it as UTF-8') from None
+    if codecs.BOM_UTF8[:1] in content:  # one byte is found much faster than three
+        # where lists were joined, within it too
+        content = content.replace(codecs.BOM_UTF8, b'')
+    if b'\r' in content:
+        content = content.replace(b'\r\n', b'\n').replace(b'\r', b'\n')
+    return content
+
+
+def read_names(path):
+    """The lines of a text file, each a name, as a tuple; empty ones at its end do not count.
+
+    Raises: UserError for a file that cannot be read, is not UTF-8 nor UTF-16 with its mark, or has another empty line.
+    """
+    check_regular(path)
+    try:
+        names = tuple(to_plain(pathlib.Path(path).read_bytes(), path).decode().rstrip().split('\n'))
+    except (OSError, UnicodeDecodeError) as error:
+        raise UserError(f'{path}: cannot be read ({describe_error(error, 80)}); save it as UTF-8') from None
+    for number, name in enumerate(names, 1):
+        if not name.strip() or '\0' in name:  # of UTF-16 without its mark
+            raise UserError(f'{path}:{number}: {name!r} is no name; write one in each line, in UTF-8')
+    return names
 
 
 def sync(path):

@@ -65,6 +65,12 @@ def test_backslashes(tmp_path, monkeypatch, there, expected):
     assert logged == ([] if '\\' in expected[1] else [said])
 
 
+def test_utf16_without_its_mark_holds_no_backslashes(tmp_path, monkeypatch):
+    monkeypatch.setattr(datasets.LOG, 'info', lambda line: pytest.fail(line))
+    with pytest.raises(UserError, match='train_list.txt:1: .* holds null characters'):
+        read_list(listed(tmp_path, 'a\\b.jpg 0\n'.encode('utf-16-le')), 5)
+
+
 @pytest.mark.parametrize('text, message', [
     ('a 0\nb\n', r"train_list.txt:2: 'b' is not \"path label\""),
     ('a 0\n\nb 1\n', r"train_list.txt:2: '' is not"),
@@ -80,9 +86,11 @@ def test_backslashes(tmp_path, monkeypatch, there, expected):
     (b'a\xff\xfe 0\n', r"train_list.txt:1: 'a.* 0' is not UTF-8 text; .*; python -m tools.check_dataset"),
     ('a 0\n照片 1\n'.encode('gbk'), r'train_list.txt:2: .* is not UTF-8 text; save the list as UTF-8: .* iconv -f GBK'),
     (b'a 0\n' + 'b 1\n'.encode('utf-16-le'), 'train_list.txt:2: .* holds null characters, perhaps UTF-16 text without'),
-    (b'\xff\xfea\0 \x000', 'train_list.txt: begins as UTF-16 text, but is none from byte 6 on; save the list as UTF-8'),
+    (b'\xff\xfea\0 \x000', 'train_list.txt: is not valid UTF-16 from byte 6 on; save it as UTF-8'),
     ('a 0\nC:\\photos\\b.jpg 1\n', 'train_list.txt:2: .* is on a drive of Windows; write paths relative to the list'),
     ('a 0\nC:/photos/b.jpg 1\n', 'train_list.txt:2: .* is on a drive of Windows'),
+    ('a 0\nD:b.jpg 1\n', 'train_list.txt:2: .* is on a drive of Windows'),
+    ('a\\b 0\n\\\\nas\\photos\\b.jpg 1\n', 'train_list.txt:2: .* is on a drive of Windows'),
 ])
 def test_list_errors_name_file_and_line(tmp_path, text, message):
     with pytest.raises(UserError, match=message):
@@ -95,10 +103,11 @@ def test_a_list_is_read_as_its_lines_are(tmp_path, monkeypatch, block):
     monkeypatch.setattr(datasets, 'BLOCK_LINES', block)
     monkeypatch.setattr(datasets, 'BLOCK_BYTES', block)
     lines = ['a/b.jpg 3', ' a 0', 'x\t12', 'x  7 ', '5 5', 'é 1', 'x\u3000 2', 'x\u30003', 'x\x0b4', '~ 0123', '\x7f 9',
-             f'x {"0" * 17}8', '1 10', 'a:b 3']
+             f'x {"0" * 17}8', '1 10', '::/b 3']
     paths, labels = read_list(listed(tmp_path, '\n'.join(lines)), 1000)
     assert list(zip(paths, labels.tolist())) == [parse_line(line) for line in lines]
-    for bad in ('12', 'x1', 'x 1' + '0' * 18, b'\xff 1', 'x \u0661', ' 1', 'x 1 a', '-1', 'x -1', 'C:/x 1'):
+    for bad in ('12', 'x1', 'x 1' + '0' * 18, b'\xff 1', 'x \u0661', ' 1', 'x 1 a', '-1', 'x -1', 'C:/x 1', 'd:x 1',
+                '\\\\x 1'):
         for place in range(len(lines)):
             with pytest.raises(UserError, match=f'train_list.txt:{place + 1}: .* is (not|on) '):
                 text = [line.encode() for line in lines]
@@ -269,7 +278,17 @@ def test_more_classes_than_labels_are_said(config, fashion):
     assert line.endswith('train_list.txt: 60 images, labels 0 to 9, 16.7% of them in the largest class')
     assert describe_dataset(get_dataset(config), 12) == f'{line}: 2 of MODEL.NUM_CLASSES 12 unused'
     assert describe_dataset(get_dataset(config), 1000) == (
-        f'{line}: 990 of MODEL.NUM_CLASSES 1000 unused; 0 takes the number from the data')
+        f'{line}: 990 of MODEL.NUM_CLASSES 1000 unused; set MODEL.NUM_CLASSES 0 to take it from the data')
+
+
+def test_labels_that_start_at_1_are_said(config, tmp_path):
+    """Without class_names.txt any number of classes fits them."""
+    listed(tmp_path, 'a 1\nb 2\nc 3\nd 3\n')
+    listed(tmp_path, 'a 1\n', 'val_list.txt')
+    config.DATA.DATA_PATH, config.MODEL.NUM_CLASSES = str(tmp_path), 0
+    assert describe_dataset(get_dataset(config), 4) == (
+        f'{tmp_path}/train_list.txt: 4 images, labels 1 to 3, 50.0% of them in the largest class; labels count from 0: '
+        'if these start at 1, subtract 1 from each')
 
 
 def test_the_number_of_classes_is_that_of_the_data(config, tmp_path):
@@ -283,8 +302,16 @@ def test_the_number_of_classes_is_that_of_the_data(config, tmp_path):
     (tmp_path / 'class_names.txt').write_bytes(b'\xef\xbb\xbfcat\r\ndog\r\nowl\r\nelk\r\n\r\n')
     assert count_classes(str(tmp_path)) == (4, str(tmp_path / 'class_names.txt'))
     (tmp_path / 'class_names.txt').write_text('cat\ndog\n')
-    with pytest.raises(UserError, match='val_list.txt:1: label 2 is outside MODEL.NUM_CLASSES 2'):
+    fits = 'val_list.txt:1: label 2 is outside MODEL.NUM_CLASSES 2; 3 would fit this list'
+    with pytest.raises(UserError, match=f'{fits}, but {tmp_path}/class_names.txt has 2 names: add the others$'):
         get_dataset(config, False)
+    (tmp_path / 'class_names.txt').write_text('cat\ndog\nowl\n')
+    config.MODEL.NUM_CLASSES = 2
+    with pytest.raises(UserError, match=f'{fits}$'):
+        get_dataset(config, False)
+    (tmp_path / 'class_names.txt').write_text('cat\n\nowl\n')
+    with pytest.raises(UserError, match="class_names.txt:2: '' is no name"):
+        count_classes(str(tmp_path))
 
 
 @pytest.mark.parametrize('length, batch, said', [

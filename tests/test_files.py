@@ -1,4 +1,5 @@
 """Files that are written whole or not at all, and what is refused because it is no regular file."""
+import codecs
 import json
 import os
 import pathlib
@@ -127,9 +128,9 @@ def make_irregular(kind, path):
 
 @pytest.mark.parametrize('kind', ['folder', 'pipe', 'device'])
 @pytest.mark.parametrize('function', [
-    files.check_regular, read_lines, read_image, get_config, checkpoint.load, checkpoint.load_training,
-    checkpoint.check_exists, lambda path: files.write_text(path, '')],
-    ids=['check_regular', 'list', 'image', 'config', 'weights', 'checkpoint', 'check_exists', 'written'])
+    files.check_regular, read_lines, files.read_names, read_image, get_config, checkpoint.load,
+    checkpoint.load_training, checkpoint.check_exists, lambda path: files.write_text(path, '')],
+    ids=['check_regular', 'list', 'names', 'image', 'config', 'weights', 'checkpoint', 'check_exists', 'written'])
 def test_what_is_no_regular_file_is_refused(function, kind, tmp_path):
     path = tmp_path / 'x'
     name = make_irregular(kind, path)
@@ -180,3 +181,25 @@ def test_check_dataset_lists_pipes(fashion, tmp_path):
 
 def test_lists_are_made_without_paddle():
     run('-c', 'import sys, tools.make_list; assert "paddle" not in sys.modules', fork=False)
+
+
+@pytest.mark.parametrize('content', [
+    '\ufeffMäuse, graue\r\n"b"\r\n\r\n'.encode(), 'Mäuse, graue\r"b"'.encode(),
+    'Mäuse, graue\r\n"b"\r\n'.encode('utf-16'), codecs.BOM_UTF16_BE + 'Mäuse, graue\n"b"'.encode('utf-16-be'),
+])
+def test_names_of_any_system(content, tmp_path):
+    (tmp_path / 'names.txt').write_bytes(content)
+    assert files.read_names(str(tmp_path / 'names.txt')) == ('Mäuse, graue', '"b"')
+
+
+@pytest.mark.parametrize('content, message', [
+    (b'', "names.txt:1: '' is no name; write one in each line, in UTF-8"),
+    (b'a\n \nb\n', "names.txt:2: ' ' is no name"),
+    ('a\nb\n'.encode('utf-16-le'), r"names.txt:1: 'a\\x00' is no name"),
+    ('Mäuse\nb'.encode('latin-1'), 'names.txt: cannot be read .*; save it as UTF-8'),
+    (b'\xff\xfea\0\n', 'names.txt: is not valid UTF-16 from byte 4 on; save it as UTF-8'),
+])
+def test_what_are_no_names_is_named(content, message, tmp_path):
+    (tmp_path / 'names.txt').write_bytes(content)
+    with pytest.raises(UserError, match=message):
+        files.read_names(str(tmp_path / 'names.txt'))

@@ -56,27 +56,34 @@ def test_images_of_a_folder(tmp_path):
     for name in ('a/1.jpg', 'a/deep/er/2.ppm', 'b/3.TIF', '.Trash-0/x.jpg', 'a/.ipynb_checkpoints/1.jpg',
                  'a/@eaDir/1.jpg/thumb.jpg', '__MACOSX/a/x.jpg', 'a/._1.jpg', 'a/Thumbs.db', 'b/note.txt', 'b/README',
                  'b/run/config.yaml', 'b/run/log.jsonl', 'b/run/curves.png', 'c/run/config.yaml', 'c/run/best.pdparams',
-                 'c/run/x.png', 'd/config.yaml', 'd/4.png', '../elsewhere/5.gif', '../elsewhere/sub/6.gif'):
+                 'c/run/x.png', 'report/report.html',
+                 'report/images.csv', 'report/worst.png', 'd/config.yaml', 'd/4.png', '0.jpg', '../apart/7.gif',
+                 '../elsewhere/5.gif', '../elsewhere/sub/6.gif'):
         (root / name).parent.mkdir(parents=True, exist_ok=True)
         (root / name).write_text('')
     os.mkfifo(root / 'b/pipe.jpg')
     for link, target in (('b/outside', '../../elsewhere'), ('b/again', '../../elsewhere/sub'), ('b/0', '../a/deep'),
                          ('a/self', '../a'), ('a/deep/up', '../..'), ('b/loop.jpg', 'loop.jpg'), ('b/gone', 'x'),
-                         ('b/file.png', '../a/1.jpg')):
+                         ('b/file.png', '../a/1.jpg'), ('a/0.png', '../d/4.png'), ('a/7.gif', '../../apart/7.gif'),
+                         ('b/7.gif', '../a/7.gif'), ('b/9.jpg', '../0.jpg')):
         (root / link).symlink_to(target)
-    found, left_out = find_images(root)
-    assert found == ['a/1.jpg', 'a/deep/er/2.ppm', 'b/3.TIF', 'b/again/6.gif', 'b/file.png', 'b/outside/5.gif',
-                     'd/4.png']
+    (root / 'b/8.jpg').write_text('')
+    listed = {str(root / 'b/8.jpg')}
+    found, left_out = find_images(root, listed)
+    assert found == ['a/1.jpg', 'a/7.gif', 'a/deep/er/2.ppm', 'b/3.TIF', 'b/9.jpg', 'b/again/6.gif',
+                     'b/outside/5.gif', 'd/4.png']
+    assert len(listed) == 9 and listed >= {str(root / 'd/4.png'), str(tmp_path / 'apart/7.gif')}
     assert left_out == {
         "hidden, or the system's": ['.Trash-0', '__MACOSX', 'a/._1.jpg', 'a/.ipynb_checkpoints', 'a/@eaDir',
                                     'a/Thumbs.db'],
         '.txt files, which Pillow does not read': ['b/note.txt'],
         '.yaml files, which Pillow does not read': ['d/config.yaml'],
         'files without an extension': ['b/README'],
-        'folders of runs': ['b/run', 'c/run'],
-        'folders that are searched already': ['b/0', 'b/outside/sub'],
+        'folders of runs or reports': ['b/run', 'c/run', 'report'],
+        'folders already searched': ['b/0', 'b/outside/sub'],
+        'images already listed under another path': ['0.jpg', 'a/0.png', 'b/7.gif', 'b/8.jpg', 'b/file.png'],
         'links that lead nowhere, pipes, devices': ['b/gone', 'b/loop.jpg', 'b/pipe.jpg'],
-        'links to a folder that they are in': ['a/deep/up', 'a/self']}
+        'links to a parent folder': ['a/deep/up', 'a/self']}
 
 
 def png(width, height, depth, color, pixels=b''):

@@ -366,14 +366,11 @@ def test_class_names(tmp_path):
     assert find_class_names(str(tmp_path / 'w.pdparams'), 2) == ('a', 'b')
     with pytest.raises(UserError, match='class_names.txt: 2 lines, but the network has 1000 classes'):
         find_class_names(str(tmp_path / 'w.pdparams'), 1000)
-    (tmp_path / 'class_names.txt').write_bytes('\ufeffMäuse, graue\r\n"b"\r\n\r\n'.encode())
+    (tmp_path / 'class_names.txt').write_bytes('Mäuse, graue\r\n"b"\r\n'.encode('utf-16'))  # Excel's Unicode text
     assert find_class_names(str(tmp_path / 'w.pdparams'), 2) == ('Mäuse, graue', '"b"')
     (tmp_path / 'class_names.txt').write_text('a\n\nb')
-    with pytest.raises(UserError, match='3 lines, but the network has 3 classes: write a name for each'):
+    with pytest.raises(UserError, match="class_names.txt:2: '' is no name"):
         find_class_names(str(tmp_path / 'w.pdparams'), 3)
-    (tmp_path / 'class_names.txt').write_bytes('Mäuse\nb'.encode('latin-1'))
-    with pytest.raises(UserError, match='class_names.txt: cannot be read .*; save it as UTF-8'):
-        find_class_names(str(tmp_path / 'w.pdparams'), 2)
 
 
 def test_predict_program(trained, exported, tmp_path):

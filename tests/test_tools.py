@@ -72,25 +72,55 @@ def test_make_list_says_what_it_leaves_out(tmp_path):
         write_images(tmp_path / name, 2)
     Image.new('RGB', (5, 5)).save(tmp_path / 'photos/cat/x.ppm')
     for name in ('cat/IMG_1.heic', 'cat/IMG_2.HEIC', 'photo.jpg', 'output/run/config.yaml', 'output/run/log.jsonl',
-                 'output/run/curves.png'):
+                 'output/run/curves.png', 'report/report.html', 'report/images.csv', 'report/worst.png'):
         path = tmp_path / 'photos' / name
         path.parent.mkdir(parents=True, exist_ok=True)
         path.write_text('')
     (tmp_path / 'photos/dog/more').symlink_to('../../more dogs')
     (tmp_path / 'photos/dog/all').symlink_to('..')
     (tmp_path / 'photos/bird').symlink_to(tmp_path / 'more dogs')
-    out = run('-m', 'tools.make_list', '-data_path', tmp_path, '-train', 'photos', '-val', 'photos').stdout.splitlines()
+    (tmp_path / 'photos/dog/link.jpg').symlink_to('../cat/photo 0.jpg')
+    for name in ('bird', 'cat', 'dog'):
+        write_images(tmp_path / 'val' / name, 1)
+    (tmp_path / 'val/cat/seen.jpg').symlink_to('../../photos/cat/photo 1.jpg')
+    out = run('-m', 'tools.make_list', '-data_path', tmp_path, '-train', 'photos', '-val', 'val').stdout.splitlines()
     folder = f'{tmp_path}/photos: left out'
-    assert sorted(out[:6]) == [
-        f'{folder} 1, folders of runs: output/run', f'{folder} 1, folders that are searched already: dog/more',
+    assert sorted(out[:7]) == [
+        f'{folder} 1, folders already searched: dog/more',
+        f'{folder} 1, images already listed under another path: dog/link.jpg',
         f'{folder} 1, images in no class folder: photo.jpg',
-        f'{folder} 1, links to a folder that they are in: dog/all',
+        f'{folder} 1, links to a parent folder: dog/all',
         f'{folder} 2, .heic files, which Pillow does not read: cat/IMG_1.heic; cat/IMG_2.HEIC',
+        f'{folder} 2, folders of runs or reports: output/run; report',
         f"{folder} 2, hidden, or the system's: .Trash-0; cat/.ipynb_checkpoints"]
+    assert out[7] == f'{tmp_path}/val: left out 1, images already listed under another path: cat/seen.jpg'
     assert read(tmp_path / 'class_names.txt') == ['bird', 'cat', 'dog']
     assert read(tmp_path / 'train_list.txt') == [f'photos/{name} {label}' for label, names in enumerate([
         ['bird/photo 0.jpg', 'bird/photo 1.jpg'], ['cat/photo 0.jpg', 'cat/photo 1.jpg', 'cat/x.ppm'],
         ['dog/photo 0.jpg', 'dog/photo 1.jpg']]) for name in names]
+    assert read(tmp_path / 'val_list.txt') == [
+        f'val/{name}/photo 0.jpg {label}' for label, name in enumerate(['bird', 'cat', 'dog'])]
+
+
+def test_make_list_of_links(tmp_path):
+    """To images elsewhere, or beside the class folders."""
+    for folder, target in (('train/a', '..'), ('train/b', '../../x'), ('val/a', '../../y'), ('val/b', '../../z')):
+        write_images((tmp_path / folder / target).resolve(), 2)
+        (tmp_path / folder).mkdir(parents=True)
+        for index in range(2):
+            (tmp_path / folder / f'{index}.jpg').symlink_to(f'{target}/photo {index}.jpg')
+    run('-m', 'tools.make_list', '-data_path', tmp_path, '-train', 'train', '-val', 'val')
+    for split in ('train', 'val'):
+        assert read(tmp_path / f'{split}_list.txt') == [
+            f'{split}/{name}/{index}.jpg {label}' for label, name in enumerate('ab') for index in range(2)]
+
+
+def test_make_list_writes_all_lists_or_none(tmp_path):
+    for split in ('train', 'val'):
+        write_images(tmp_path / split / 'x', 1)
+    os.rename(tmp_path / 'val/x/photo 0.jpg', os.fsencode(tmp_path / 'val/x') + b'/caf\xe9.jpg')
+    assert 'not in UTF-8' in fails('-m', 'tools.make_list', '-data_path', tmp_path, '-train', 'train', '-val', 'val')
+    assert sorted(os.listdir(tmp_path)) == ['train', 'val']
 
 
 def test_make_list_of_numbers(tmp_path):

@@ -8,9 +8,9 @@ One folder of class folders, of which a share of each class becomes the val list
 
 Classes are numbered in the order of their sorted names, which class_names.txt keeps; with -numeric, of the numbers that
 these are. Images are the files below a class folder, linked folders included, whose extension is that of a format that
-Pillow reads. Hidden files and folders, those of the system and the folders of runs are left out; what is left out is
-counted and named. Paths are relative to -data_path, where the three files are written. The same images, share and seed
-give the same lists.
+Pillow reads; each is listed once, in one of the lists, whatever links to it. Hidden files and folders, those of the
+system and the folders of runs and reports are left out; what is left out is counted and named. Paths are relative to
+-data_path, where the three files are written. The same images, share and seed give the same lists.
 """
 import os
 import re
@@ -24,16 +24,16 @@ from runtime.settings import ArgumentParser
 from utils import UserError, first_few, one_line
 
 
-def find_classes(data_path, folder, numeric=False):
+def find_classes(data_path, folder, numeric, listed):
     """{class name: sorted paths of its images, relative to data_path}, of the class folders in data_path/folder.
 
-    numeric: sort the names as numbers. Prints what is left out.
+    numeric: sort the names as numbers; listed: as for `find_images`. Prints what is left out.
     Raises: UserError for a class without images, and for names that are no numbers.
     """
     root = os.path.normpath(os.path.join(data_path, folder))
     if not os.path.isdir(root):
         raise UserError(f'{root}: no such folder; -train and -val are folders of class folders inside -data_path')
-    images, left_out = find_images(root)
+    images, left_out = find_images(root, listed)
     loose = [path for path in images if '/' not in path]
     if loose:
         left_out['images in no class folder'] = loose
@@ -50,7 +50,7 @@ def find_classes(data_path, folder, numeric=False):
             del classes[run.split('/')[0]]
     for name in sorted(classes):
         if not classes[name]:
-            raise UserError(f'{os.path.join(root, name)}: holds no images; remove the folder, or add images')
+            raise UserError(f'{os.path.join(root, name)}: holds no images to list; remove the folder, or add images')
     if not classes:
         raise UserError(f'{root}: holds no class folders; put the images of each class in a folder of its own')
     return {name: classes[name] for name in sort_names(root, classes, numeric)}
@@ -91,15 +91,14 @@ def split_classes(classes, share, seed):
     return train, val
 
 
-def write_list(path, classes):
-    """Write 'path label' lines, the label being the class's place in the dictionary. Returns their number."""
+def to_list(classes):
+    """'path label' lines, the label being the class's place in the dictionary, as one text. Raises: UserError."""
     lines = [f'{image} {label}\n' for label, images in enumerate(classes.values()) for image in images]
     for line in lines:
         # Python stands in for what is not UTF-8 with surrogates
         if re.search('[\r\ud800-\udfff]|\n.', line):
             raise UserError(f'{line!r}: a file name with a line break, or not in UTF-8, cannot be listed; rename it')
-    write_text(path, ''.join(lines))
-    return len(lines)
+    return ''.join(lines)
 
 
 def main():
@@ -112,9 +111,10 @@ def main():
     parser.add_argument('-numeric', action='store_true', help='sort class folders as numbers: 2 before 10')
     parser.add_argument('-seed', metavar='N', type=int, default=0, help='seed of the split (default: 0)')
     args = parser.parse_args()
-    train = find_classes(args.data_path, args.train, args.numeric)
+    listed = set()
+    train = find_classes(args.data_path, args.train, args.numeric, listed)
     if args.val is not None:
-        val = find_classes(args.data_path, args.val, args.numeric)
+        val = find_classes(args.data_path, args.val, args.numeric, listed)
         if list(val) != list(train):
             odd = sorted(set(val) ^ set(train))
             raise UserError(f'the folders of -train and -val differ: {", ".join(odd)} is in only one of them')
@@ -124,9 +124,12 @@ def main():
         if args.seed < 0:
             raise UserError(f'-seed is {args.seed}, but must be 0 or more')
         train, val = split_classes(train, args.val_share, args.seed)
-    for split, classes in (('train', train), ('val', val)):
+    # both before either is written: a new list beside an old one may have images in common with it
+    for split, text in [('train', to_list(train)), ('val', to_list(val))]:
         path = os.path.join(args.data_path, f'{split}_list.txt')
-        print(f'{path}: {write_list(path, classes)} images')
+        write_text(path, text)
+        count = text.count('\n')
+        print(f'{path}: {count} images')
     path = os.path.join(args.data_path, 'class_names.txt')
     write_text(path, ''.join(f'{name}\n' for name in train))
     print(f'{path}: {len(train)} classes; configs/finetune.yaml takes their number from here, with other configs add '

@@ -198,7 +198,7 @@ def draw_worst(outcome, worst, read, path):
         numbers, probabilities = outcome.best[index].tolist(), outcome.probabilities[index].tolist()
         if label not in numbers:
             numbers, probabilities = [*numbers, label], [*probabilities, float(outcome.label_probabilities[index])]
-        drawn.append(Drawn(f'{place}: {os.path.basename(outcome.paths[index])}', image,
+        drawn.append(Drawn(f'{place}: {"/".join(outcome.paths[index].split("/")[-2:])}', image,
                            [outcome.title(number) for number in numbers], probabilities, numbers.index(label)))
     draw_images(drawn, path, columns=3)
 

@@ -60,15 +60,17 @@ def warn_of_waiting(num_workers, share):
 class _Stream(IterableDataset):
     """The batches of `Workers` for Paddle's loader, which copies them to the device while the device computes.
 
-    It hangs when its dataset raises (2.6.2, 3.3.1): an error ends the stream and is kept as `error`.
+    It hangs when its dataset raises (2.6.2, 3.3.1): an error ends the stream and is kept as `error`. thread: Paddle's,
+    which reads it.
     """
 
     def __init__(self, batches):
         super().__init__()
         self.batches = batches
-        self.error = None
+        self.error = self.thread = None
 
     def __iter__(self):
+        self.thread = threading.current_thread()
         try:
             for images, labels in self.batches:
                 # to_tensor would copy the images (as this does on 2.6.2), and hold up Python's other threads for it
@@ -145,7 +147,9 @@ class Loader:
             batches._shutdown = True  # or it would wait, at exit too, for its thread, which may read from a dead disk
             batches._exit_thread_expectedly()
             workers.end()
-            thread.join(1)  # one that is in C++ code when Python ends would abort the process
+            # one in C++ code when Python ends would abort the process; one that ends while it forks may stop a worker
+            for ending in filter(None, [thread, stream.thread]):
+                ending.join(1)
 
     def _wait(self, results, workers):
         """What is put into results next. Says after a minute at which items the workers are."""

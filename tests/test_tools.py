@@ -343,7 +343,8 @@ def test_plot_log(fashion, tmp_path):
         assert 'log.jsonl:2: is not the record of an epoch' in fails('-m', 'tools.plot_log', folders[1])
     log.write_text('')
     assert 'holds no epoch of training yet' in fails('-m', 'tools.plot_log', folders[1])
-    assert 'nowhere/config.yaml: cannot read the config file' in fails('-m', 'tools.plot_log', tmp_path / 'nowhere')
+    assert 'nowhere/log.jsonl: cannot read the log (No such file or directory); give the folder of a run' in fails(
+        '-m', 'tools.plot_log', tmp_path / 'nowhere')
     assert '/dev/null/x.png' in fails('-m', 'tools.plot_log', folders[0], '-save', '/dev/null/x.png')
 
 
@@ -487,12 +488,13 @@ def test_check_dataset_finds_images_again(tmp_path):
         (tmp_path / f'{split}_list.txt').write_text(''.join(f'x/{line}\n' for line in lines))
     out = check_dataset(tmp_path, '-save', tmp_path / 'good', '-unique', status=1)
     path, val = tmp_path / 'train_list.txt', tmp_path / 'val_list.txt'
-    assert out[:2] == [f'{path}:3: x/0.png is the same image as {path}:1',
-                       f'{path}:4: x/photo 1.jpg is the same image as {path}:2, but of label 2, not 1']
+    assert out[:2] == [f'{path}:3: x/0.png is the same image as {path}:1, x/photo 0.jpg',
+                       f'{path}:4: x/photo 1.jpg is the same image as {path}:2, x/photo 1.jpg, but of label 2, not 1']
     assert out[2] == f'{path}: 9 lines, 0 bad, 3 repeated' and out[3].startswith(f'{val}:2: {tmp_path}/x/gone.png: ')
-    assert out[4:6] == [f'{val}:1: x/2.png is the same image as {path}:5',
+    assert out[4:6] == [f'{val}:1: x/2.png is the same image as {path}:5, x/photo 2.jpg',
                         f'{val}: 2 lines, 1 bad, 1 of the images also in train_list.txt']
     assert read(tmp_path / 'good/train_list.txt') == [f'{tmp_path}/x/{train[index]}' for index in (0, 5, 7, 8)]
+    assert f'{path}: no images are left of the labels 1; 2' in out
     assert read(tmp_path / 'good/val_list.txt') == [f'{tmp_path}/x/2.png 1']
     assert '-unique is for the lists that -save writes: add -save' in fails(
         '-m', 'tools.check_dataset', '-data_path', tmp_path, '-unique')

@@ -154,7 +154,8 @@ def print_copies(checked, others):
                 continue
             (name, label), known = parse_line(line), other.labels[first]
             labels = f', but of label {label}, not {known}' if label != known else ''
-            print(f'{checked.path}:{index + 1}: {name} is the same image as {other.path}:{first + 1}{labels}')
+            print(f'{checked.path}:{index + 1}: {name} is the same image as {other.path}:{first + 1}, '
+                  f'{parse_line(other.lines[first])[0]}{labels}')
 
 
 def print_summary(checked, others):
@@ -228,6 +229,9 @@ def save_checked(lists, args):
         is_train = name == LISTS[0]
         indices = choose_unique(checked, lists[1:]) if args.unique and is_train else checked.good()
         images = [parse_line(checked.lines[index]) for index in indices]
+        lost = sorted({checked.labels[index] for index in checked.good()} - {label for _, label in images})
+        if lost:
+            print(f'{checked.path}: no images are left of the labels {first_few([str(label) for label in lost])}')
         save_list(os.path.join(args.save, name),
                   [(os.path.abspath(os.path.join(folder, image)), label) for image, label in images])
 

@@ -62,22 +62,24 @@ def compare(models, loader, config):
     from engine import evaluate
     from transforms import Normalize
     size, normalize = config.DATA.IMAGE_SIZE, Normalize(config.DATA.IMAGENET_MEAN, config.DATA.IMAGENET_STD)
-    rows = [('', 'unfused', 'fused')]
+
+    def show(*row):
+        print('{:18}{:>16}{:>16}'.format(*row), flush=True)
+    names = 'unfused', 'fused'
+    show('', *names)
     if loader:
-        metrics = evaluate(list(zip(rows[0][1:], models)), loader, normalize, config.REPORT_FREQ).values()
-        rows.append(('top-1 accuracy', *(f'{m.acc1:.2f}%' for m in metrics)))
+        metrics = evaluate(list(zip(names, models)), loader, normalize, config.REPORT_FREQ).values()
+        show('top-1 accuracy', *(f'{m.acc1:.2f}%' for m in metrics))
         if config.MODEL.NUM_CLASSES > 5:
-            rows.append(('top-5 accuracy', *(f'{m.acc5:.2f}%' for m in metrics)))
+            show('top-5 accuracy', *(f'{m.acc5:.2f}%' for m in metrics))
         batches, compared = (images for images, _ in loader), f'{len(loader.dataset)} val images'
     else:
         paddle.seed(config.SEED)
         batches, compared = [paddle.randint(0, 256, [8, size, size, 3]).astype('uint8')], '8 random images'
-    rows.append(('parameters', *(f'{count_parameters(model):,}' for model in models)))
+    show('parameters', *(f'{count_parameters(model):,}' for model in models))
     for batch in (1, 32):
         times = latencies(models, size, batch)
-        rows.append((f'latency, batch {batch}', *(f'{1000 * t:.2f} ms/image' for t in times)))
-    for row in rows:
-        print(f'{row[0]:18}{row[1]:>16}{row[2]:>16}')
+        show(f'latency, batch {batch}', *(f'{1000 * t:.2f} ms/image' for t in times))
     difference, largest = largest_difference(models, batches, normalize)
     print(f'largest logit difference {difference:.2g} of logits up to {largest:.3g} on {compared}, {size}x{size}, '
           f'{paddle.device.get_device()}')

@@ -303,9 +303,9 @@ def test_plot_log(fashion, tmp_path):
     out = run('-m', 'tools.plot_log', *folders, '-save', tmp_path / 'x.png').stdout.splitlines()
     assert out[:3] == [f'{folder}: {epochs} epochs' for folder, epochs in zip(folders, (3, 4, 4))]
     assert out[3].startswith(f'{tmp_path}/x.png: drawn: training loss, training top-1 (%), ')
-    assert Image.open(tmp_path / 'x.png').size == (1560, 732)  # of three lines in the legend
+    lower = Image.open(tmp_path / 'x.png').size
     assert f'{folders[0]}/curves.png: drawn' in run('-m', 'tools.plot_log', *folders[:2]).stdout
-    assert Image.open(folders[0] / 'curves.png').size == (1560, 714)
+    assert lower[0] == 1560 and lower[1] > Image.open(folders[0] / 'curves.png').size[1]  # for a longer legend
 
     assert plot_log.label_runs(folders[:2]) == (['TRAIN.NUM_EPOCHS 3\nTRAIN.WEIGHT_DECAY 0.0001',
                                                 'TRAIN.NUM_EPOCHS 4\nTRAIN.WEIGHT_DECAY 0.01'], '')

@@ -8,6 +8,7 @@ import atexit
 import collections
 import contextlib
 import gc
+import math
 import mmap
 import multiprocessing
 import os
@@ -38,9 +39,15 @@ def default_workers():
 
 
 def _shared_array(shape, dtype):
-    """Zeros in memory that processes forked from now on share."""
-    size = int(np.prod(shape)) * np.dtype(dtype).itemsize
-    return np.frombuffer(mmap.mmap(-1, max(1, size)), dtype, int(np.prod(shape))).reshape(shape)
+    """Zeros in memory that processes forked from now on share. Raises: UserError where there is not so much."""
+    count = math.prod(shape)
+    size = count * np.dtype(dtype).itemsize
+    try:
+        memory = mmap.mmap(-1, max(1, size))
+    except OSError as error:
+        raise UserError(f'no memory for the batches of data workers, {size >> 20} MiB ({error.strerror}); use fewer '
+                        'workers or smaller batches') from None
+    return np.frombuffer(memory, dtype, count).reshape(shape)
 
 
 def read_items(dataset, items, images, labels, place):

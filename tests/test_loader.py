@@ -130,6 +130,12 @@ def test_large_batches_are_handed_over():
     assert [len(labels) for _, labels in loader] == [50000] * 3
 
 
+def test_batches_that_do_not_fit_into_memory():
+    loader = Loader(Images(0, 10 ** 6), Batches([[0] * 100]), 1)
+    with pytest.raises(UserError, match='no memory for the batches of data workers, 572204589 MiB .*; use fewer'):
+        next(iter(loader))
+
+
 class Faulty(Images):
     """One of its images fails."""
 

@@ -7,7 +7,6 @@ import contextlib
 import functools
 import os
 import re
-import shutil
 import sys
 from dataclasses import dataclass, field
 from typing import Optional
@@ -323,9 +322,9 @@ def save_config(config):
         except UserError as error:  # a key of an earlier version, for example
             LOG.info(f'not compared with this run: {error}')
     files.write_text(path, saved.dump(default_flow_style=None))
-    names, copy = (os.path.join(folder, 'class_names.txt') for folder in (config.DATA.DATA_PATH, config.SAVE))
-    if os.path.isfile(names) and not (config.EVAL and os.path.exists(copy)):
-        files.replace(copy, lambda partial: shutil.copyfile(names, partial))
+    source, target = (os.path.join(path, 'class_names.txt') for path in (config.DATA.DATA_PATH, config.SAVE))
+    if os.path.isfile(source) and not (config.EVAL and os.path.exists(target)):
+        files.copy(source, target)
 
 
 def take_over(run, resumed):

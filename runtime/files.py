@@ -5,6 +5,7 @@ Importing this module does not import Paddle.
 import codecs
 import os
 import pathlib
+import shutil
 
 from runtime.program import remedy
 from utils import UserError, describe_error, one_line
@@ -44,6 +45,11 @@ def replace(path, write):
 def write_text(path, text):
     """Write a text file in UTF-8 as `replace` does."""
     replace(path, lambda partial: pathlib.Path(partial).write_text(text, 'utf-8'))
+
+
+def copy(source, path):
+    """Copy a file as `replace` does."""
+    replace(path, lambda partial: shutil.copyfile(source, partial))
 
 
 def to_plain(content, path):

@@ -13,12 +13,10 @@ is 1 if a line is bad.
 """
 import collections
 import contextlib
-import functools
 import hashlib
 import itertools
 import multiprocessing
 import os
-import shutil
 import signal
 import sys
 from concurrent.futures import ProcessPoolExecutor
@@ -28,7 +26,7 @@ from dataclasses import dataclass
 from tqdm import tqdm
 
 from config import get_config, get_parser, resolve_config, update_config, with_values
-from runtime.files import replace, write_text
+from runtime.files import copy, write_text
 from runtime.program import end_with_parent, prepare_runtime, run_program, usable_cores
 from utils import UserError, first_few, program_name, setup_logger
 
@@ -280,7 +278,7 @@ def main():
     if args.save:
         save_checked(lists, args)
         if os.path.isfile(names):
-            replace(os.path.join(args.save, 'class_names.txt'), functools.partial(shutil.copyfile, names))
+            copy(names, os.path.join(args.save, 'class_names.txt'))
     note = describe_ranges(ranges)
     if note:
         print(note)

@@ -9,13 +9,12 @@ and no accuracy is shown. The written file works with `-eval -pretrained`.
 """
 import filecmp
 import os
-import shutil
 import time
 
 import numpy as np
 
 from config import get_config, get_parser, resolve_config, update_config
-from runtime.files import replace
+from runtime.files import copy
 from runtime.program import prepare_runtime, run_program, use_device
 from runtime.settings import add_device_flag
 from utils import UserError, setup_logger
@@ -127,7 +126,7 @@ def main():
         check_class_names(source, target)
         checkpoint.save(fused.state_dict(), args.save)
         if os.path.isfile(source) and not os.path.exists(target):
-            replace(target, lambda partial: shutil.copyfile(source, partial))
+            copy(source, target)
     compare([model, fused], loader, config)
     if args.save:
         print(f'fused weights: {args.save}')

@@ -11,7 +11,6 @@ interruption, run the same command again. Bad images are named and left out of t
 import collections
 import functools
 import os
-import shutil
 import sys
 
 from PIL import Image
@@ -19,7 +18,7 @@ from tqdm import tqdm
 
 from config import get_config, get_parser, resolve_config, update_config
 from images import ORIENTATION, read_image
-from runtime.files import replace
+from runtime.files import copy, replace
 from runtime.program import prepare_runtime, run_program, usable_cores
 from tools.check_dataset import find_lists, map_parts, save_list, start_workers
 from utils import UserError, describe_error, one_line
@@ -60,7 +59,7 @@ def copy_image(name, data, args):
         return 'bad', str(error)
     os.makedirs(os.path.dirname(target), exist_ok=True)
     if min(image.size) <= args.shorter:
-        replace(target, functools.partial(shutil.copyfile, source))
+        copy(source, target)
         return 'copied', ''
     with open(source, 'rb') as file:
         kind = 'JPEG' if file.read(2) == b'\xff\xd8' else 'PNG'
@@ -121,7 +120,7 @@ def main():
                   [(path, label) for path, label in zip(paths, labels.tolist()) if path not in bad])
     classes = os.path.join(data.DATA_PATH, 'class_names.txt')
     if os.path.exists(classes):
-        replace(os.path.join(args.output, 'class_names.txt'), functools.partial(shutil.copyfile, classes))
+        copy(classes, os.path.join(args.output, 'class_names.txt'))
     sys.exit(1 if bad else 0)
 
 

@@ -1,9 +1,11 @@
-"""MobileOne in PaddlePaddle: "An Improved One millisecond Mobile Backbone", arXiv 2206.04040.
+"""MobileOne in PaddlePaddle ("An Improved One millisecond Mobile Backbone", arXiv 2206.04040).
 
-A layer trains with parallel branches (section 3.2, figure 3: k convolutions, a 1x1 "scale" and a batch-norm "skip",
-summed) and is fused into one convolution with a bias for use. A convolution is linear in its kernel. So the branches
-are one convolution in training too: of their stacked kernels there (`merged_branches`), of the kernels' sum in use
-(`MobileOneBlock.equivalent_kernel_bias`).
+In training a layer is a sum of parallel branches (section 3.2, figure 3: k convolutions, a 1x1 "scale" convolution and
+a batch-norm "skip"). For inference the branches are fused into one convolution with a bias.
+
+Fusion: `MobileOneBlock.equivalent_kernel_bias` computes that convolution, `MobileOneBlock.switch_to_deploy` replaces
+the branches of one block by it, `model_convert` fuses a copy of a whole network. Training: a convolution is linear in
+its kernel, so `merged_branches` runs the convolutions of a layer as one, with stacked kernels.
 """
 import contextlib
 import copy
@@ -21,7 +23,7 @@ from utils import UserError, blend
 
 
 class ConvNorm(nn.Sequential):
-    """Convolution and batch norm of one branch; with `norm=False` the fused convolution, which has a bias.
+    """Convolution and batch norm of one branch; with `norm=False`, the fused convolution with a bias.
 
     [N, in_channels, H, W] -> [N, out_channels, H / stride, W / stride]
     """
@@ -37,14 +39,14 @@ class ConvNorm(nn.Sequential):
 
 
 class SEBlock(nn.Layer):
-    """Squeeze and excitation (arXiv 1709.01507): scales each channel by a gate computed from the channels' means.
+    """Squeeze-and-excitation (arXiv 1709.01507): scale each channel by a gate computed from the channel means.
 
-    [N, channels, H, W] -> the same shape. `ratio`: width of the bottleneck as a share of the channels.
+    [N, channels, H, W] -> the same shape. ratio: bottleneck width as a fraction of the channels.
     """
 
     def __init__(self, channels, ratio=1 / 16):
         super().__init__()
-        # at least one, so that networks narrower than the paper's can have SE
+        # at least one, so that networks narrower than the paper's can use SE
         bottleneck = max(1, int(channels * ratio))
         self.pool = nn.AdaptiveAvgPool2D(1)
         self.reduce = nn.Conv2D(channels, bottleneck, 1)
@@ -57,26 +59,26 @@ class SEBlock(nn.Layer):
 
 
 class MobileOneBlock(nn.Layer):
-    """A depthwise 3x3 layer and a pointwise 1x1 layer, each a sum of branches, then SE if any, then ReLU.
+    """A depthwise 3x3 layer and a pointwise 1x1 layer, each a sum of branches followed by optional SE and ReLU.
 
     [N, in_channels, H, W] -> [N, out_channels, H / stride, W / stride]
 
-    The two layers' branches are attributes of the block (`dw_...` and `pw_...`), as the released weights name them:
-    `num_branches` convolutions with batch norm, on the 3x3 layer a 1x1 "scale" convolution with batch norm, and a
-    batch norm "skip" where input and output have the same shape.
+    The branches are attributes of the block (`dw_...` and `pw_...`), named as in the released weights. Each layer has
+    `num_branches` convolutions with batch norm, and a batch-norm "skip" if input and output have the same shape; the
+    3x3 layer also has a 1x1 "scale" convolution with batch norm.
 
-    deploy: build the fused block, one convolution with a bias per layer.
-    use_pw: False for the stem, which is a dense 3x3 layer alone.
+    deploy: build the fused block, with one convolution with a bias per layer.
+    use_pw: False for the stem, which is a single dense 3x3 layer.
     """
 
     def __init__(self, in_channels, out_channels, num_branches=1, stride=1, use_se=False, deploy=False, use_pw=True):
         super().__init__()
         self.deploy = deploy
-        # name of a layer -> its MergedLayer, while `merged_branches` is open
+        # layer name -> MergedLayer, inside `merged_branches`
         self.merged = {}
         self.act = nn.ReLU()
         dw_channels = in_channels if use_pw else out_channels
-        # name of a layer -> its convolution's shape
+        # layer name -> shape of its convolution
         self.convs = {'dw_3x3': dict(in_channels=in_channels, out_channels=dw_channels, kernel_size=3, stride=stride,
                                      groups=in_channels if use_pw else 1)}
         if use_pw:
@@ -95,7 +97,7 @@ class MobileOneBlock(nn.Layer):
             setattr(self, f'{name}_blocks', nn.LayerList([ConvNorm(**conv) for _ in range(num_branches)]))
 
     def _branches(self, name):
-        """The branches that are summed in the layer `name` ('dw_3x3' or 'pw_1x1')."""
+        """Return the branches that layer `name` ('dw_3x3' or 'pw_1x1') sums."""
         branches = list(getattr(self, f'{name}_blocks'))
         for other in ('1x1', 'skip'):
             if hasattr(self, f'{name[:2]}_{other}'):
@@ -103,9 +105,9 @@ class MobileOneBlock(nn.Layer):
         return branches
 
     def mergeable_branches(self, name):
-        """[(convolution, norm)] of the layer `name` if its convolutions can be merged in training, else an empty list.
+        """Return [(convolution, norm)] of layer `name` if its convolutions can run as one in training, else [].
 
-        That takes two or more, with nothing about them that a merged layer would pass over.
+        They can if there are two or more, all plain (`_is_plain`) and with the same momentum and epsilon.
         """
         branches = [] if self.deploy else [branch for branch in self._branches(name) if isinstance(branch, ConvNorm)]
         pairs = [(branch.conv, branch.norm) for branch in branches]
@@ -114,7 +116,7 @@ class MobileOneBlock(nn.Layer):
         return pairs if len({(norm._momentum, norm._epsilon) for _, norm in pairs}) == 1 else []
 
     def _merged_forward(self, x, name):
-        """The layer `name` by its MergedLayer: one convolution and one norm, and the skip, if any, beside them."""
+        """Compute layer `name` from its MergedLayer: one convolution and one norm, plus the skip if there is one."""
         conv, merged = self.convs[name], self.merged[name]
         size, groups, kernel = conv['kernel_size'], conv.get('groups', 1), merged.kernel
         stride = conv.get('stride', 1)
@@ -141,11 +143,10 @@ class MobileOneBlock(nn.Layer):
         return x
 
     def equivalent_kernel_bias(self, name):
-        """The one convolution that equals the layer `name` in evaluation: kernel [O, I / groups, K, K], bias [O].
+        """Return the convolution equal to layer `name` in evaluation: kernel [O, I / groups, K, K], bias [O], float64.
 
-        The branches are linear in their input, so their sum is the convolution with the sum of their kernels.
-        Computed in float64.
-        Raises: UserError for a branch whose layers are not a convolution and a batch norm, as quantization makes them.
+        Every branch folds into a convolution, so their sum is the convolution with the summed kernels and biases.
+        Raises: UserError for a branch with any other kind of layer, such as those that quantization inserts.
         """
         conv, branches = self.convs[name], self._branches(name)
         for branch in branches:
@@ -155,12 +156,12 @@ class MobileOneBlock(nn.Layer):
 
     @paddle.no_grad()
     def switch_to_deploy(self):
-        """Replace the branches by the equivalent convolutions, in place. Does nothing to a fused block."""
+        """Replace the branches by their equivalent convolutions, in place. A fused block stays as it is."""
         if self.deploy:
             return
         for name, conv in self.convs.items():
             kernel, bias = self.equivalent_kernel_bias(name)
-            # batch-norm statistics are parameters that are always frozen
+            # batch-norm statistics are parameters too, always frozen
             frozen = all(tensor.stop_gradient for branch in self._branches(name) for tensor in branch.parameters())
             prefix = name[:2]
             dtype = getattr(self, f'{name}_blocks')[0].conv.weight.dtype
@@ -178,7 +179,7 @@ class MobileOneBlock(nn.Layer):
 
 
 def sum_tensors(tensors):
-    """The sum of a list of tensors of one shape, from left to right."""
+    """Return the sum of tensors with the same shape, added from left to right."""
     total = tensors[0]
     for tensor in tensors[1:]:
         total = total + tensor
@@ -186,22 +187,22 @@ def sum_tensors(tensors):
 
 
 def _check_branch(branch, name):
-    """Raises: UserError unless a branch of the layer `name` consists of what `_fold_batch_norm` can fold."""
+    """Raises: UserError unless `_fold_batch_norm` can fold this branch of layer `name`."""
     for layer in (branch.conv, branch.norm) if isinstance(branch, ConvNorm) else (branch,):
         if not isinstance(layer, (nn.Conv2D, nn.BatchNorm2D, nn.SyncBatchNorm)):
-            raise UserError(f'a branch of {name} has {type(layer).__name__}, but only Conv2D and BatchNorm2D can be '
-                            'fused: convert the network before it is quantized')
+            raise UserError(f'a branch of {name} contains {type(layer).__name__}, but only Conv2D and BatchNorm2D can '
+                            'be fused: convert the network before quantizing it')
 
 
 def _fold_batch_norm(branch, conv):
-    """Kernel [O, I / groups, K, K] and bias [O] in float64 of a branch: a ConvNorm, or the batch norm of a skip."""
+    """Fold a branch, a ConvNorm or a skip's batch norm, into a kernel [O, I / groups, K, K] and a bias [O], float64."""
     size = conv['kernel_size']
     if isinstance(branch, ConvNorm):
         norm, kernel = branch.norm, branch.conv.weight.astype('float64')
     else:
         norm, kernel = branch, _identity_kernel(conv['in_channels'], conv.get('groups', 1))
     kernel = _pad_kernel(kernel, size)
-    # Paddle's kernels (2.6.2, 3.3.1) take epsilon in single precision: 1e-5 rounded matters where a variance is tiny
+    # Paddle's kernels (2.6.2, 3.3.1) round epsilon to float32, which matters for 1e-5 next to a tiny variance
     epsilon = float(np.float32(norm._epsilon))
     scale = norm.weight.astype('float64') / paddle.sqrt(norm._variance.astype('float64') + epsilon)
     bias = norm.bias.astype('float64') - norm._mean.astype('float64') * scale
@@ -209,13 +210,13 @@ def _fold_batch_norm(branch, conv):
 
 
 def _pad_kernel(kernel, size):
-    """[O, I, K, K] -> [O, I, size, size], with zeros around it."""
+    """Pad kernels with zeros: [O, I, K, K] -> [O, I, size, size]."""
     margin = (size - kernel.shape[-1]) // 2
     return F.pad(kernel, [0] * 4 + [margin] * 4) if margin else kernel
 
 
 def _identity_kernel(channels, groups):
-    """The 1x1 kernel [channels, channels / groups, 1, 1] that leaves its input as it is."""
+    """Return the 1x1 kernel of the identity, [channels, channels / groups, 1, 1]."""
     kernel = paddle.eye(channels, dtype='float64')
     if groups == channels:
         kernel = paddle.ones([channels, 1], dtype='float64')
@@ -223,9 +224,9 @@ def _identity_kernel(channels, groups):
 
 
 class MergedLayer(NamedTuple):
-    """The k convolutions of a layer as one, and their batch norms as one. Outputs o * k to o * k + k - 1 belong to o.
+    """A layer's k convolutions as one, and their batch norms as one. Outputs o * k to o * k + k - 1 add up to output o.
 
-    kernel [O * k, I / groups, K, K]; weight, bias, mean, variance of the norm [O * k]; norm: one of the k.
+    kernel: [O * k, I / groups, K, K]; weight, bias, mean, variance: of the norms, [O * k]; norm: one of the k norms.
     """
     kernel: paddle.Tensor
     weight: paddle.Tensor
@@ -237,10 +238,10 @@ class MergedLayer(NamedTuple):
 
 @contextlib.contextmanager
 def merged_branches(stages):
-    """While it is open, the convolutions of a layer are one in unfused blocks that train, wherever that is possible.
+    """Context in which unfused blocks in training mode run the convolutions of a layer as one, where that is possible.
 
-    Outputs and gradients are those of the branches, and so are the statistics, which the norms get at the end.
-    The tensors of all norms are gathered together, since on a GPU a step takes as long as its operators are many.
+    Outputs, gradients and running statistics equal those of separate branches; the norms get the statistics on exit.
+    The tensors of all norms are gathered at once, because the time of a GPU step grows with its number of operators.
     """
     blocks = [block for stage in stages for block in stage.children() if isinstance(block, MobileOneBlock)]
     layers = [(block, name, pairs) for block in blocks for name in block.convs
@@ -250,8 +251,8 @@ def merged_branches(stages):
         return
     norms = [norm for _, _, pairs in layers for _, norm in pairs]
     channels = [norm.weight.shape[0] for norm in norms]
-    order, back, sizes = _neighbors(tuple(len(pairs) for _, _, pairs in layers), tuple(channels),
-                                    paddle.device.get_device())
+    order, back, sizes = _merged_order(tuple(len(pairs) for _, _, pairs in layers), tuple(channels),
+                                       paddle.device.get_device())
 
     def gather(attribute):
         return paddle.gather(paddle.concat([getattr(norm, attribute) for norm in norms]), order).split(sizes)
@@ -275,22 +276,22 @@ def merged_branches(stages):
 
 
 def _is_plain(branch, conv, norm):
-    """Whether a branch is a convolution and a batch norm in training, and nothing else."""
+    """Whether a branch is just a convolution and a batch norm in training mode, without hooks."""
     return ((type(branch), type(conv), type(norm)) == (ConvNorm, nn.Conv2D, nn.BatchNorm2D) and norm.training
             and not norm._use_global_stats
             and not any(layer._forward_pre_hooks or layer._forward_post_hooks for layer in (branch, conv, norm)))
 
 
 def _stack_kernels(kernels, size):
-    """Kernels of k branches [O, I / groups, K, K] -> [O * k, I / groups, size, size], in the order of a MergedLayer."""
+    """Stack k kernels [O, I / groups, K, K] into [O * k, I / groups, size, size], in the order of a MergedLayer."""
     return paddle.stack([_pad_kernel(kernel, size) for kernel in kernels], axis=1).flatten(0, 1)
 
 
 @functools.lru_cache(maxsize=16)
-def _neighbors(counts, channels, device):
-    """How vectors of norms, in a row, become those of MergedLayers in a row: (order, the order back, their sizes).
+def _merged_order(counts, channels, device):
+    """Return (order, inverse order, sizes): indices that turn concatenated norm vectors into those of MergedLayers.
 
-    counts: norms of each layer; channels: of each norm; device: where the orders are.
+    counts: norms per layer; channels: channels per norm; device: where the indices are; sizes: one per MergedLayer.
     """
     parts, sizes, start, norm = [], [], 0, 0
     for count in counts:
@@ -306,12 +307,12 @@ def _is_on_cpu(x):
 
 
 def _widen_groups(groups, kernel, size):
-    """Groups and kernel of the same depthwise convolution as one of fewer, denser groups, where maps are small.
+    """Return (groups, kernel) of the same depthwise convolution with fewer, denser groups, for small feature maps.
 
-    Paddle's convolution on a CPU is a matrix product for each image and group, each too small there.
-    kernel [C * k, 1, K, K] -> [C * k, width, K, K] with zeros between the channels of a group; size: of the output.
+    On a CPU Paddle computes one matrix product per image and group, which is inefficient for small maps.
+    kernel [C * k, 1, K, K] -> [C * k, width, K, K], zero between the channels of a group; size: output width in pixels.
     """
-    # measured, docs/performance.md: more on larger maps costs more than it saves
+    # measured (docs/performance.md): wider groups on larger maps cost more than they save
     width = math.gcd(groups, next((width for least, width in ((28, 1), (14, 2), (7, 4)) if size >= least), 8))
     if width == 1:
         return groups, kernel
@@ -321,23 +322,23 @@ def _widen_groups(groups, kernel, size):
 
 
 def _sum_neighbors(x, count):
-    """Sums of `count` neighboring channels: [N, C * count, H, W] -> [N, C, H, W]."""
+    """Sum groups of `count` neighboring channels: [N, C * count, H, W] -> [N, C, H, W]."""
     batch, channels, *size = x.shape
     x = x.reshape([batch, channels // count, count, -1])
-    if _is_on_cpu(x):  # where a sum over an axis in the middle takes 6 to 12 times as long
+    if _is_on_cpu(x):  # where a sum over a middle axis takes 6 to 12 times as long
         x = paddle.matmul(paddle.ones([1, count], dtype=x.dtype), x)
     else:
-        # auto_cast would first make a copy of all branches in single precision, in which this adds up anyway
+        # auto_cast would first copy all branches to float32, in which the sum accumulates anyway
         with paddle.amp.auto_cast(enable=False):
             x = x.sum(axis=2)
     return x.reshape([batch, -1, *size])
 
 
 class MobileOne(nn.Layer):
-    """[N, in_channels, H, W] images -> [N, num_classes] logits.
+    """MobileOne: images [N, in_channels, H, W] -> logits [N, num_classes].
 
-    The five lists have an entry per stage; the first is the stem, a single dense 3x3 layer with one conv branch
-    whatever `num_branches[0]` says. A stage's width is int(channels * expansions), its first block has its stride.
+    The five lists have one entry per stage. The first stage is the stem, a single dense 3x3 layer with one conv branch
+    regardless of `num_branches[0]`. A stage has width int(channels * expansions); its first block has its stride.
     use_se: SE in the last half of stage 3's blocks and in all of stage 4's, as in S4.
     deploy: build the fused network.
 
@@ -349,9 +350,9 @@ class MobileOne(nn.Layer):
         super().__init__()
         widths = stage_widths(num_blocks, num_branches, channels, strides, expansions)
         if max(*widths, num_classes) >= 2 ** 31:
-            raise UserError(f'a layer of {max(*widths, num_classes)} channels or classes, but PaddlePaddle counts them '
+            raise UserError(f'a layer has {max(*widths, num_classes)} channels or classes, but PaddlePaddle needs them '
                             'below 2**31: lower MODEL.CHANNELS, MODEL.EXPANSIONS or MODEL.NUM_CLASSES')
-        # of the maps that `forward_features` returns
+        # channels and total strides of the maps that `forward_features` returns
         self.feature_channels = widths
         self.feature_strides = [int(stride) for stride in np.cumprod(strides)]
         self.stages = nn.LayerList()
@@ -369,7 +370,7 @@ class MobileOne(nn.Layer):
         self.is_frozen = False
 
     def freeze_backbone(self):
-        """Let training change the classifier alone: the rest has no gradient and stays in evaluation mode."""
+        """Train only the classifier: everything else has no gradients and stays in evaluation mode."""
         self.is_frozen = True
         for parameter in self.stages.parameters():
             parameter.stop_gradient = True
@@ -385,12 +386,12 @@ class MobileOne(nn.Layer):
                 layer.training = False
 
     def forward_features(self, x):
-        """[N, in_channels, H, W] images -> the maps of the stem and the four stages, a list.
+        """Return the five feature maps, of the stem and the four stages, for images [N, in_channels, H, W].
 
-        Map s is [N, feature_channels[s], H / feature_strides[s], W / feature_strides[s]], rounded up.
+        Map s is [N, feature_channels[s], H / feature_strides[s], W / feature_strides[s]], with sizes rounded up.
         """
         maps = []
-        # to_static converts what it calls, but knows no generators
+        # to_static converts the code it calls but cannot convert generators
         with merged_branches(self.stages) if paddle.in_dynamic_mode() else contextlib.nullcontext():
             for stage in self.stages:
                 x = stage(x)
@@ -402,14 +403,14 @@ class MobileOne(nn.Layer):
 
 
 def build_mobileone(config):
-    """The network that a config describes (MODEL.*, and DATA.IMAGE_CHANNELS), with random weights.
+    """Build the network of a config (MODEL.* and DATA.IMAGE_CHANNELS) with random weights.
 
     Raises: UserError for an unknown MODEL.TYPE, a MODEL.NUM_CLASSES of 0, or lists that do not describe a network.
     """
     model = config.MODEL
     if not model.NUM_CLASSES:
-        raise UserError('MODEL.NUM_CLASSES is 0, which a training replaces by the number in its data, and what reads '
-                        'weights by theirs; for anything else give the number, with -opts MODEL.NUM_CLASSES N')
+        raise UserError('MODEL.NUM_CLASSES is 0, which only training (from its data) and programs that load weights '
+                        '(from the weights) can replace; give the number with -opts MODEL.NUM_CLASSES N')
     if model.TYPE.lower() != 'mobileone':
         raise UserError(f'MODEL.TYPE is {model.TYPE!r}, but must be MobileOne')
     return MobileOne(num_blocks=model.NUM_BLOCKS, num_branches=model.NUM_BRANCHES, channels=model.CHANNELS,
@@ -418,15 +419,15 @@ def build_mobileone(config):
 
 
 def model_convert(model):
-    """The fused network, in evaluation mode, for any layer that contains MobileOne blocks; `model` is unchanged.
+    """Return a fused copy of `model`, in evaluation mode; `model` is unchanged.
 
-    Its outputs equal those of `model.eval()` up to rounding. A fused convolution is frozen (`stop_gradient`) where all
-    its branches are. Of a paddle.DataParallel the network in it is converted.
-    Raises: UserError for a network that is prepared for quantization.
+    `model` is any layer that contains MobileOne blocks; paddle.DataParallel is unwrapped. The outputs equal those of
+    `model.eval()` up to rounding. A fused convolution is frozen (`stop_gradient`) if all its branches are.
+    Raises: UserError for a network prepared for quantization.
     """
     fused = copy.deepcopy(model._layers if isinstance(model, paddle.DataParallel) else model)
     for layer in fused.sublayers(include_self=True):
         if isinstance(layer, MobileOneBlock):
             layer.switch_to_deploy()
-    fused.eval()  # returns nothing in Paddle 2.6
+    fused.eval()  # returns None in Paddle 2.6
     return fused

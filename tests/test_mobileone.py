@@ -24,8 +24,8 @@ SIZES = {
 }
 
 
-def randomise(model, seed=0):
-    """Random weights, batch-norm statistics and affine values: fresh ones would hide mistakes of the fusion."""
+def randomize(model, seed=0):
+    """Randomize weights, batch-norm statistics and affine values: initial ones would hide bugs in the fusion."""
     rng = np.random.default_rng(seed)
     for name, tensor in model.state_dict().items():
         shape = tuple(tensor.shape)
@@ -86,17 +86,17 @@ def test_fused_equals_unfused_in_float64(variant):
          num_classes=1, in_channels=1),
     dict(num_blocks=[1, 1, 2, 3, 2], channels=[3, 16, 24, 32, 40], num_branches=[1] * 5, strides=[1, 1, 2, 1, 2]),
 ])
-def test_other_networks_fuse(options):
+def test_custom_networks_fuse(options):
     options = dict(dict(strides=[2, 1, 2, 1, 2], expansions=[1.0] * 5, num_classes=7), **options)
     model = MobileOne(**options)
-    randomise(model)
+    randomize(model)
     x = images(32, channels=options.get('in_channels', 3))
     fused = model_convert(model)
     assert all(block.deploy for block in fused.sublayers() if isinstance(block, MobileOneBlock))
     assert model(x).shape == [2, options['num_classes']]
     assert not np.allclose(model(x)[0].numpy(), model(x)[1].numpy(), atol=1e-3)
     np.testing.assert_allclose(fused(x).numpy(), model(x).numpy(), rtol=1e-4, atol=1e-4)
-    # the fused network's state fits a network that is built fused
+    # the fused network's state dict loads into a network built with deploy=True
     built = MobileOne(**options, deploy=True)
     assert {k: v.shape for k, v in built.state_dict().items()} == {k: v.shape for k, v in fused.state_dict().items()}
     built.set_state_dict(fused.state_dict())
@@ -104,9 +104,9 @@ def test_other_networks_fuse(options):
     np.testing.assert_array_equal(built(x).numpy(), fused(x).numpy())
 
 
-def test_conversion_leaves_the_model_as_it_is(config):
+def test_conversion_does_not_change_the_model(config):
     model = build_mobileone(config)
-    randomise(model)
+    randomize(model)
     model.train()
     before = {name: tensor.numpy() for name, tensor in model.state_dict().items()}
     fused = model_convert(model)
@@ -119,7 +119,7 @@ def test_conversion_leaves_the_model_as_it_is(config):
     assert all(np.array_equal(tensor.numpy(), before[name]) for name, tensor in model.state_dict().items())
 
 
-def test_conversion_inside_another_layer_and_of_a_block():
+def test_convert_a_block_and_a_layer_that_contains_blocks():
     class Detector(paddle.nn.Layer):
         def __init__(self):
             super().__init__()
@@ -131,29 +131,29 @@ def test_conversion_inside_another_layer_and_of_a_block():
             return self.head(self.backbone(x))
 
     model = Detector()
-    randomise(model)
+    randomize(model)
     np.testing.assert_allclose(model_convert(model)(images(16)).numpy(), model(images(16)).numpy(), atol=1e-5)
     block = model.backbone[1]
     x = images(8, channels=8)
     expected = block(x).numpy()
     np.testing.assert_allclose(model_convert(block)(x).numpy(), expected, atol=1e-5)
     block.switch_to_deploy()
-    block.switch_to_deploy()  # the second call finds nothing to do
+    block.switch_to_deploy()  # the second call does nothing
     np.testing.assert_allclose(block(x).numpy(), expected, atol=1e-5)
     assert sorted(name.split('.')[0] for name in block.state_dict()) == sorted(
         ['dw_3x3'] * 2 + ['pw_1x1'] * 2 + ['dw_se'] * 4 + ['pw_se'] * 4)
 
 
-def test_converting_after_training_mode_matters(config):
-    """The fused network equals the evaluation mode, not the training mode, of the unfused one."""
+def test_fused_network_differs_from_training_mode(config):
+    """It equals the unfused network in evaluation mode only."""
     model = build_mobileone(config)
-    randomise(model)
+    randomize(model)
     fused = model_convert(model)
     model.train()
     assert np.abs(model(images(32)).numpy() - fused(images(32)).numpy()).max() > 1e-2
 
 
-def test_what_is_frozen_stays_frozen(config):
+def test_frozen_branches_fuse_into_frozen_layers(config):
     model = build_mobileone(config)
     for name, tensor in model.named_parameters():
         # whole layers, half a layer, a classifier's bias, SE
@@ -169,10 +169,10 @@ def test_what_is_frozen_stays_frozen(config):
     assert all(tensor.stop_gradient for tensor in model_convert(model).parameters())
 
 
-def test_a_frozen_backbone_trains_its_classifier_alone(config):
-    """Its statistics stay, too, and its features are those of evaluation."""
+def test_frozen_backbone_trains_only_the_classifier(config):
+    """Its batch-norm statistics stay too, and its features are those of evaluation mode."""
     model = build_mobileone(config)
-    randomise(model)
+    randomize(model)
     model.eval()
     before, expected = {name: tensor.numpy() for name, tensor in model.state_dict().items()}, model(images(32)).numpy()
     model.freeze_backbone()
@@ -189,17 +189,17 @@ def test_a_frozen_backbone_trains_its_classifier_alone(config):
         assert np.allclose(other(images(32)).numpy(), expected, rtol=1e-3, atol=1e-4)
 
 
-def test_a_network_prepared_for_quantization_is_refused(config):
+def test_networks_prepared_for_quantization_are_rejected(config):
     from paddle.quantization import QAT, QuantConfig, imperative, quanters
     quanter = quanters.FakeQuanterWithAbsMaxObserver(moving_rate=0.9)
     networks = [QAT(QuantConfig(activation=activation, weight=weight)).quantize(build_mobileone(config))
                 for activation, weight in ((quanter, quanter), (quanter, None), (None, quanter))]
     networks.append(build_mobileone(config))
-    imperative.ImperativeQuantAware().quantize(networks[-1])  # PaddlePaddle's older way
+    imperative.ImperativeQuantAware().quantize(networks[-1])  # PaddlePaddle's older API
     for network in networks:
-        with pytest.raises(UserError, match='a branch of dw_3x3 has .*: convert the network before it is quantized'):
+        with pytest.raises(UserError, match='a branch of dw_3x3 contains .*: convert the network before quantizing it'):
             model_convert(network)
-    # what the message asks for
+    # the remedy in the message works
     fused = model_convert(build_mobileone(config))
     fused.train()
     quantized = QAT(QuantConfig(activation=quanter, weight=quanter)).quantize(fused)
@@ -207,23 +207,23 @@ def test_a_network_prepared_for_quantization_is_refused(config):
 
 
 @pytest.mark.filterwarnings('ignore:The program will return to single-card operation')
-def test_the_network_in_a_data_parallel_is_converted(config):
+def test_data_parallel_is_unwrapped_and_converted(config):
     model = build_mobileone(config)
-    randomise(model)
+    randomize(model)
     fused = model_convert(paddle.DataParallel(model))
     assert isinstance(fused, MobileOne) and not fused.training
     np.testing.assert_allclose(fused(images(32)).numpy(), model(images(32)).numpy(), rtol=1e-4, atol=1e-4)
 
 
 @pytest.mark.parametrize('blocks', [1, 2, 5, 10])
-def test_place_of_se(blocks):
+def test_blocks_with_se(blocks):
     model = MobileOne([1, 2, 2, blocks, 2], [1] * 5, [8] * 5, [2] * 5, [1.0] * 5, use_se=True)
     with_se = [[hasattr(block, 'dw_se') and hasattr(block, 'pw_se') for block in stage] for stage in model.stages]
     assert with_se == [[False], [False] * 2, [False] * 2, [index >= blocks // 2 for index in range(blocks)], [True] * 2]
 
 
 @pytest.mark.parametrize('entry', [0, 4])
-def test_entry_0_of_branches_has_no_effect(config, entry):
+def test_entry_0_of_num_branches_has_no_effect(config, entry):
     config.MODEL.NUM_BRANCHES = [1, 2, 1, 1, 2]
     with_one = build_mobileone(config).state_dict()
     config.MODEL.NUM_BRANCHES = [entry, 2, 1, 1, 2]
@@ -241,7 +241,7 @@ def test_entry_0_of_branches_has_no_effect(config, entry):
     ('CHANNELS', [4, 2 ** 31, 4, 4, 4], 'below 2..31'),
     ('NUM_CLASSES', 10 ** 21, 'below 2..31'),
 ])
-def test_lists_that_describe_no_network(config, key, value, message):
+def test_invalid_network_configs_are_rejected(config, key, value, message):
     config.MODEL[key] = value
     with pytest.raises(UserError, match=message):
         build_mobileone(config)
@@ -249,9 +249,9 @@ def test_lists_that_describe_no_network(config, key, value, message):
 
 @pytest.mark.parametrize('variant', ['s0', 's4'])
 def test_features(variant):
-    """Of both networks, and what they are called. In float64, for such a network is chaotic in float32."""
+    """Fused and unfused feature maps, with their channels and strides. In float64: float32 errors grow too large."""
     model = build_mobileone(variant_config(variant))
-    randomise(model)
+    randomize(model)
     model.to(dtype='float64')
     fused = model_convert(model)
     assert model.feature_strides == fused.feature_strides == [2, 4, 8, 16, 32]
@@ -266,7 +266,7 @@ def test_features(variant):
         np.testing.assert_allclose(model(images).numpy(), logits.numpy(), rtol=1e-6)
 
 
-def test_blocks_inside_a_larger_network_are_fused():
+def test_backbone_inside_a_detector_is_fused():
     class Detector(paddle.nn.Layer):
         def __init__(self):
             super().__init__()
@@ -276,7 +276,7 @@ def test_blocks_inside_a_larger_network_are_fused():
         def forward(self, x):
             return self.neck(self.backbone.forward_features(x)[3])
     model = Detector()
-    randomise(model)
+    randomize(model)
     model.eval()
     fused = model_convert(model)
     assert not [name for name in fused.state_dict() if '_blocks.' in name]
@@ -286,7 +286,7 @@ def test_blocks_inside_a_larger_network_are_fused():
         np.testing.assert_allclose(fused(images).numpy(), expected, atol=1e-4 * np.abs(expected).max())
 
 
-# what merges: widths and lists for the class, and the maps of 64 pixels are 32, 16, 8, 4 and 2
+# networks with branches to merge; 64-pixel images give feature maps of 32, 16, 8, 4 and 2 pixels
 NARROW = dict(channels=[8, 8, 16, 16, 24], strides=[2, 2, 2, 2, 2], expansions=[1.0] * 5, num_classes=10)
 MERGED = [dict(num_blocks=[1, 2, 1, 2, 1], num_branches=[4] * 5),
           dict(num_blocks=[1, 1, 2, 1, 1], num_branches=[1] * 5),
@@ -298,7 +298,7 @@ def branch_by_branch(monkeypatch):
 
 
 def trained_step(model, x):
-    """(output, gradients, state) of a step in training; both dictionaries by name."""
+    """Run a forward and backward pass in training mode. Returns: (output, {name: gradient}, {name: state})."""
     model.train()
     output = model(x)
     (output * paddle.to_tensor(np.random.default_rng(2).standard_normal(output.shape))).sum().backward()
@@ -317,10 +317,10 @@ def assert_steps_equal(first, second, atol=1e-12):
 
 @pytest.mark.parametrize('on_cpu', [True, False])
 @pytest.mark.parametrize('options', MERGED)
-def test_merged_branches_equal_the_branches(monkeypatch, options, on_cpu):
-    """Outputs, gradients and statistics, in float64, by the operators for a CPU and by those for a GPU."""
+def test_merged_branches_equal_separate_branches(monkeypatch, options, on_cpu):
+    """Outputs, gradients and statistics, in float64, with the CPU operators and with the GPU operators."""
     model = MobileOne(**NARROW, **options)
-    randomise(model)
+    randomize(model)
     model.to(dtype='float64')
     convolutions, conv2d = [], paddle.nn.functional.conv2d
     monkeypatch.setattr('mobileone._is_on_cpu', lambda x: on_cpu)
@@ -331,7 +331,7 @@ def test_merged_branches_equal_the_branches(monkeypatch, options, on_cpu):
     layers = [(block, name) for stage in model.stages for block in stage for name in block.convs
               if len(getattr(block, f'{name}_blocks')) + hasattr(block, f'{name[:2]}_1x1') > 1]
     assert len(convolutions) == len(layers) > 3
-    # outputs of 16 pixels have groups of two channels, of 8 four, and smaller ones eight
+    # groups have two channels in outputs of 16 pixels, four in outputs of 8 pixels, and eight in smaller ones
     assert set(convolutions) == ({1, 8 // 2, 16 // 4, 16 // 8} if on_cpu else {1, 8, 16})
     branch_by_branch(monkeypatch)
     assert_steps_equal(merged, trained_step(copy.deepcopy(model), x))
@@ -339,9 +339,9 @@ def test_merged_branches_equal_the_branches(monkeypatch, options, on_cpu):
 
 
 def test_statistics_of_merged_branches(monkeypatch):
-    """Equal to those of the branches after whatever gives the norms other memory."""
+    """Equal to those of separate branches, also after operations that give the norms new memory."""
     def trainings():
-        """The states after each of some steps, of which each begins with what a user may do to a network."""
+        """Yield the result of a training step after each of several things that users do to a network."""
         paddle.seed(0)
         model, x = MobileOne(**NARROW, **MERGED[0]), images(32)
         initial = {name: tensor.numpy() for name, tensor in model.state_dict().items()}
@@ -363,16 +363,16 @@ def test_statistics_of_merged_branches(monkeypatch):
         yield trained_step(model, x.astype('float64'))
         yield trained_step(model, x.astype('float64'))
     merged = list(trainings())
-    # all differ but the third, which begins as the first does
+    # all differ except the third, which starts from the same state as the first
     assert len({step[2]['stages.1.0.dw_1x1.norm._mean'].tobytes() for step in merged}) == len(merged) - 1
     branch_by_branch(monkeypatch)
     for one, other in zip(merged, trainings()):
-        # not the gradients, for single precision is not enough for them
+        # not the gradients: float32 is not precise enough for them
         assert_steps_equal((one[0], one[2]), (other[0], other[2]), atol=1e-4)
 
 
-def test_layers_that_are_more_than_branches_stay_apart():
-    """A hook runs, a norm in evaluation keeps its statistics, another kind of layer is called."""
+def test_modified_branches_are_not_merged():
+    """Hooks run, norms in evaluation mode keep their statistics, and other kinds of layers are called."""
     model = MobileOne(**NARROW, **MERGED[0])
     model.train()
     block = model.stages[1][0]
@@ -400,8 +400,8 @@ def test_layers_that_are_more_than_branches_stay_apart():
     branch.norm._momentum = 0.9
     branch.conv = paddle.nn.utils.spectral_norm(branch.conv)
     assert block.mergeable_branches('dw_3x3') == []
-    synchronised = paddle.nn.SyncBatchNorm.convert_sync_batchnorm(model)
-    assert not any(block.mergeable_branches(name) for stage in synchronised.stages for block in stage
+    synchronized = paddle.nn.SyncBatchNorm.convert_sync_batchnorm(model)
+    assert not any(block.mergeable_branches(name) for stage in synchronized.stages for block in stage
                    for name in block.convs)
 
 
@@ -415,7 +415,7 @@ def test_merged_branches_may_be_frozen():
 
 
 def test_training_as_a_static_graph():
-    """There the branches are apart."""
+    """In a static graph the branches are not merged."""
     x, outputs = images(32), []
     for convert in (lambda model: model, lambda model: paddle.jit.to_static(model, full_graph=True)):
         paddle.seed(0)

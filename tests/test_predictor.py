@@ -13,7 +13,7 @@ import paddle
 import pytest
 from conftest import ROOT, fails, run, variant_config, write_images
 from PIL import Image
-from test_mobileone import randomise
+from test_mobileone import randomize
 
 import tools.export_model as export_model
 from datasets import get_dataset
@@ -41,7 +41,7 @@ def trained(fashion, tmp_path_factory):
     (folder / 'class_names.txt').write_text(''.join(f'{name}\n' for name in NAMES))
     paddle.seed(3)
     model = build_mobileone(config)
-    randomise(model)
+    randomize(model)
     model.eval()
     checkpoint.save(model.state_dict(), str(folder / 'best.pdparams'))
     return folder, model, config

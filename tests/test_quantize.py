@@ -10,7 +10,7 @@ import onnx
 import paddle
 import pytest
 from conftest import ROOT, fails, run, variant_config
-from test_mobileone import randomise
+from test_mobileone import randomize
 
 import deploy.quantize as int8
 import tools.export_model as export_model
@@ -89,7 +89,7 @@ def test_equalization_changes_nothing(use_se):
     config = variant_config('s4' if use_se else 's0')
     config.MODEL.CHANNELS, config.MODEL.EXPANSIONS, config.DATA.IMAGE_SIZE = [8, 8, 16, 32, 32], [1.0] * 5, 64
     model, spec = build_mobileone(config), Spec.of_config(config, [])
-    randomise(model)
+    randomize(model)
     fused = rescaled(model_convert(model))
     pixels = np.random.default_rng(1).integers(0, 256, [8, 64, 64, 3], 'uint8')
     expected = logits_of(fused, spec, pixels)

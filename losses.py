@@ -1,4 +1,4 @@
-"""Training criteria: what the network said and what it should have -> the mean loss, a scalar tensor."""
+"""Training criteria: logits and targets -> mean loss, a scalar tensor."""
 import paddle
 import paddle.nn as nn
 import paddle.nn.functional as F
@@ -9,7 +9,7 @@ from utils import UserError
 class LabelSmoothingCrossEntropyLoss(nn.Layer):
     """Cross entropy against (1 - smoothing) * one-hot + smoothing / C (arXiv 1512.00567, section 7).
 
-    logits: float [N, C]; labels: int64 [N]. Half-precision logits are computed in float32.
+    logits: float [N, C]; labels: int64 [N]. Half-precision logits are cast to float32.
     """
 
     def __init__(self, smoothing=0.1):
@@ -20,35 +20,35 @@ class LabelSmoothingCrossEntropyLoss(nn.Layer):
 
     def forward(self, logits, labels):
         if labels.dtype not in (paddle.int32, paddle.int64) or labels.ndim != 1:
-            raise UserError(f'the targets are {_describe(labels)}, but LabelSmoothingCrossEntropyLoss takes labels, '
-                            'int64 [N]; SoftTargetCrossEntropyLoss takes those of mixup')
+            raise UserError(f'the targets are {_describe(labels)}, but LabelSmoothingCrossEntropyLoss takes int64 [N] '
+                            'labels; use SoftTargetCrossEntropyLoss for mixup targets')
         log_probs = F.log_softmax(_as_float32(logits), axis=-1)
         nll = F.nll_loss(log_probs, labels)
         return (1 - self.smoothing) * nll - self.smoothing * log_probs.mean()
 
 
 class SoftTargetCrossEntropyLoss(nn.Layer):
-    """Cross entropy against a distribution over the classes, as mixup makes them.
+    """Cross entropy against class distributions, such as the targets that mixup returns.
 
-    logits: float [N, C]; targets: float [N, C], each row sums to 1. Half-precision logits are computed in float32.
+    logits: float [N, C]; targets: float [N, C], each row sums to 1. Half-precision logits are cast to float32.
     """
 
     def forward(self, logits, targets):
         if not targets.is_floating_point() or targets.shape != logits.shape:
             raise UserError(f'the targets are {_describe(targets)}, but SoftTargetCrossEntropyLoss takes float '
-                            f'{list(logits.shape)}; LabelSmoothingCrossEntropyLoss takes labels')
+                            f'{list(logits.shape)}; use LabelSmoothingCrossEntropyLoss for labels')
         return -(targets * F.log_softmax(_as_float32(logits), axis=-1)).sum(axis=-1).mean()
 
 
 class DistillationLoss(nn.Layer):
-    """(1 - alpha) * the loss on the targets + alpha * the loss on what a teacher says of the same images.
+    """(1 - alpha) * loss on the targets + alpha * loss on a teacher's outputs for the same images.
 
-    base_criterion: (logits, targets) -> loss.
-    teacher_model: images -> logits of the same classes; it is put into evaluation mode and gets no gradient.
-    distillation_type: 'none', the loss on the targets alone, without a teacher; 'soft', tau^2 * KL(teacher || student)
-    of the distributions at temperature tau, a mean over the images (arXiv 1503.02531, section 2); 'hard', cross
-    entropy against the teacher's best class (arXiv 2012.12877, equation 3).
-    Raises: UserError for another type, or without a teacher.
+    base_criterion: (logits, targets) -> loss on the targets.
+    teacher_model: images -> logits for the same classes; runs in evaluation mode, without gradients.
+    distillation_type: 'none', only the loss on the targets, no teacher needed; 'soft', tau^2 * KL(teacher || student)
+    at temperature tau, averaged over the images (arXiv 1503.02531, section 2); 'hard', cross entropy against the
+    teacher's top class (arXiv 2012.12877, equation 3).
+    Raises: UserError for an unknown type or a missing teacher.
     """
 
     def __init__(self, base_criterion, teacher_model=None, distillation_type='none', alpha=0.5, tau=1.0):
@@ -56,7 +56,7 @@ class DistillationLoss(nn.Layer):
         if distillation_type not in ('none', 'soft', 'hard'):
             raise UserError(f'distillation_type is {distillation_type!r}, but must be none, soft or hard')
         if distillation_type != 'none' and teacher_model is None:
-            raise UserError(f'distillation_type is {distillation_type!r}, but there is no teacher_model')
+            raise UserError(f'distillation_type is {distillation_type!r}, but teacher_model is missing: pass a network')
         self.base_criterion = base_criterion
         self.teacher_model = teacher_model
         self.distillation_type = distillation_type
@@ -64,7 +64,7 @@ class DistillationLoss(nn.Layer):
         self.tau = tau
 
     def forward(self, inputs, outputs, targets):
-        """inputs: the images [N, C, H, W] that the student saw; outputs: its logits [N, classes] of them."""
+        """inputs: the student's input images [N, C, H, W]; outputs: its logits [N, classes]; targets: their targets."""
         loss = self.base_criterion(outputs, targets)
         if self.distillation_type == 'none':
             return loss

@@ -1,4 +1,4 @@
-"""Mixup (arXiv 1710.09412) and CutMix (arXiv 1905.04899) of a batch with itself in reverse order."""
+"""Mixup (arXiv 1710.09412) and CutMix (arXiv 1905.04899): mix a batch with itself in reverse order."""
 import numpy as np
 import paddle
 import paddle.nn.functional as F
@@ -8,13 +8,13 @@ from utils import UserError
 
 
 class Mixup:
-    """Mixes image i of a batch with image N - 1 - i, and their targets in the same proportion.
+    """Mix image i of a batch with image N - 1 - i, and their targets in the same proportion.
 
-    mixup_alpha, cutmix_alpha: the share of image i is drawn from Beta(alpha, alpha); 0 turns that kind off.
-    cutmix_minmax: (smallest, largest) side of CutMix's box as shares of the image's, in place of cutmix_alpha.
-    prob: probability that a mix happens; switch_prob: that it is CutMix where both kinds are on.
-    mode: what is drawn once: 'batch', for all images; 'pair', for images i and N - 1 - i; 'elem', for each image.
-    label_smoothing: share of a target that is spread over all num_classes classes.
+    mixup_alpha, cutmix_alpha: image i's share is drawn from Beta(alpha, alpha); 0 turns that kind off.
+    cutmix_minmax: (smallest, largest) side of the CutMix box as fractions of the image side; replaces cutmix_alpha.
+    prob: probability of mixing at all; switch_prob: probability of CutMix when both kinds are on.
+    mode: draw once per 'batch', once per 'pair' of images i and N - 1 - i, or once per image ('elem').
+    label_smoothing: fraction of each target that is spread over all num_classes classes.
     Raises: UserError for an unknown mode, or when both kinds are off.
     """
 
@@ -27,7 +27,7 @@ class Mixup:
         self.cutmix_alpha = cutmix_alpha
         cutmix = self.cutmix_minmax is not None or cutmix_alpha > 0
         if not (cutmix or mixup_alpha > 0):
-            raise UserError('mixup_alpha and cutmix_alpha are both 0: there is nothing to mix')
+            raise UserError('mixup_alpha and cutmix_alpha are both 0, which turns mixing off: set one above 0')
         self.cutmix_prob = (switch_prob if mixup_alpha > 0 else 1.0) if cutmix else 0.0
         self.prob = prob
         self.mode = mode
@@ -35,14 +35,14 @@ class Mixup:
         self.num_classes = num_classes
 
     def __call__(self, images, labels, rng=None):
-        """Float images [N, C, H, W] and labels int64 [N] -> mixed images and soft targets float32 [N, num_classes].
+        """Float images [N, C, H, W], int64 labels [N] -> mixed images, soft targets float32 [N, num_classes].
 
-        The given tensors are left as they are. rng: NumPy generator that decides what is mixed.
+        The inputs are not modified. rng: NumPy generator for all random choices.
         """
         n, _, height, width = images.shape
         shares, boxes = self.draw(n, height, width, rng or np.random.default_rng())
         has_box = (boxes[:, 1] > boxes[:, 0]) & (boxes[:, 3] > boxes[:, 2])
-        # a few numbers per image go to the device; a pixel's weight is 0 or 1 where a box is pasted, else the share
+        # only a few numbers per image go to the device. With a box, a pixel's weight is 0 or 1, otherwise the share
         shares = paddle.to_tensor(shares.astype('float32')).unsqueeze(1)
         weights = shares.reshape([n, 1, 1, 1])
         if has_box.any():
@@ -56,10 +56,10 @@ class Mixup:
         return mixed, targets
 
     def draw(self, n, height, width, rng):
-        """What to do with each of n images: the shares that stay, float [n], and boxes to paste, int [n, 4].
+        """Draw how to mix n images: the share of each that is kept, float [n], and the boxes to paste, int [n, 4].
 
-        A box is (top, bottom, left, right) in pixels, empty where there is none; the share of an image with a box is
-        that of its area outside of it.
+        A box is (top, bottom, left, right) in pixels, empty for mixup or no mix; with a box, the share is the area
+        outside it.
         """
         count = {'batch': 1, 'pair': -(-n // 2), 'elem': n}[self.mode]
         mixed = rng.random(count) < self.prob
@@ -76,21 +76,21 @@ class Mixup:
         if self.cutmix_minmax is not None:
             starts = rng.integers(0, size - lengths + 1)
         else:
-            # the box's centre may be anywhere, and what is outside the image is cut off, as in the paper's code
+            # the box's center may be anywhere, and the part outside the image is cut off, as in the paper's code
             starts = rng.integers(0, size, [2, count]) - lengths // 2
         ends = np.clip(starts + lengths, 0, size)
         starts = np.clip(starts, 0, size)
         area = (ends - starts).prod(axis=0) / (height * width)
         shares = np.where(cut, 1 - area, shares)
         boxes = np.stack([starts[0], ends[0], starts[1], ends[1]], axis=1)
-        # image N - 1 - i of a pair is drawn as image i
+        # in a pair, image N - 1 - i gets the draw of image i
         index = {'batch': np.zeros(n, int), 'pair': np.minimum(np.arange(n), np.arange(n)[::-1]),
                  'elem': np.arange(n)}[self.mode]
         return shares[index], boxes[index]
 
 
 def build_mixup(config):
-    """The Mixup of a config, or None where both kinds are off."""
+    """Return the Mixup of a config, or None if it would never mix."""
     train = config.TRAIN
     if max(train.MIXUP_ALPHA, train.CUTMIX_ALPHA, *train.CUTMIX_MINMAX) == 0 or train.MIXUP_PROB == 0:
         return None

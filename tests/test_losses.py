@@ -1,4 +1,4 @@
-"""The distillation loss against its formula in NumPy. The other losses are checked with the official numbers."""
+"""The losses against their formulas in NumPy. Soft targets are checked in test_mixup.py."""
 import numpy as np
 import paddle
 import pytest
@@ -12,8 +12,20 @@ TAUGHT = np.random.default_rng(1).normal(size=(4, 3)).astype('float32')
 LABELS = np.array([0, 2, 1, 1])
 
 
+def test_label_smoothing():
+    rng = np.random.default_rng(0)
+    logits, labels = rng.standard_normal((4, 7)), rng.integers(0, 7, 4)
+    log_probs = logits - np.log(np.exp(logits).sum(1, keepdims=True))
+    for smoothing in (0.0, 0.1, 0.5):
+        target = (1 - smoothing) * np.eye(7)[labels] + smoothing / 7
+        loss = LabelSmoothingCrossEntropyLoss(smoothing)(paddle.to_tensor(logits), paddle.to_tensor(labels))
+        assert float(loss) == pytest.approx(-(target * log_probs).sum(1).mean(), abs=1e-9)
+    with pytest.raises(ValueError, match='smoothing is 2'):
+        LabelSmoothingCrossEntropyLoss(2)
+
+
 class Teacher(paddle.nn.Layer):
-    """Says TAUGHT of whatever images, and remembers them and its mode."""
+    """Outputs TAUGHT for any images, and records the images and its mode."""
 
     def __init__(self):
         super().__init__()
@@ -42,7 +54,7 @@ def expected_extra(kind, tau):
 
 @pytest.mark.parametrize('kind, alpha, tau', [('soft', 0.3, 1.0), ('soft', 0.7, 4.0), ('soft', 1.0, 2.0),
                                               ('hard', 0.5, 3.0), ('hard', 0.0, 1.0)])
-def test_distillation_equals_its_formula(kind, alpha, tau):
+def test_distillation_matches_its_formula(kind, alpha, tau):
     teacher, images = Teacher(), paddle.randn([4, 3, 2, 2])
     criterion = DistillationLoss(LabelSmoothingCrossEntropyLoss(0.0), teacher, kind, alpha, tau)
     criterion.train()
@@ -53,23 +65,23 @@ def test_distillation_equals_its_formula(kind, alpha, tau):
     assert teacher.seen is images and teacher.mode is False
     loss.backward()
     assert teacher.weight.grad is None
-    if kind == 'soft' and alpha == 1.0:  # tau^2 KL: its gradient is tau (student - teacher), a mean over the images
+    if kind == 'soft' and alpha == 1.0:  # the gradient of tau^2 KL is tau (student - teacher), averaged over the images
         gradient = tau * (probabilities(LOGITS, tau) - probabilities(TAUGHT, tau)) / 4
         np.testing.assert_allclose(logits.grad.numpy(), gradient, rtol=1e-4, atol=1e-7)
 
 
-def test_a_student_that_says_the_same_has_nothing_to_learn():
+def test_loss_is_zero_if_student_and_teacher_agree():
     criterion = DistillationLoss(LabelSmoothingCrossEntropyLoss(0.0), Teacher(), 'soft', 1.0, 2.0)
     assert float(criterion(None, paddle.to_tensor(TAUGHT), paddle.to_tensor(LABELS))) == pytest.approx(0, abs=1e-6)
 
 
-def test_without_distillation_it_is_the_base_criterion():
+def test_type_none_is_the_base_criterion():
     targets = paddle.to_tensor([[0.5, 0.5, 0.0]] * 4)
     loss = DistillationLoss(SoftTargetCrossEntropyLoss())(None, paddle.to_tensor(LOGITS), targets)
     assert float(loss) == float(SoftTargetCrossEntropyLoss()(paddle.to_tensor(LOGITS), targets))
 
 
-def test_half_precision_is_computed_in_float32():
+def test_half_precision_logits_are_cast_to_float32():
     class Half(Teacher):
         def forward(self, images):
             return super().forward(images).astype('float16')
@@ -82,24 +94,24 @@ def test_half_precision_is_computed_in_float32():
 def test_errors():
     with pytest.raises(UserError, match="distillation_type is 'warm', but must be none, soft or hard"):
         DistillationLoss(SoftTargetCrossEntropyLoss(), Teacher(), 'warm')
-    with pytest.raises(UserError, match="'soft', but there is no teacher_model"):
+    with pytest.raises(UserError, match="'soft', but teacher_model is missing"):
         DistillationLoss(SoftTargetCrossEntropyLoss(), distillation_type='soft')
 
 
 @pytest.mark.parametrize('criterion, targets, message', [
-    (LabelSmoothingCrossEntropyLoss, np.ones((4, 3), 'float32'), r'float32 \[4, 3\], .*; SoftTargetCrossEntropyLoss'),
-    (LabelSmoothingCrossEntropyLoss, np.ones(4, 'float32'), r'float32 \[4\], but LabelSmoothing.* takes labels, int64'),
+    (LabelSmoothingCrossEntropyLoss, np.ones((4, 3), 'float32'), r'float32 \[4, 3\], .*; use SoftTargetCrossEntropyLo'),
+    (LabelSmoothingCrossEntropyLoss, np.ones(4, 'float32'), r'float32 \[4\], but LabelSmoothing.* takes int64 \[N\]'),
     (LabelSmoothingCrossEntropyLoss, LABELS[:, None], r'int64 \[4, 1\], but'),
-    (SoftTargetCrossEntropyLoss, LABELS, r'int64 \[4\], but .* takes float \[4, 3\]; LabelSmoothing'),
+    (SoftTargetCrossEntropyLoss, LABELS, r'int64 \[4\], but .* takes float \[4, 3\]; use LabelSmoothing'),
     (SoftTargetCrossEntropyLoss, np.eye(4, 3, dtype='int64'), r'int64 \[4, 3\], but'),
     (SoftTargetCrossEntropyLoss, np.ones((4, 1), 'float32'), r'float32 \[4, 1\], but'),
 ])
-def test_targets_of_the_other_criterion(criterion, targets, message):
+def test_wrong_targets_name_the_right_criterion(criterion, targets, message):
     with pytest.raises(UserError, match=f'the targets are {message}'):
         criterion()(paddle.to_tensor(LOGITS), paddle.to_tensor(targets))
 
 
-def test_batch_norm_of_the_teacher_stands_still(config):
+def test_teacher_batch_norm_does_not_change(config):
     teacher = build_mobileone(config)
     before = {name: tensor.numpy() for name, tensor in teacher.state_dict().items()}
     criterion = DistillationLoss(LabelSmoothingCrossEntropyLoss(), teacher, 'hard')

@@ -1,4 +1,4 @@
-"""Mixup and CutMix against what they mean, on images whose pixels tell where they came from."""
+"""Mixup and CutMix against their definitions, on images whose pixel values identify the source image."""
 import numpy as np
 import paddle
 import paddle.nn.functional as F
@@ -10,7 +10,7 @@ from utils import UserError
 
 
 def numbered(n, height=6, width=10):
-    """Images [n, 3, height, width], image i of value i."""
+    """Images [n, 3, height, width]; every pixel of image i has the value i."""
     return paddle.arange(n, dtype='float32').reshape([n, 1, 1, 1]).expand([n, 3, height, width])
 
 
@@ -38,7 +38,7 @@ def test_mixup(mode, n):
 @pytest.mark.parametrize('minmax', [None, (0.2, 0.6)])
 @pytest.mark.parametrize('mode', ['batch', 'pair', 'elem'])
 def test_cutmix_pastes_a_box_and_counts_its_pixels(mode, minmax):
-    """On images that are not square, so that rows and columns cannot be taken for each other."""
+    """The images are not square, so that swapped rows and columns would fail."""
     rng, boxes = np.random.default_rng(1), []
     for _ in range(100):
         mixed, targets = Mixup(0, 1.0, minmax, mode=mode, label_smoothing=0, num_classes=4)(
@@ -64,7 +64,7 @@ def test_probabilities():
     shares, boxes = Mixup(1, 1, prob=0.75, switch_prob=0.2, mode='elem').draw(4000, 32, 32, rng)
     cut = boxes[:, 1] > boxes[:, 0]
     assert (shares == 1).mean() == pytest.approx(0.25, abs=0.03) and cut.mean() == pytest.approx(0.15, abs=0.03)
-    # without a second kind the first is always taken
+    # with only one kind on, it is always used
     assert (Mixup(0, 1, switch_prob=0.2, mode='elem').draw(200, 224, 224, rng)[0] < 1).mean() > 0.9
     boxes = Mixup(1, 0, switch_prob=0.9, mode='elem').draw(200, 224, 224, rng)[1]
     assert (boxes[:, 0] == boxes[:, 1]).all() and (boxes[:, 2] == boxes[:, 3]).all()
@@ -72,7 +72,7 @@ def test_probabilities():
     assert (mixed.numpy() == numbered(4).numpy()).all()
 
 
-def test_mistakes():
+def test_errors():
     with pytest.raises(UserError, match='mode is .half.'):
         Mixup(1, mode='half')
     with pytest.raises(UserError, match='both 0'):
@@ -80,7 +80,7 @@ def test_mistakes():
 
 
 def test_smoothed_targets_and_their_loss():
-    """Where nothing is mixed, soft targets give the loss of label smoothing."""
+    """Without mixing, soft targets give the same loss as label smoothing."""
     logits = paddle.randn([5, 7])
     labels = paddle.to_tensor([0, 6, 2, 2, 1])
     _, targets = Mixup(1, prob=0, label_smoothing=0.2, num_classes=7)(numbered(5), labels)
@@ -94,7 +94,7 @@ def test_smoothed_targets_and_their_loss():
 @pytest.mark.parametrize('keys, kind', [
     ({}, None), ({'MIXUP_ALPHA': 0.2}, (0.2, 0.0, None)), ({'CUTMIX_ALPHA': 1.0}, (0.0, 1.0, None)),
     ({'CUTMIX_MINMAX': [0.1, 0.5]}, (0.0, 0.0, [0.1, 0.5])), ({'MIXUP_ALPHA': 0.2, 'MIXUP_PROB': 0.0}, None)])
-def test_built_from_a_config(config, keys, kind):
+def test_build_mixup(config, keys, kind):
     config.TRAIN.SMOOTHING, config.TRAIN.MIXUP_MODE = 0.3, 'ELEM'
     for key, value in keys.items():
         config.TRAIN[key] = value

@@ -1,6 +1,7 @@
-"""What MobileOne can be told: the table of its keys, its flags, and the checks that need several keys.
+"""MobileOne's settings: the table of keys with their defaults, the flags, and the checks that involve several keys.
 
-How YAML files and flags are read is in runtime/settings.py. Nothing here imports Paddle.
+The training recipe is the defaults here plus a variant's configs/mobileone_s*.yaml; `python -m tools.show_recipe`
+prints it. YAML files and flags are parsed in runtime/settings.py. Nothing here imports Paddle.
 """
 import copy
 
@@ -11,148 +12,151 @@ KEYS = {
     # YAML files, relative to this one, that are merged before it
     'BASE': Key(['']),
 
-    # images per step and device, training
+    # training images per batch and device
     'DATA.BATCH_SIZE': Key(32, low=1),
-    # images per step and device, evaluation; 0: as BATCH_SIZE
+    # evaluation images per batch and device; 0: same as BATCH_SIZE
     'DATA.BATCH_SIZE_EVAL': Key(0, low=0, null=0),
-    # folder that holds train_list.txt and val_list.txt; their paths are relative to it
+    # folder with train_list.txt and val_list.txt; the paths in them are relative to it
     'DATA.DATA_PATH': Key('/dataset/imagenet/'),
     # layout of the data set: imagenet2012 (list files)
     'DATA.DATASET': Key('imagenet2012', choices=('imagenet2012',)),
-    # side of the square that the network sees, in pixels; in training, TRAIN.CURRICULUM's where there is one
+    # side of the square input image in pixels; TRAIN.CURRICULUM, if set, overrides it in training
     'DATA.IMAGE_SIZE': Key(224, low=1),
-    # channels that the network expects; images are read as RGB, so a run needs 3
+    # input channels of the network; images are read as RGB, so a run needs 3
     'DATA.IMAGE_CHANNELS': Key(3, low=1),
     # evaluation resizes the shorter side to IMAGE_SIZE / CROP_PCT, then crops the center
     'DATA.CROP_PCT': Key(0.875, low=0.01, high=1),
-    # resampling filter in training and evaluation: nearest, bilinear, bicubic or lanczos. In training the fast backend
-    # has bilinear and bicubic where it enlarges a crop, and filters that are close to both where it shrinks one
+    # resampling filter in training and evaluation: nearest, bilinear, bicubic or lanczos. In training, the fast backend
+    # has bilinear and bicubic for enlarging a crop, and filters close to these two for shrinking one
     'DATA.INTERPOLATION': Key('bicubic', choices=('nearest', 'bilinear', 'bicubic', 'lanczos')),
-    # what reads JPEG files for training: pillow; fast, simplejpeg and OpenCV (pip install -r requirements-fast.txt);
-    # auto, fast where it is installed. Crops and flips are the same, pixels differ a little. Evaluation is Pillow's
+    # decoder of JPEG files in training: pillow; fast (simplejpeg and OpenCV, pip install -r requirements-fast.txt);
+    # auto (fast if installed). Crops and flips are the same, pixels differ slightly. Evaluation always uses Pillow
     'DATA.IMAGE_BACKEND': Key('auto', choices=('auto', 'pillow', 'fast')),
-    # smallest and largest share of the image's area that a random crop in training covers
+    # smallest and largest area of a random training crop, as fractions of the image area
     'DATA.CROP_SCALE': Key([0.08, 1.0], low=1e-4, high=1, length=2),
-    # turn images as their EXIF data say, as viewers do; ImageNet models are trained on images as they are stored
+    # apply the EXIF rotation of images, as viewers do; ImageNet models are trained on images as stored
     'DATA.EXIF_TRANSPOSE': Key(False),
-    # bits that gray pixels of more than 8 use, which are scaled from 0 to 2**BIT_DEPTH - 1; 0: as the file declares
+    # bits actually used by gray pixels of more than 8 bits: values are scaled from the range 0 to 2**BIT_DEPTH - 1;
+    # 0: as the file declares
     'DATA.BIT_DEPTH': Key(0, low=0, high=16),
-    # data workers, processes that read images; 0: the training process reads them itself; -1: its share of the
-    # machine's cores less one, but at least 1 and at most 8
+    # data workers (processes that read images); 0: the training process reads them itself; -1: its share of the
+    # machine's cores minus one, but at least 1 and at most 8
     'DATA.NUM_WORKERS': Key(-1, low=-1),
-    # seconds that a batch may take to come, of a dead network disk for example; 0: for ever
+    # seconds to wait for a batch (for example, on a dead network disk) before the run fails; 0: forever
     'DATA.WORKER_TIMEOUT': Key(600, low=0),
     # mean per channel (R, G, B) of pixels in [0, 1]; the bounds catch means of pixels from 0 to 255
     'DATA.IMAGENET_MEAN': Key([0.485, 0.456, 0.406], low=-10, high=10, length=3),
-    # their standard deviation per channel
+    # standard deviation per channel of pixels in [0, 1]
     'DATA.IMAGENET_STD': Key([0.229, 0.224, 0.225], low=1e-6, high=10, length=3),
 
-    # the only architecture here: MobileOne
+    # architecture: only MobileOne
     'MODEL.TYPE': Key('MobileOne', choices=('MobileOne',)),
-    # label of the run's folder and of the log
+    # name of the model, used for the run's folder and in the log
     'MODEL.NAME': Key('mobileone_s0'),
-    # weights to start from or to evaluate: a released .pdparams, a .safetensors of the same names, or a checkpoint of
+    # weights to start from or to evaluate: a released .pdparams, a .safetensors with the same names, or a checkpoint of
     # this project
     'MODEL.PRETRAINED': Key('', null=''),
-    # checkpoint of this project to continue, before PRETRAINED; auto: the newest whole one in SAVE, if any
+    # checkpoint of this project to resume, which takes precedence over PRETRAINED; auto: the newest complete one in
+    # SAVE, if any
     'MODEL.RESUME': Key('', null=''),
-    # labels go from 0 to this less one; 0: as many as the weights have, where weights are evaluated or exported, and in
-    # training as the class_names.txt of DATA_PATH has lines, or else as its lists have
+    # labels are 0 to NUM_CLASSES - 1; 0: the number in the weights when these are evaluated or exported; in training,
+    # the number of lines of DATA_PATH's class_names.txt or, without one, of labels in its lists
     'MODEL.NUM_CLASSES': Key(1000, low=0),
-    # the five lists have an entry for the stem and for each of four stages of (depthwise 3x3, pointwise 1x1) pairs:
-    # pairs per stage; the stem is one dense 3x3 layer
+    # the five lists have an entry for the stem and for each of four stages of (depthwise 3x3, pointwise 1x1) pairs.
+    # Pairs per stage; the stem is one dense 3x3 layer
     'MODEL.NUM_BLOCKS': Key([1, 2, 8, 10, 1], low=1),
-    # base widths; a stage's width is int(CHANNELS * EXPANSIONS)
+    # base widths; a stage has int(CHANNELS * EXPANSIONS) channels
     'MODEL.CHANNELS': Key([64, 64, 128, 256, 512], low=1),
     # stride of the first block of each stage
     'MODEL.STRIDES': Key([2, 2, 2, 2, 2], low=1),
     # width multipliers
     'MODEL.EXPANSIONS': Key([0.75, 0.75, 1.0, 1.0, 2.0], low=0.001),
-    # k, the parallel conv branches of a stage's layers; entry 0 has no effect: the stem always has one
+    # k, the number of parallel conv branches in each layer of a stage; entry 0 has no effect: the stem always has one
     'MODEL.NUM_BRANCHES': Key([4, 4, 4, 4, 4], low=0),
-    # evaluation: fuse the branches into plain convolutions after the weights are loaded
+    # evaluation: fuse the branches into plain convolutions after loading the weights
     'MODEL.DEPLOY': Key(False),
-    # squeeze-and-excitation on the last half of stage 3's blocks and on all of stage 4's
+    # squeeze-and-excitation in the last half of stage 3's blocks and in all of stage 4's
     'MODEL.USE_SE': Key(False),
-    # training on several GPUs: batch-norm statistics over the batches of all of them, not of each
+    # training on several GPUs: compute batch-norm statistics over the batches of all GPUs instead of each GPU's own
     'MODEL.SYNC_BN': Key(False),
 
-    # TRAIN: these defaults and configs/mobileone_s*.yaml are the paper's recipe; what no source that could be read
-    # confirms is marked so
+    # TRAIN: these defaults and configs/mobileone_s*.yaml are the paper's recipe. "not confirmed" marks what no source
+    # that could be read confirms
 
     # epochs of the whole run, counted from 1
     'TRAIN.NUM_EPOCHS': Key(300, low=1),
-    # epochs that count as done: the run starts with the next, at its place in the schedules
+    # number of epochs to count as done: the run starts with the next one, at its place in the schedules
     'TRAIN.LAST_EPOCH': Key(0, low=0),
-    # what keeps its pretrained weights and batch-norm statistics: none, or the backbone, all but the classifier
+    # what keeps its pretrained weights and batch-norm statistics: none, or backbone (everything except the classifier)
     'TRAIN.FREEZE': Key('none', choices=('none', 'backbone')),
-    # the lr rises linearly for this many epochs, at most all but the last (not confirmed: MMPretrain's)
+    # epochs in which the lr rises linearly, at most all but the last one (not confirmed: from MMPretrain)
     'TRAIN.WARMUP_EPOCHS': Key(5, low=0),
-    # decay of weights with two or more dimensions, at the first step; none on batch norm and biases (not confirmed:
-    # MMPretrain's, for batch norm)
+    # decay at the first step of weights with two or more dimensions; none on batch norm and biases (not confirmed:
+    # from MMPretrain, for batch norm)
     'TRAIN.WEIGHT_DECAY': Key(1e-4, low=0),
-    # what it falls to, on a cosine over all steps, after the last one; -1: it stays as it is
+    # weight decay reached after the last step, on a cosine over all steps; -1: constant
     'TRAIN.END_WEIGHT_DECAY': Key(-1.0, low=-1, null=-1.0),
-    # the lr after the warm-up
+    # lr after the warm-up
     'TRAIN.BASE_LR': Key(0.1, low=0),
-    # the lr of the warm-up's first step (not confirmed)
+    # lr at the first step of the warm-up (not confirmed)
     'TRAIN.WARMUP_START_LR': Key(0.0002, low=0),
-    # the lr that the cosine reaches after the last step (not confirmed)
+    # lr that the cosine reaches after the last step (not confirmed)
     'TRAIN.END_LR': Key(0.0002, low=0),
     # total batch that the three lrs and MODEL_EMA_DECAY are meant for: with r = total batch / this, the lrs are
-    # multiplied by r, the EMA decay is raised to the power r; 0: neither
+    # multiplied by r and the EMA decay is raised to the power r; 0: neither
     'TRAIN.LINEAR_SCALED_LR': Key(256, low=0, null=0),
     # largest L2 norm of all gradients together; larger ones are scaled down to it; 0: no clipping
     'TRAIN.GRAD_CLIP': Key(0.0, low=0, null=0.0),
-    # batches per device whose mean gradient makes one optimizer step
+    # batches per device in one optimizer step, which uses their mean gradient
     'TRAIN.ACCUM_ITER': Key(1, low=1),
     # evaluate and save an exponential moving average of the weights
     'TRAIN.MODEL_EMA': Key(True),
-    # share of the old average kept at each optimizer step (ramped up over the first steps)
+    # fraction of the old average kept at each optimizer step (ramped up over the first steps)
     'TRAIN.MODEL_EMA_DECAY': Key(0.9995, low=0, high=1),
     # label smoothing of the training loss
     'TRAIN.SMOOTHING': Key(0.1, low=0, high=1),
-    # brightness, contrast and color are multiplied by factors from 1 - this to 1 + this; 0: left as they are
+    # brightness, contrast and color are multiplied by factors from 1 - this to 1 + this; 0: no jitter
     'TRAIN.COLOR_JITTER': Key(0.0, low=0, high=1),
-    # AutoAugment's ImageNet policy; the paper's for S2 to S4
+    # AutoAugment with its ImageNet policy; the paper uses it for S2 to S4
     'TRAIN.AUTO_AUGMENT': Key(False),
     # RandAugment
     'TRAIN.RAND_AUGMENT': Key(False),
     # RandAugment: operations per image
     'TRAIN.RAND_AUGMENT_LAYERS': Key(2, low=1),
-    # RandAugment: their magnitude, from 0 to 10
+    # RandAugment: magnitude of the operations, from 0 to 10
     'TRAIN.RAND_AUGMENT_MAGNITUDE': Key(9, low=0, high=10),
-    # random erasing: probability that an image is erased
+    # random erasing: probability per image
     'TRAIN.RANDOM_ERASE_PROB': Key(0.0, low=0, high=1),
-    # random erasing: what fills a box: const (the mean color), rand (one random color), pixel (noise)
+    # random erasing: fill of a box: const (the mean color), rand (one random color), pixel (noise)
     'TRAIN.RANDOM_ERASE_MODE': Key('pixel', choices=('const', 'rand', 'pixel')),
-    # random erasing: largest number of boxes in an image
+    # random erasing: largest number of boxes per image
     'TRAIN.RANDOM_ERASE_COUNT': Key(1, low=1),
-    # stages of training, as a list of {EPOCH, IMAGE_SIZE, AUTO_AUGMENT_STRENGTH}: from EPOCH on (the first is 1) images
-    # have sides of IMAGE_SIZE and AutoAugment this strength, from 0 to 1; []: DATA.IMAGE_SIZE and full strength
-    # throughout
+    # stages of training, a list of {EPOCH, IMAGE_SIZE, AUTO_AUGMENT_STRENGTH}: from EPOCH on (1 for the first stage),
+    # images have sides of IMAGE_SIZE pixels and AutoAugment has this strength, from 0 to 1; []: DATA.IMAGE_SIZE and
+    # full strength throughout
     'TRAIN.CURRICULUM': Key([], null=[], fields={
         'EPOCH': Key(1, low=1), 'IMAGE_SIZE': Key(160, low=1), 'AUTO_AUGMENT_STRENGTH': Key(0.3, low=0, high=1)}),
-    # mixup: share of an image in a mix is drawn from Beta(alpha, alpha); 0: no mixup
+    # mixup: an image's share in the mix is drawn from Beta(alpha, alpha); 0: no mixup
     'TRAIN.MIXUP_ALPHA': Key(0.0, low=0),
-    # CutMix: share of the image outside the pasted box, likewise; 0: no CutMix
+    # CutMix: the share of the image outside the pasted box, likewise; 0: no CutMix
     'TRAIN.CUTMIX_ALPHA': Key(0.0, low=0),
-    # CutMix: smallest and largest side of the box as shares of the image's, in place of CUTMIX_ALPHA; [0, 0]: not used
+    # CutMix: smallest and largest side of the box as fractions of the image side, instead of CUTMIX_ALPHA; [0, 0]: not
+    # used
     'TRAIN.CUTMIX_MINMAX': Key([0.0, 0.0], low=0, high=1, length=2, null=[0.0, 0.0]),
-    # probability that a mix happens at all
+    # probability of mixing at all
     'TRAIN.MIXUP_PROB': Key(1.0, low=0, high=1),
-    # probability of CutMix rather than mixup where both are on
+    # probability of CutMix instead of mixup when both are on
     'TRAIN.MIXUP_SWITCH_PROB': Key(0.5, low=0, high=1),
-    # what is drawn once: batch (all images alike), pair (image i and N - 1 - i alike), elem (each image its own)
+    # what shares one random draw: batch (all images), pair (images i and N - 1 - i), elem (nothing: one draw per image)
     'TRAIN.MIXUP_MODE': Key('batch', choices=('batch', 'pair', 'elem')),
 
-    # what the loss takes from a teacher: none (there is none), soft (its probabilities), hard (its best class)
+    # what the loss takes from a teacher: none (no teacher), soft (its probabilities), hard (its top class)
     'TRAIN.DISTILLATION.TYPE': Key('none', choices=('none', 'soft', 'hard')),
     # YAML file of the teacher, any MobileOne
     'TRAIN.DISTILLATION.TEACHER_CFG': Key(''),
-    # its weights
+    # weights of the teacher
     'TRAIN.DISTILLATION.TEACHER_WEIGHTS': Key(''),
-    # share of the teacher's loss; the rest is the loss on the labels
+    # fraction of the loss that comes from the teacher; the rest is the loss on the labels
     'TRAIN.DISTILLATION.ALPHA': Key(0.5, low=0, high=1),
     # temperature of soft distillation
     'TRAIN.DISTILLATION.TAU': Key(1.0, low=0.01),
@@ -161,66 +165,67 @@ KEYS = {
     'TRAIN.OPTIMIZER.NAME': Key('SGD', choices=('SGD', 'AdamW')),
     # SGD: momentum (the value is not confirmed: all ports use it)
     'TRAIN.OPTIMIZER.MOMENTUM': Key(0.9, low=0, high=0.9999),
-    # SGD: whether the momentum is Nesterov's (not confirmed)
+    # SGD: Nesterov momentum (not confirmed)
     'TRAIN.OPTIMIZER.NESTEROV': Key(False),
-    # AdamW: added to the root of the second moment; above 0, for a weight without a gradient is divided by it
+    # AdamW: added to the root of the second moment; above 0, because the update of a weight without a gradient divides
+    # by it
     'TRAIN.OPTIMIZER.EPS': Key(1e-8, low=1e-20),
-    # AdamW: decay of the first and second moment
+    # AdamW: decay rates of the first and second moment
     'TRAIN.OPTIMIZER.BETAS': Key([0.9, 0.999], low=0, high=0.999999, length=2),
 
-    # the run's folder; '': output/<MODEL.NAME>-<time>
+    # folder of the run; '': output/<MODEL.NAME>-<time>
     'SAVE': Key('', null=''),
     # epochs between epoch_N.pdparams files; 0: none (latest and best are always written)
     'SAVE_FREQ': Key(10, low=0),
-    # optimizer steps between saves of latest.pdparams within an epoch; 0: none, a killed epoch is trained again
+    # optimizer steps between saves of latest.pdparams within an epoch; 0: none, and a killed run repeats its epoch
     'SAVE_FREQ_STEPS': Key(0, low=0),
-    # how many epoch_N.pdparams stay, newest first; 0: all
+    # number of epoch_N.pdparams files to keep, newest first; 0: all
     'KEEP_CHECKPOINTS': Key(3, low=0),
     # steps between log lines
     'REPORT_FREQ': Key(50, low=1),
     # epochs between evaluations (the last epoch is always evaluated)
     'VALIDATE_FREQ': Key(1, low=1),
-    # with the epoch and the index of an image, decides every random choice of a run
+    # seed of every random choice, together with the epoch and the image (in mixup and erasing, the step and the rank)
     'SEED': Key(0, low=0, high=2 ** 32 - 1),
     # evaluate MODEL.PRETRAINED and stop
     'EVAL': Key(False),
-    # folder that the report of an evaluation is written to; '': no report
+    # folder for the report of an evaluation; '': no report
     'REPORT': Key('', null=''),
     # mixed precision in training and evaluation; no effect on a CPU
     'AMP': Key(False),
-    # O1: convolutions and products in half precision, what lies between follows, reductions do not; O2: they do.
-    # Weights and loss stay float32
+    # O1: convolutions and matrix products run in half precision, operations between them follow their inputs, and
+    # reductions stay float32. O2: reductions follow their inputs too. Weights and loss are float32 at both
     'AMP_LEVEL': Key('O1', choices=('O1', 'O2')),
     # float16 (with loss scaling) or bfloat16
     'AMP_DTYPE': Key('float16', choices=('float16', 'bfloat16')),
 }
 
-# flag -> (key, placeholder, help); a flag takes its type from its key, a truth value takes no argument
+# flag -> (key, placeholder, help); a flag has the type of its key, and a boolean flag takes no argument
 FLAGS = {
     'dataset': ('DATA.DATASET', 'NAME', 'layout of the data set: imagenet2012'),
     'data_path': ('DATA.DATA_PATH', 'DIR', 'folder with train_list.txt and val_list.txt'),
     'output': ('SAVE', 'DIR', 'folder of the run (default: output/<MODEL.NAME>-<time>)'),
-    'batch_size': ('DATA.BATCH_SIZE', 'N', 'images per step and device (sets -batch_size_eval too)'),
-    'batch_size_eval': ('DATA.BATCH_SIZE_EVAL', 'N', 'images per step and device in evaluation'),
-    'image_size': ('DATA.IMAGE_SIZE', 'N', 'side of the square that the network sees, in pixels; in training, '
-                                           'TRAIN.CURRICULUM decides where there is one (S2 to S4)'),
+    'batch_size': ('DATA.BATCH_SIZE', 'N', 'images per batch and device (also sets -batch_size_eval)'),
+    'batch_size_eval': ('DATA.BATCH_SIZE_EVAL', 'N', 'images per batch and device in evaluation'),
+    'image_size': ('DATA.IMAGE_SIZE', 'N', 'side of the square input image in pixels; TRAIN.CURRICULUM, if set (S2 to '
+                                           'S4), overrides it in training'),
     'pretrained': ('MODEL.PRETRAINED', 'FILE', 'weights to start from or to evaluate: a released .pdparams, a '
-                                               '.safetensors, or a checkpoint of training'),
-    'resume': ('MODEL.RESUME', 'FILE', 'checkpoint to continue; auto: the newest in -output, if there is one'),
-    'accum_iter': ('TRAIN.ACCUM_ITER', 'N', 'batches per device that make one optimizer step'),
+                                               '.safetensors, or a training checkpoint'),
+    'resume': ('MODEL.RESUME', 'FILE', 'checkpoint to resume; auto: the newest one in -output, if any'),
+    'accum_iter': ('TRAIN.ACCUM_ITER', 'N', 'batches per device in one optimizer step'),
     'amp': ('AMP', None, 'mixed precision (AMP_LEVEL, AMP_DTYPE); no effect on a CPU'),
-    'last_epoch': ('TRAIN.LAST_EPOCH', 'N', 'epochs that count as done; the run starts with the next'),
+    'last_epoch': ('TRAIN.LAST_EPOCH', 'N', 'number of epochs to count as done; the run starts with the next one'),
     'eval': ('EVAL', None, 'evaluate -pretrained on the val list, then stop'),
     'deploy': ('MODEL.DEPLOY', None, 'with -eval: fuse the branches after loading'),
-    'report': ('REPORT', 'DIR', 'with -eval: write report.html (accuracy per class, confusion, calibration, the worst '
+    'report': ('REPORT', 'DIR', 'with -eval: write report.html (accuracy per class, confusion, calibration, worst '
                                 'images) and images.csv to this folder; needs matplotlib'),
 }
 
-# keys of older YAML files whose feature is not there: False is ignored, anything else an error
+# keys of older YAML files whose features are not supported: False is ignored, anything else is an error
 UNSUPPORTED = ('TRAIN.MODEL_EMA_FORCE_CPU', 'TRAIN.MULTI_SCALE_SAMPLER_DDP', 'TRAIN.RANDOM_ERASE_SPLIT')
 
-# keys that make no difference to the weights that a run ends with (SAVE_FREQ_STEPS does to the batch-norm statistics of
-# several processes, which a save averages)
+# keys that do not affect the final weights of a run (SAVE_FREQ_STEPS affects only the batch-norm statistics of several
+# processes, because a save averages them)
 UNRELATED = ('BASE', 'SAVE', 'SAVE_FREQ', 'SAVE_FREQ_STEPS', 'KEEP_CHECKPOINTS', 'REPORT_FREQ', 'VALIDATE_FREQ',
              'DATA.NUM_WORKERS', 'DATA.WORKER_TIMEOUT', 'DATA.DATA_PATH', 'DATA.BATCH_SIZE_EVAL', 'MODEL.NAME',
              'TRAIN.LAST_EPOCH', 'REPORT')
@@ -229,9 +234,9 @@ SETTINGS = Settings(KEYS, FLAGS, UNSUPPORTED)
 
 
 def get_config(path=None):
-    """The default config, merged with the YAML file at `path` if given.
+    """Return the default config, merged with the YAML file at `path` if given.
 
-    Returns: CfgNode, not frozen: edit it, then give it to `build_mobileone`.
+    Returns: CfgNode, not frozen: edit it, then pass it to `build_mobileone`.
     Raises: UserError for an unreadable file, an unknown key or a value of the wrong type.
     """
     config = SETTINGS.defaults()
@@ -241,11 +246,11 @@ def get_config(path=None):
 
 
 def update_config(config, args):
-    """Merge parsed flags (those of `get_parser`; missing ones do not count) into config, in place; returns it.
+    """Merge parsed flags (of `get_parser`; args may lack any of them) into config, in place. Returns: config.
 
-    `-cfg` is merged first, `-opts` last. `-batch_size` sets the evaluation's batch too, unless `-batch_size_eval` is
-    given. Values of 0 count.
-    Raises: UserError as `get_config`, and for a key of -opts without a value.
+    `-cfg` is merged first, `-opts` last. `-batch_size` also sets the evaluation batch size, unless `-batch_size_eval`
+    is given. A flag with the value 0 counts as given.
+    Raises: UserError like `get_config`, and for a key of -opts without a value.
     """
     batch_size = getattr(args, 'batch_size', None)
     if batch_size is not None and getattr(args, 'batch_size_eval', None) is None:
@@ -256,14 +261,14 @@ def update_config(config, args):
 
 
 def get_parser(description, flags=tuple(FLAGS)):
-    """A parser of -cfg, -opts and the named flags, for `update_config`. description: str, shown by -h."""
+    """Return a parser for -cfg, -opts and the named flags, for `update_config`. description: text that -h shows."""
     return SETTINGS.parser(description, flags, 'TRAIN.BASE_LR 0.05 SEED 1')
 
 
 def resolve_config(config):
-    """A frozen copy of a config that a run can rely on: every value of its key's type, in its range, combinations too.
+    """Return a frozen copy of a config in which the type and range of each value and all combinations are checked.
 
-    BASE is emptied: the copy says everything about a run. Called before any file of the data set is opened.
+    BASE is emptied, because the copy describes the whole run. Does not open any file of the data set.
     Raises: UserError that names key, value and remedy.
     """
     resolved = SETTINGS.checked(config)
@@ -272,9 +277,9 @@ def resolve_config(config):
 
 
 def get_teacher_config(config):
-    """The config of TRAIN.DISTILLATION's teacher, to be loaded fused; None without one, and with EVAL.
+    """Return the config of TRAIN.DISTILLATION's teacher, set to load fused; None without a teacher or with EVAL.
 
-    Raises: UserError for a config that cannot be read, and for a teacher that does not fit the student.
+    Raises: UserError for a config that cannot be read, or a teacher that does not match the student.
     """
     options = config.TRAIN.DISTILLATION
     if config.EVAL or options.TYPE.lower() == 'none':
@@ -295,13 +300,13 @@ def get_teacher_config(config):
 
 
 def changes(config):
-    """{dotted key: value} of what a config says otherwise than the defaults."""
+    """Return {dotted key: value} for the values that differ from the defaults."""
     defaults = dict(leaves(get_config()))
     return {key: value for key, value in leaves(config) if value != defaults[key]}
 
 
 def with_values(config, values):
-    """A frozen copy of a config with other values. values: {dotted key: value}.
+    """Return a frozen copy of a config with some values replaced. values: {dotted key: value}.
 
     Raises: UserError for an unknown key or a value of the wrong type.
     """
@@ -309,19 +314,19 @@ def with_values(config, values):
 
 
 def stage_widths(num_blocks, num_branches, channels, strides, expansions):
-    """The widths of the five stages of a network. Raises: UserError for lists (MODEL.*) that do not describe one."""
+    """Return the widths of the five stages. Raises: UserError for lists (MODEL.*) that do not describe a network."""
     lists = {'NUM_BLOCKS': num_blocks, 'NUM_BRANCHES': num_branches, 'CHANNELS': channels, 'STRIDES': strides,
              'EXPANSIONS': expansions}
     for name, values in lists.items():
-        counted = values[1:] if name == 'NUM_BRANCHES' else values  # the stem's has no effect
+        counted = values[1:] if name == 'NUM_BRANCHES' else values  # the stem's entry has no effect
         if len(values) != 5 or min(counted) <= 0:
-            raise refusal(f'MODEL.{name}', list(values), 'must be five numbers above 0: stem, 4 stages')
+            raise refusal(f'MODEL.{name}', list(values), 'must be five numbers above 0, for the stem and 4 stages')
     if num_blocks[0] != 1:
         raise refusal('MODEL.NUM_BLOCKS', list(num_blocks), 'the stem (entry 0) is one block')
     widths = [int(c * e) for c, e in zip(channels, expansions)]
     if min(widths) < 1:
-        raise UserError(f'MODEL.CHANNELS {list(channels)} times MODEL.EXPANSIONS {list(expansions)} makes stages of '
-                        f'the widths {widths}, but each must be at least 1')
+        raise UserError(f'MODEL.CHANNELS {list(channels)} times MODEL.EXPANSIONS {list(expansions)} gives stage widths '
+                        f'{widths}, but each must be at least 1')
     return widths
 
 
@@ -333,13 +338,13 @@ def _check_combinations(config):
     _check_order('DATA.CROP_SCALE', data.CROP_SCALE)
     if config.EVAL:
         if not model.PRETRAINED:
-            raise UserError("EVAL is True, but MODEL.PRETRAINED is '': without weights a random network would be "
-                            'measured; give them with -pretrained')
+            raise UserError("EVAL is True, but MODEL.PRETRAINED is '', so random weights would be evaluated: give "
+                            'weights with -pretrained')
         if model.RESUME:
-            raise refusal('MODEL.RESUME', model.RESUME, 'EVAL takes its weights from -pretrained: leave it out')
+            raise refusal('MODEL.RESUME', model.RESUME, 'EVAL takes its weights from -pretrained: drop -resume')
         return
     if config.REPORT:
-        raise refusal('REPORT', config.REPORT, 'a report is of an evaluation: add -eval or drop -report')
+        raise refusal('REPORT', config.REPORT, 'only an evaluation writes a report: add -eval or drop -report')
     if model.DEPLOY:
         raise refusal('MODEL.DEPLOY', True, 'a fused network cannot be trained: add -eval or drop -deploy')
     if train.LAST_EPOCH >= train.NUM_EPOCHS:
@@ -347,7 +352,7 @@ def _check_combinations(config):
                       f'must be below TRAIN.NUM_EPOCHS, {train.NUM_EPOCHS}: nothing is left to train')
     if -1 < train.END_WEIGHT_DECAY < 0:
         raise refusal('TRAIN.END_WEIGHT_DECAY', train.END_WEIGHT_DECAY,
-                      'must be at least 0, or -1: the decay stays as it is')
+                      'must be at least 0, or -1 for a constant decay')
     _check_stages(train)
     if train.AUTO_AUGMENT and train.RAND_AUGMENT:
         raise UserError('TRAIN.AUTO_AUGMENT and TRAIN.RAND_AUGMENT are both True: choose one')
@@ -358,25 +363,26 @@ def _check_combinations(config):
     if train.FREEZE.lower() != 'none' and not model.PRETRAINED and model.RESUME in ('', 'auto'):
         raise refusal('TRAIN.FREEZE', train.FREEZE, 'there are no weights to keep: give them with -pretrained')
     if model.RESUME == 'auto' and not config.SAVE:
-        raise UserError("MODEL.RESUME is 'auto', the newest checkpoint of a folder: name the folder with -output")
+        raise UserError("MODEL.RESUME is 'auto', which takes the newest checkpoint of a folder: name the folder with "
+                        '-output')
     _check_order('TRAIN.CUTMIX_MINMAX', train.CUTMIX_MINMAX)
     if train.OPTIMIZER.NESTEROV and train.OPTIMIZER.MOMENTUM == 0:
-        raise UserError('TRAIN.OPTIMIZER.NESTEROV is True, but TRAIN.OPTIMIZER.MOMENTUM is 0.0: raise it')
+        raise UserError('TRAIN.OPTIMIZER.NESTEROV is True, but TRAIN.OPTIMIZER.MOMENTUM is 0.0: raise the momentum')
 
 
 def _check_order(name, shares):
     if shares[0] > shares[1]:
-        raise refusal(name, shares, 'the smaller share comes first: swap them')
+        raise refusal(name, shares, 'the smaller value comes first: swap them')
 
 
 def _check_stages(train):
-    """TRAIN.CURRICULUM: from epoch 1, in order."""
+    """Check that the stages of TRAIN.CURRICULUM start at epoch 1 and are in order."""
     for number, stage in enumerate(train.CURRICULUM):
         name = f'TRAIN.CURRICULUM[{number}]'
         before = train.CURRICULUM[number - 1]['EPOCH'] if number else 0
         if number == 0 and stage['EPOCH'] != 1:
             raise refusal(name, stage, 'the first stage starts at EPOCH 1')
         if stage['EPOCH'] <= before:
-            raise refusal(name, stage, f'the stage before starts at EPOCH {before}: order them')
+            raise refusal(name, stage, f'the previous stage starts at EPOCH {before}: sort the stages')
         if stage['AUTO_AUGMENT_STRENGTH'] > 0 and not train.AUTO_AUGMENT:
             raise refusal(name, stage, 'TRAIN.AUTO_AUGMENT is False: turn it on, or set the strength to 0.0')

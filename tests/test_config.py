@@ -1,4 +1,4 @@
-"""MobileOne's defaults, YAML files, flags, and what is checked of each."""
+"""MobileOne's defaults, config files and flags, and the checks of their values."""
 import math
 import re
 from types import SimpleNamespace
@@ -45,7 +45,7 @@ def test_every_key_has_a_comment_and_a_reader():
         assert lines[number - 1].startswith('    # '), f'{key} has no comment'
 
 
-def test_the_table_agrees_with_itself():
+def test_defaults_pass_their_own_checks():
     assert set(UNRELATED) < set(KEYS)
     for name, key in KEYS.items():
         assert key.read(key.default, name) == key.default and type(key.default) in (bool, int, float, str, list)
@@ -74,7 +74,7 @@ def test_variants(variant, expansions, branches, use_se):
     assert (config.DATA.IMAGE_SIZE, config.DATA.CROP_PCT, config.DATA.INTERPOLATION) == (224, 0.875, 'bicubic')
 
 
-def test_a_config_can_be_edited_and_is_a_copy():
+def test_get_config_returns_an_editable_copy():
     config = get_config()
     config.MODEL.NUM_CLASSES = 7
     config.DATA.CROP_SCALE[0] = 0.5
@@ -100,7 +100,7 @@ def test_every_config_is_valid_and_has_a_header(path):
 
 
 def test_keys_of_older_files(tmp_path):
-    """`null` where "none" means something, and keys whose feature is not there."""
+    """`null` for keys that accept "none", and keys of unsupported features."""
     config = get_config(write(tmp_path / 'x.yaml', '''
 TRAIN:
   LINEAR_SCALED_LR: null
@@ -150,9 +150,9 @@ def test_flags():
     assert parse('-batch_size', '16', '-batch_size_eval', '8').DATA.BATCH_SIZE_EVAL == 8
 
 
-def test_flags_of_zero_count(tmp_path):
+def test_flags_with_value_0_are_merged(tmp_path):
     config = get_config(write(tmp_path / 'x.yaml', 'TRAIN:\n  LAST_EPOCH: 5\n'))
-    update_config(config, SimpleNamespace(last_epoch=0))  # a notebook's namespace, with one flag
+    update_config(config, SimpleNamespace(last_epoch=0))  # as in a notebook, with a single flag
     assert config.TRAIN.LAST_EPOCH == 0
     with pytest.raises(UserError, match='DATA.BATCH_SIZE is 0'):
         resolve_config(parse('-batch_size', '0'))
@@ -161,7 +161,7 @@ def test_flags_of_zero_count(tmp_path):
 @pytest.mark.parametrize('options, message', [
     ('DATA.CROP_PCT 1.5', 'DATA.CROP_PCT is 1.5, but must be between 0.01 and 1'),
     ('DATA.CROP_SCALE [0.5]', 'DATA.CROP_SCALE is .*2 entries'),
-    ('DATA.CROP_SCALE [0.5,0.1]', 'smaller share comes first'),
+    ('DATA.CROP_SCALE [0.5,0.1]', 'smaller value comes first'),
     ('DATA.INTERPOLATION cubic', 'must be one of nearest, bilinear, bicubic, lanczos'),
     ('DATA.DATASET cifar10', 'DATA.DATASET'),
     ('DATA.IMAGE_CHANNELS 1', 'a run needs 3'),
@@ -181,7 +181,7 @@ def test_flags_of_zero_count(tmp_path):
     ('TRAIN.GRAD_CLIP -1', 'TRAIN.GRAD_CLIP is -1.0'),
     ('TRAIN.MIXUP_MODE half', 'must be one of batch, pair, elem'),
     ('TRAIN.MIXUP_PROB 2', 'TRAIN.MIXUP_PROB is 2.0'),
-    ('TRAIN.CUTMIX_MINMAX [0.5,0.2]', 'TRAIN.CUTMIX_MINMAX is .* the smaller share comes first'),
+    ('TRAIN.CUTMIX_MINMAX [0.5,0.2]', 'TRAIN.CUTMIX_MINMAX is .* the smaller value comes first'),
     ('TRAIN.CUTMIX_MINMAX [0.5]', 'TRAIN.CUTMIX_MINMAX is .*2 entries'),
     ('TRAIN.END_WEIGHT_DECAY -2', 'TRAIN.END_WEIGHT_DECAY is -2.0'),
     ('TRAIN.COLOR_JITTER 1.5', 'TRAIN.COLOR_JITTER is 1.5, but must be between 0 and 1'),
@@ -204,12 +204,12 @@ def test_flags_of_zero_count(tmp_path):
     ('DATA.IMAGENET_MEAN [123.7,116.8,103.9]', r'DATA.IMAGENET_MEAN\[0\] is 123.7, but must be between -10 and 10'),
     ('MODEL.NUM_BLOCKS [1,1]', 'MODEL.NUM_BLOCKS is .1, 1., but must be five numbers above 0'),
     ('MODEL.NUM_BRANCHES [1,0,1,1,1]', 'MODEL.NUM_BRANCHES is .*, but must be five numbers above 0'),
-    ('MODEL.EXPANSIONS [0.01,1,1,1,1]', r'MODEL.EXPANSIONS .* makes stages of the widths \[0, 64, 128, .*\], but each'),
+    ('MODEL.EXPANSIONS [0.01,1,1,1,1]', r'MODEL.EXPANSIONS .* gives stage widths \[0, 64, 128, .*\], but each'),
     ('EVAL True MODEL.PRETRAINED x MODEL.STRIDES [2]', 'MODEL.STRIDES is .2., but must be five numbers'),
-    ('TRAIN.END_WEIGHT_DECAY -0.5', 'TRAIN.END_WEIGHT_DECAY is -0.5, but must be at least 0, or -1'),
+    ('TRAIN.END_WEIGHT_DECAY -0.5', 'TRAIN.END_WEIGHT_DECAY is -0.5, but must be at least 0, or -1 for a constant'),
     ('TRAIN.OPTIMIZER.EPS 0', 'TRAIN.OPTIMIZER.EPS is 0.0, but must be at least 1e-20'),
 ])
-def test_values_that_cannot_run(options, message):
+def test_invalid_values_are_rejected(options, message):
     with pytest.raises(UserError, match=message):
         resolve_config(parse('-opts', *options.split()))
 
@@ -224,21 +224,21 @@ def test_values_that_cannot_run(options, message):
     ('-base', '-opts TRAIN.BASE_LR VALUE'), ('-dropout', ''), ('-checkpoint', ''), ('-weights', ''), ('-bs', ''),
     ('-zzz', ''), ('stray', ''), ('-', ''),
 ])
-def test_misspelt_flags_get_a_suggestion(flag, meant, capsys):
+def test_misspelled_flags_get_a_suggestion(flag, meant, capsys):
     with pytest.raises(SystemExit):
         parse(flag, '3')
-    said = f'; did you mean {meant}?' if meant else ''
-    assert capsys.readouterr().err.endswith(f'unrecognized arguments: {flag} 3{said} (-h explains)\n')
+    suggestion = f'; did you mean {meant}?' if meant else ''
+    assert capsys.readouterr().err.endswith(f'unrecognized arguments: {flag} 3{suggestion} (-h explains)\n')
 
 
-def test_a_teacher_without_a_number_of_classes_has_the_students():
+def test_teacher_with_num_classes_0_takes_the_students():
     config = parse('-opts', 'MODEL.NUM_CLASSES', '7', 'TRAIN.DISTILLATION.TYPE', 'soft',
                    'TRAIN.DISTILLATION.TEACHER_WEIGHTS', 'w.pdparams', 'TRAIN.DISTILLATION.TEACHER_CFG',
                    str(ROOT / 'configs/finetune.yaml'))
     assert get_teacher_config(config).MODEL.NUM_CLASSES == 7
 
 
-def test_changes_are_what_differs_from_the_defaults():
+def test_changes_lists_the_values_that_differ_from_the_defaults():
     assert changes(get_config()) == {}
     config = resolve_config(parse('-cfg', str(ROOT / 'configs/finetune.yaml'), '-opts', 'DATA.CROP_PCT', '0.875'))
     found = changes(config)
@@ -248,7 +248,7 @@ def test_changes_are_what_differs_from_the_defaults():
 
 
 def numbers():
-    """(name, Key) of every numeric key, the fields of TRAIN.CURRICULUM too."""
+    """Yield (name, Key) of every numeric key, including the fields of TRAIN.CURRICULUM."""
     for name, key in KEYS.items():
         for field, inner in (key.fields or {'': key}).items():
             default = inner.default[0] if isinstance(inner.default, list) else inner.default
@@ -258,7 +258,7 @@ def numbers():
 
 @pytest.mark.parametrize('name, key', list(numbers()))
 def test_every_number_has_bounds(name, key):
-    """Each a lower one, and an upper one where the numbers above mean nothing."""
+    """All have a lower bound; an upper bound exists where larger numbers have no meaning."""
     kind = type(key.default[0] if isinstance(key.default, list) else key.default)
     bounds = f'at least {key.low}' if key.high == math.inf else f'between {key.low} and {key.high}'
     assert key.low > -math.inf
@@ -267,7 +267,7 @@ def test_every_number_has_bounds(name, key):
             continue
         try:
             resolve_config(with_number(name, bound))
-        except UserError as error:  # there may be more to say of it than its bounds
+        except UserError as error:  # another check may reject the value
             assert f'but must be {bounds}' not in str(error)
         outside = bound + side * (1 if kind is int else max(1e-9, abs(bound) / 1e6))
         with pytest.raises(UserError) as error:
@@ -276,7 +276,7 @@ def test_every_number_has_bounds(name, key):
 
 
 def with_number(key, value):
-    """The default config with one number; in a list the first."""
+    """Return the default config with one number replaced, in a list the first entry."""
     config = get_config()
     config.TRAIN.CURRICULUM = [{'EPOCH': 1, 'IMAGE_SIZE': 160, 'AUTO_AUGMENT_STRENGTH': 0.0}]
     node, (*parents, leaf) = config, key.split('.')
@@ -290,13 +290,13 @@ def with_number(key, value):
 @pytest.mark.parametrize('stages, message', [
     ([(2, 160, 0.3)], r'TRAIN.CURRICULUM\[0\] is .*, but the first stage starts at EPOCH 1'),
     ([(0, 160, 0.3)], r'TRAIN.CURRICULUM\[0\].EPOCH is 0, but must be at least 1'),
-    ([(1, 160, 0.3), (1, 192, 0.3)], r'TRAIN.CURRICULUM\[1\] is .*, but the stage before starts at EPOCH 1: order'),
-    ([(1, 160, 0.3), (40, 192, 0.3), (39, 224, 1.0)], r'\[2\] is .*, but the stage before starts at EPOCH 40'),
+    ([(1, 160, 0.3), (1, 192, 0.3)], r'TRAIN.CURRICULUM\[1\] is .*, but the previous stage starts at EPOCH 1: sort'),
+    ([(1, 160, 0.3), (40, 192, 0.3), (39, 224, 1.0)], r'\[2\] is .*, but the previous stage starts at EPOCH 40'),
     ([(1, 0, 0.3)], r'TRAIN.CURRICULUM\[0\].IMAGE_SIZE is 0, but must be at least 1'),
     ([(1, 8, 0.3), (2, 8, 1.5)], r'\[1\].AUTO_AUGMENT_STRENGTH is 1.5, but must be between 0 and 1'),
     ([(1, 160, -0.1)], r'\[0\].AUTO_AUGMENT_STRENGTH is -0.1, but must be between 0 and 1'),
 ])
-def test_curricula_that_cannot_run(stages, message):
+def test_invalid_curricula_are_rejected(stages, message):
     config = get_config()
     config.TRAIN.AUTO_AUGMENT = True
     config.TRAIN.CURRICULUM = [dict(zip(('EPOCH', 'IMAGE_SIZE', 'AUTO_AUGMENT_STRENGTH'), stage)) for stage in stages]
@@ -304,7 +304,7 @@ def test_curricula_that_cannot_run(stages, message):
         resolve_config(config)
 
 
-def test_strength_needs_auto_augment():
+def test_strength_above_0_needs_auto_augment():
     config = get_config()
     config.TRAIN.CURRICULUM = [{'EPOCH': 1, 'IMAGE_SIZE': 160, 'AUTO_AUGMENT_STRENGTH': 0.3}]
     with pytest.raises(UserError, match='TRAIN.AUTO_AUGMENT is False: turn it on, or set the strength to 0.0'):
@@ -313,7 +313,7 @@ def test_strength_needs_auto_augment():
     resolve_config(config)
 
 
-def test_a_config_edited_by_hand_is_checked_too():
+def test_config_edited_in_python_is_checked_too():
     config = get_config()
     config.MODEL.NUM_CLASES = 3
     with pytest.raises(UserError, match='unknown key MODEL.NUM_CLASES; the nearest known key is MODEL.NUM_CLASSES'):

@@ -307,7 +307,7 @@ run_program(predict.main)''', '-pretrained', weights, '-output', tmp_path / 'exp
     out = start(main, '-pretrained', weights, '-output', tmp_path / 'more').stdout
     assert 'cannot be locked' in out and ' best top-1 ' in out
     several = 'from runtime.program import run_program; import main_multi_gpu; run_program(main_multi_gpu.main)'
-    assert start(several, '-nproc', 2, status=2).stderr.endswith('error: 2 processes need Linux: give -nproc 1\n')
+    assert start(several, '-nproc', 2, status=2).stderr.endswith('error: 2 processes need Linux: use -nproc 1\n')
 
 
 @pytest.fixture

@@ -186,7 +186,7 @@ def test_mistakes(trained, fashion, tmp_path):
     """All are said before the evaluation, in a line."""
     output = ['-output', tmp_path / 'run', '-report', tmp_path / 'report']
     line = fails(MAIN, *options(fashion), *output)
-    assert 'REPORT is ' in line and 'but a report is of an evaluation: add -eval or drop -report' in line
+    assert 'REPORT is ' in line and 'but only an evaluation writes a report: add -eval or drop -report' in line
     (tmp_path / 'matplotlib.py').write_text('raise ImportError("none here")')
     for count in (1, 2):
         line = fails(MAIN, '-nproc', count, *trained[1], *output, env={'PYTHONPATH': str(tmp_path)})

@@ -1,7 +1,7 @@
-"""The one training step, the one evaluation, the one epoch.
+"""The training step (`train_step`), the evaluation (`evaluate`) and one epoch of training (`train_one_epoch`).
 
-The same code serves one process and many. Training ends early (for a bad loss, or a request to stop) by values that are
-the same on every rank.
+The same code serves one process and many. Whether training ends early (a bad loss, a stop request) depends only on
+values that are the same on every rank. The loop over epochs is `Run.train` in run.py.
 """
 import contextlib
 import datetime
@@ -23,17 +23,17 @@ from utils import LOG, Progress, UserError, mean_over_ranks, rank, reduce_over_r
 
 
 class NotFiniteError(UserError):
-    """A number that training has made is infinite or not a number."""
+    """A value computed in training is infinite or NaN."""
 
 
 def check_finite(value, what):
-    """Raises: NotFiniteError unless a value is finite. what: its name."""
+    """Raises: NotFiniteError unless `value` is finite. what: its name in the message."""
     if not math.isfinite(value):
         raise NotFiniteError(f'{what} is {value}: lower TRAIN.BASE_LR, or check MODEL.PRETRAINED and the labels')
 
 
 def check_tensors(groups, what):
-    """Raises: NotFiniteError, on all ranks alike, unless all tensors are finite. groups: {name: {name: tensor}}."""
+    """Raises: NotFiniteError, on every rank, unless all tensors are finite. groups: {name: {name: tensor}}."""
     finite = [paddle.stack([tensor.isfinite().all() for tensor in group.values()]).numpy()
               for group in groups.values() if group]
     good = reduce_over_ranks(np.concatenate(finite), 'MIN').all()
@@ -41,11 +41,11 @@ def check_tensors(groups, what):
 
 
 class Precision:
-    """Mixed precision as a config's AMP, AMP_LEVEL and AMP_DTYPE say, on a GPU; elsewhere its parts do nothing.
+    """Mixed precision (AMP, AMP_LEVEL and AMP_DTYPE of a config). Has an effect only on GPUs.
 
-    auto_cast: makes the context of a forward pass. Weights stay float32 at O2 too: they are few beside the activations,
-    and so the optimizer, the EMA and checkpoints need no second copy of them. scaler: scales the loss of float16.
-    Raises: UserError for a GPU that cannot compute in AMP_DTYPE.
+    auto_cast: returns the context of a forward pass. Weights stay float32 even at O2: they are small next to the
+    activations, and the optimizer, the EMA and checkpoints need no second copy. scaler: loss scaling for float16.
+    Raises: UserError for a GPU that does not support AMP_DTYPE.
     """
 
     def __init__(self, config):
@@ -54,9 +54,9 @@ class Precision:
         if config.AMP and not enabled:
             LOG.info('mixed precision (AMP) has no effect on a CPU')
         if enabled and not getattr(paddle.amp, f'is_{dtype}_supported')():
-            raise UserError(f'AMP_DTYPE is {config.AMP_DTYPE!r}, which this GPU cannot compute in; choose the other of '
-                            'float16 and bfloat16, or leave AMP out')
-        # on Paddle's own lists are dense convolutions alone (2.6.2, 3.3.1): depthwise ones would stay in float32
+            raise UserError(f'AMP_DTYPE is {config.AMP_DTYPE!r}, which this GPU does not support; use the other of '
+                            'float16 and bfloat16, or turn AMP off')
+        # Paddle's own lists have only dense convolutions (2.6.2, 3.3.1): depthwise ones would stay in float32
         self.auto_cast = functools.partial(paddle.amp.auto_cast, enable=enabled, level=config.AMP_LEVEL.upper(),
                                            dtype=dtype, custom_white_list={'depthwise_conv2d'})
         self.scaler = paddle.amp.GradScaler(enable=enabled and dtype == 'float16')
@@ -64,9 +64,9 @@ class Precision:
 
 @dataclass
 class Training:
-    """What a training step works on."""
+    """Everything that `train_step` uses."""
     model: paddle.nn.Layer
-    # the model, or with several processes its DataParallel
+    # the model itself, or its DataParallel if there are several processes
     network: paddle.nn.Layer
     criterion: paddle.nn.Layer
     optimizer: paddle.optimizer.Optimizer
@@ -76,19 +76,19 @@ class Training:
     erase: Optional[RandomErase]
     mixup: Optional[Mixup]
     precision: Precision
-    # batches of an optimizer step
+    # batches per optimizer step
     accum_iter: int
     grad_clip: float
     seed: int
-    # what the run's other evaluations will take, for the estimate of the time left
+    # expected duration of the run's remaining evaluations, for the ETA
     evaluation_seconds: float = 0.0
 
 
 @dataclass
 class EpochPart:
-    """What has been done of an epoch (from 1): its first optimizer steps, and this rank's images in them.
+    """The finished part of an epoch: how many of its optimizer steps, and the sums over this rank's images in them.
 
-    sums: their `batch_sums`, n: their number, seconds: how long it took.
+    epoch: from 1; sums: total of `batch_sums`; n: number of images; seconds: time taken.
     """
     epoch: int
     steps: int
@@ -101,7 +101,7 @@ class EpochPart:
         return cls(epoch, 0, paddle.zeros([3], dtype='float64'), 0, 0.0)
 
     def state(self, schedule):
-        """For a checkpoint, as plain numbers and an array of the sums and n of all ranks. Waits for the other ranks."""
+        """Return plain numbers and an array of every rank's sums and n, for a checkpoint. Waits for the other ranks."""
         sums = np.zeros([world_size(), 4])
         sums[rank()] = [*self.sums.tolist(), self.n]
         return {'steps': self.steps, 'seconds': self.seconds, 'sums': reduce_over_ranks(sums),
@@ -109,8 +109,7 @@ class EpochPart:
 
     @classmethod
     def resumed(cls, epoch, state, schedule):
-        """The part that a `state` says; None for a part of other steps, or of other ranks, that is not the whole epoch.
-        """
+        """Return the part saved as a `state`; None if it is incomplete and this run has other steps or ranks."""
         steps, keys = state['steps'], ('steps_per_epoch', 'total_batch')
         if len(state['sums']) == world_size() and all(state[key] == getattr(schedule, key) for key in keys):
             *sums, n = state['sums'][rank()].tolist()
@@ -124,7 +123,7 @@ class EpochPart:
 
 @dataclass
 class Metrics:
-    """Means over n images of all ranks, and the seconds that these took."""
+    """Means over n images of all ranks, and the time they took in seconds. acc1, acc5: percent."""
     loss: float
     acc1: float
     acc5: float
@@ -132,7 +131,7 @@ class Metrics:
     seconds: float
 
     @classmethod
-    def of(cls, sums, n, seconds):
+    def from_sums(cls, sums, n, seconds):
         """sums: three floats, the `batch_sums` of n images."""
         loss, correct1, correct5 = (float(value) / max(1, n) for value in sums)
         return cls(loss, 100 * correct1, 100 * correct5, round(n), seconds)
@@ -142,16 +141,16 @@ class Metrics:
                 'seconds': round(self.seconds, 3), 'images_per_second': round(self.n / self.seconds, 2)}
 
     def describe(self, num_classes):
-        """What a log line says of them, for a network of so many classes: of five or fewer, acc5 would be 100 %."""
+        """Return the text for a log line, without acc5 for five or fewer classes, where it would always be 100%."""
         acc5 = f' acc5 {self.acc5:.2f}%' if num_classes > 5 else ''
-        return (f'loss {self.loss:.4f} acc1 {self.acc1:.2f}%{acc5} of {self.n} images in {self.seconds:.1f} s '
+        return (f'loss {self.loss:.4f} acc1 {self.acc1:.2f}%{acc5} on {self.n} images in {self.seconds:.1f} s '
                 f'({self.n / self.seconds:.1f} images/s)')
 
 
 def batch_sums(logits, labels, loss):
-    """Sums of a batch, float64 [3] on the device: loss, correct among the best one, among the best five.
+    """Return sums over a batch, float64 [3] on the device: loss, images correct in the top 1, in the top 5.
 
-    logits [N, C], labels [N], loss: the mean over the batch. With fewer than five classes, among all.
+    logits: [N, C]; labels: [N]; loss: mean over the batch. With fewer than five classes the top 5 are all of them.
     """
     best = logits.topk(min(5, logits.shape[1]), axis=1)[1]
     hits = (best == labels.unsqueeze(1)).astype('float64')
@@ -159,10 +158,11 @@ def batch_sums(logits, labels, loss):
 
 
 def train_step(training, batches, step):
-    """One optimizer step on a window of batches (uint8 [N, H, W, 3], int64 [N]); step counts from 0 over the run.
+    """Run one optimizer step on a window of batches (uint8 [N, H, W, 3], int64 [N]). step: global step, from 0.
 
-    The gradient is the mean over the window's batches and over the ranks, which meet at the last batch alone.
-    Returns `batch_sums` of the window on the device: nothing here waits for it (but Paddle's scaler of float16).
+    The gradient is the mean over the window's batches and over the ranks, which synchronize only at the last batch.
+    Returns: `batch_sums` of the window, on the device. Nothing here waits for the device, except Paddle's float16
+    scaler.
     """
     rng = np.random.default_rng([training.seed, step, rank()])
     scaler, optimizer = training.precision.scaler, training.optimizer
@@ -197,12 +197,12 @@ def train_step(training, batches, step):
 @paddle.no_grad()
 def evaluate(networks, loader, normalize, report_freq=50, auto_cast=contextlib.nullcontext, after_batch=lambda: None,
              predictions=None):
-    """Evaluate networks on every image of a loader's data set, once, in one pass over the images.
+    """Evaluate networks on every image of a loader's data set exactly once, all in the same pass.
 
-    With several processes each has its share of the images, and all return the metrics of all.
-    networks: [(name, network)], which are left in evaluation mode; report_freq: batches between progress lines, where
-    there is no terminal for a bar; auto_cast: see `Precision`; after_batch: called after each batch;
-    predictions: `Predictions` that those of one network are added to.
+    With several processes each evaluates its share of the images, and all return the metrics over all images.
+    networks: [(name, network)], left in evaluation mode; report_freq: batches between progress lines when there is no
+    terminal for a bar; auto_cast: see `Precision`; after_batch: called after each batch; predictions: `Predictions`
+    that collects the outputs, for a single network.
     Returns: {name: Metrics}.
     """
     for _, network in networks:
@@ -228,29 +228,29 @@ def evaluate(networks, loader, normalize, report_freq=50, auto_cast=contextlib.n
     progress.close()
     *sums, n = reduce_over_ranks([*sums.flatten().tolist(), n]).tolist()
     if n != len(loader.dataset):
-        raise RuntimeError(f'evaluated {n:.0f} images of {len(loader.dataset)}')
+        raise RuntimeError(f'evaluated {n:.0f} of {len(loader.dataset)} images')
     seconds = time.perf_counter() - start
-    return {name: Metrics.of(row, n, seconds) for (name, _), row in zip(networks, np.reshape(sums, [-1, 3]))}
+    return {name: Metrics.from_sums(row, n, seconds) for (name, _), row in zip(networks, np.reshape(sums, [-1, 3]))}
 
 
 class Predictions:
-    """What an evaluation says of each image: its best classes, their probabilities, and that of its label."""
+    """Results of an evaluation for each image: the top classes, their probabilities, and the label's probability."""
 
     def __init__(self, num_classes):
         self.count = min(5, num_classes)
         self.rows = []
 
     def add(self, logits, labels):
-        """Add those of a batch: logits float32 [N, C], labels [N]. Nothing here waits for the device."""
+        """Add a batch: logits float32 [N, C], labels [N]. Does not wait for the device."""
         best = logits.topk(self.count, axis=1)[1]
         classes = paddle.concat([best, labels.unsqueeze(1)], axis=1)
         probabilities = paddle.take_along_axis(F.softmax(logits), classes, axis=1)
         self.rows.append(paddle.concat([best.astype('float64'), probabilities.astype('float64')], axis=1))
 
     def gather(self, sampler, length):
-        """Those of all ranks, in the order of the data set, on all of them. sampler: of this rank's batches.
+        """Return the results of all ranks in data set order, on every rank. sampler: the one of this rank's batches.
 
-        Returns: arrays of the best classes, int64 [length, k], their probabilities, [length, k], the labels', [length].
+        Returns: top classes, int64 [length, k]; their probabilities, [length, k]; the labels' probabilities, [length].
         """
         table = np.zeros([length, 2 * self.count + 1])
         if self.rows:
@@ -260,15 +260,15 @@ class Predictions:
 
 
 def time_left(seconds, steps_done, steps_left, evaluation_seconds=0.0):
-    """Estimate of what remains of a run, from the seconds that steps_done steps took and what evaluations will take."""
+    """Estimate how long the rest of a run takes. seconds: of steps_done steps; evaluation_seconds: still to come."""
     left = seconds / steps_done * steps_left + evaluation_seconds
-    return datetime.timedelta(seconds=round(min(left, 1e10)))  # which a timedelta can hold
+    return datetime.timedelta(seconds=round(min(left, 1e10)))  # a timedelta overflows at about 1e14 seconds
 
 
 def describe_part(part, metrics, training, data_share):
-    """What a progress bar says of a part of an epoch, and what a log line adds to that.
+    """Return the text that a progress bar shows for a part of an epoch, and the text that a log line adds to it.
 
-    data_share: of the time, what waiting for images took.
+    data_share: fraction of the time spent waiting for images.
     """
     schedule = training.schedule
     step = (part.epoch - 1) * schedule.steps_per_epoch + part.steps
@@ -278,37 +278,38 @@ def describe_part(part, metrics, training, data_share):
 
 
 def windows(batches, size):
-    """Yield lists of `size` batches; the last one may be shorter."""
+    """Yield lists of `size` batches; the last may be shorter."""
     batches = iter(batches)
     while window := list(itertools.islice(batches, size)):
         yield window
 
 
-# a process that is asked to stop is killed after 30 seconds, by main_multi_gpu.py, Paddle's launcher and SLURM alike
+# how often the ranks agree on whether to stop: main_multi_gpu.py, Paddle's launcher and SLURM kill a process 30 seconds
+# after they tell it to stop
 AGREEMENT_SECONDS = 5.0
 
 
 def agree(part, start, should_stop):
-    """What all ranks have done of an epoch since `start`, as Metrics, and whether one should stop: equal on all ranks.
+    """Return (Metrics of an epoch over all ranks, whether any rank should stop), the same on all ranks.
 
-    Waits for the device, then for the other ranks, in one reduction.
+    start: when the epoch began. Waits for the device, then for the other ranks, in one reduction.
     """
     sums = part.sums.tolist()
     own = [*sums, part.n, time.perf_counter() - start, should_stop]
     *sums, n, seconds, stops = reduce_over_ranks(own).tolist()
-    return Metrics.of(sums, n, seconds / world_size()), stops > 0
+    return Metrics.from_sums(sums, n, seconds / world_size()), stops > 0
 
 
 def train_one_epoch(training, loader, part, report_freq=50, should_stop=lambda: False,
                     after_step=lambda part, stopping: None):
-    """Train on all batches of an epoch that are not in `part`, what has been done of it before.
+    """Train on the remaining batches of an epoch. part: the EpochPart that is already done.
 
-    The ranks agree on metrics and on whether to stop after the first step, at log lines (every report_freq steps, and
-    the last), and in between every AGREEMENT_SECONDS or so; one process alone, whenever it should stop.
-    should_stop(): whether this rank is asked to; after_step(part, stopping): called after each step with what is done
-    by then, and whether a rank should stop, which all are told after the same step.
+    The ranks agree on metrics and on whether to stop after the first step, at log lines (every report_freq steps and
+    the last), and about every AGREEMENT_SECONDS in between; a single process checks for a stop after every step.
+    should_stop(): whether this rank was told to stop; after_step(part, stopping): called after each step with the part
+    done so far and whether any rank should stop, which all ranks learn after the same step.
     Returns: Metrics of the training batches of all ranks.
-    Raises: NotFiniteError, on all ranks, for a loss that is not finite.
+    Raises: NotFiniteError, on every rank, for a loss that is not finite.
     """
     schedule, epoch = training.schedule, part.epoch
     steps, first = schedule.steps_per_epoch, (epoch - 1) * schedule.steps_per_epoch
@@ -326,7 +327,7 @@ def train_one_epoch(training, loader, part, report_freq=50, should_stop=lambda: 
             is_line, stopping = progress.step() or part.steps == steps, False
             if is_line or part.steps - agreed >= interval or (world_size() == 1 and should_stop()):
                 metrics, stopping = agree(part, start, should_stop())
-                check_finite(metrics.loss, f'the loss of training, epoch {epoch}, steps {agreed + 1} to {part.steps},')
+                check_finite(metrics.loss, f'the training loss in epoch {epoch}, steps {agreed + 1} to {part.steps},')
                 interval = max(1, int(AGREEMENT_SECONDS * (part.steps - agreed) / (metrics.seconds - seconds)))
                 agreed, seconds = part.steps, metrics.seconds
             if is_line:
@@ -335,11 +336,11 @@ def train_one_epoch(training, loader, part, report_freq=50, should_stop=lambda: 
             after_step(part, stopping)
     progress.close()
     average_statistics(training)
-    return metrics or agree(part, start, False)[0]  # of an epoch that had all its steps before
+    return metrics or agree(part, start, False)[0]  # if the epoch was already complete
 
 
 def average_statistics(training):
-    """Give all ranks the mean of their batch-norm statistics, which each gathered from its own images."""
+    """Average the batch-norm statistics over the ranks, each of which has only seen its own images."""
     if world_size() == 1:
         return
     networks = [training.model, *([training.ema.network] if training.ema else [])]

@@ -1,4 +1,4 @@
-"""Schedules as pure functions of the global step, the optimizer with its parameter groups, the moving average."""
+"""Schedules as pure functions of the global step (`Schedule`), optimizers (`build_optimizer`), the EMA (`ModelEma`)."""
 import copy
 import math
 
@@ -6,14 +6,14 @@ import paddle
 
 from utils import UserError, blend, first_few, misfits
 
-# what an optimizer keeps for each parameter, under Paddle's names
+# state of an optimizer for each parameter, under Paddle's names
 STATES = {'sgd': ['velocity'], 'adamw': ['moment1', 'moment2', 'beta1_pow_acc', 'beta2_pow_acc']}
 
 
 def warmup_cosine(step, total_steps, warmup_steps, base, start, end):
-    """Value at optimizer step `step` (from 0): a line from `start` to `base`, then a cosine to `end`.
+    """Return the value at optimizer step `step` (from 0): a linear warm-up from `start` to `base`, a cosine to `end`.
 
-    The warm-up takes warmup_steps steps; the cosine reaches `end` after the last step (arXiv 1608.03983, without
+    The warm-up takes `warmup_steps` steps; the cosine reaches `end` after the last step (arXiv 1608.03983, without
     restarts).
     """
     if step < warmup_steps:
@@ -23,10 +23,10 @@ def warmup_cosine(step, total_steps, warmup_steps, base, start, end):
 
 
 class Schedule:
-    """The values of a run's schedules at optimizer step `step`, from 0. total_batch: images of a step.
+    """Learning rate, weight decay and EMA decay of a run at optimizer step `step` (from 0).
 
-    The learning rates grow with the total batch (arXiv 1706.02677), the EMA forgets per image, not per step
-    (arXiv 2307.13813), both from the batch TRAIN.LINEAR_SCALED_LR.
+    total_batch: images per step; TRAIN.LINEAR_SCALED_LR is the one that the values in the config are for. Learning
+    rates scale linearly with it (arXiv 1706.02677), and the EMA forgets per image, not per step (arXiv 2307.13813).
     """
 
     def __init__(self, config, steps_per_epoch, total_batch):
@@ -56,12 +56,12 @@ class Schedule:
         return warmup_cosine(step, self.total_steps, 0, self.decay, self.decay, self.end_decay)
 
     def ema_decay(self, step):
-        """Ramped up while steps are few, so that the random weights of the start are soon forgotten."""
+        """Return the EMA decay, ramped up at first so that the random initial weights are soon forgotten."""
         return min(self.max_ema_decay, (1 + step) / (10 + step))
 
 
 def build_schedule(config, sampler):
-    """The Schedule of a config. An optimizer step is a window of TRAIN.ACCUM_ITER batches of a TrainSampler.
+    """Return the Schedule of a config. An optimizer step takes a window of TRAIN.ACCUM_ITER batches of a TrainSampler.
 
     The last window of an epoch may be shorter. Raises: UserError for a window longer than an epoch.
     """
@@ -73,29 +73,29 @@ def build_schedule(config, sampler):
 
 
 def parameter_groups(model):
-    """(tensors with weight decay, tensors without): weights of two or more dimensions, and norms and biases.
+    """Return (decayed, rest): weight decay applies to parameters with two or more dimensions, not to norms and biases.
 
-    By shape, not by name: Paddle gives optimizers its own names, which never match the model's.
+    Split by shape, not by name: Paddle's parameter names never match the model's.
     """
     trainable = [parameter for parameter in model.parameters() if not parameter.stop_gradient]
     return [p for p in trainable if p.ndim > 1], [p for p in trainable if p.ndim <= 1]
 
 
 def describe_groups(model):
-    """A line on how many tensors and parameters each of `parameter_groups` has."""
+    """Return a log line with the number of tensors and parameters in each of `parameter_groups`."""
     decayed, rest = (f'{len(group)} tensors ({sum(p.size for p in group):,} parameters)'
                      for group in parameter_groups(model))
     return f'weight decay on {decayed}, none on {rest}'
 
 
 def build_optimizer(config, model):
-    """SGD with momentum or AdamW (TRAIN.OPTIMIZER), weight decay on the first of `parameter_groups` only.
+    """Build SGD with momentum or AdamW (TRAIN.OPTIMIZER), with weight decay only on the first of `parameter_groups`.
 
-    The learning rate is set before each step by `optimizer.set_lr`.
+    The learning rate is set before each step, with `optimizer.set_lr`.
     """
     options = config.TRAIN.OPTIMIZER
     decayed, rest = parameter_groups(model)
-    # floats: Paddle refuses an int 0
+    # floats: Paddle rejects an int 0
     groups = [{'params': decayed, 'weight_decay': float(config.TRAIN.WEIGHT_DECAY)},
               {'params': rest, 'weight_decay': 0.0}]
     if options.NAME.lower() == 'sgd':
@@ -106,10 +106,10 @@ def build_optimizer(config, model):
 
 
 def set_weight_decay(optimizer, value):
-    """Set the decay of the decayed group from the next step on.
+    """Set the weight decay of the decayed group from the next step on.
 
-    Through private fields, the only way there is: AdamW reads one at every step, Momentum at its first step alone,
-    when it copies it for each tensor (seen in Paddle 2.6.2 and 3.3.1, and by a test on either).
+    Uses private fields, because Paddle has no public API for this. AdamW reads its field at every step, Momentum only
+    at its first step, when it copies it for each tensor (2.6.2 and 3.3.1; a test covers both optimizers).
     """
     decayed = optimizer._param_groups[0]
     if isinstance(optimizer, paddle.optimizer.Momentum):
@@ -121,10 +121,10 @@ def set_weight_decay(optimizer, value):
 
 
 def _states(optimizer, model):
-    """Yield (our name, Paddle's name, shape) of all that an optimizer keeps.
+    """Yield (our name, Paddle's name, shape) for each tensor of an optimizer's state.
 
-    Ours follow the model's, fc.weight.velocity. Paddle's count the layers that a process has made before, so that a
-    second model in a process has others.
+    Our names follow the model's (fc.weight.velocity). Paddle's count the layers built so far in the process, so a
+    second model gets different ones.
     """
     kind = 'sgd' if isinstance(optimizer, paddle.optimizer.Momentum) else 'adamw'
     for name, parameter in model.named_parameters():
@@ -135,31 +135,31 @@ def _states(optimizer, model):
 
 
 def optimizer_state(optimizer, model):
-    """{name: tensor} of what an optimizer has gathered over the steps of a model; empty before the first step."""
+    """Return the state of a model's optimizer as {name: tensor}; empty before the first step."""
     state = optimizer.state_dict()
-    # between a resume and the first step it is the arrays that were given (3.3.1), or empty (2.6.2)
+    # between a resume and the first step the state holds the loaded arrays (3.3.1) or is empty (2.6.2)
     return {ours: state[paddles] if isinstance(state[paddles], paddle.Tensor) else paddle.to_tensor(state[paddles])
             for ours, paddles, _ in _states(optimizer, model)} if state else {}
 
 
 def load_optimizer_state(optimizer, model, state, path):
-    """Give a new optimizer the arrays of `optimizer_state`; every one must be there, with its shape, and no other.
+    """Load the arrays of `optimizer_state` into a new optimizer. Names and shapes must match exactly.
 
-    Raises: UserError that names `path` and what does not fit.
+    Raises: UserError that names `path` and the mismatches.
     """
     states = list(_states(optimizer, model))
     problems = misfits({ours: f'{shape} float32' for ours, _, shape in states},
                        {ours: f'{list(array.shape)} {array.dtype}' for ours, array in state.items()})
     if problems:
-        raise UserError(f'{path}: its optimizer is another one: {first_few(problems)}; resume with the '
-                        'TRAIN.OPTIMIZER, the TRAIN.FREEZE and the network of that run')
+        raise UserError(f'{path}: its optimizer state does not match: {first_few(problems)}; resume with the '
+                        'TRAIN.OPTIMIZER, TRAIN.FREEZE and network of that run')
     optimizer.set_state_dict({paddles: state[ours] for ours, paddles, _ in states})
 
 
 class ModelEma:
     """Exponential moving average of a model's whole state, batch-norm statistics included.
 
-    network: a copy of the model, in evaluation mode, whose tensors are the average. Make it after weights are loaded.
+    network: a copy of the model, in evaluation mode, whose tensors are the average. Create it after loading weights.
     """
 
     def __init__(self, model):
@@ -167,8 +167,8 @@ class ModelEma:
         self.network.eval()
         for parameter in self.network.parameters():
             parameter.stop_gradient = True
-        # the tensors themselves, which loading and training change in place: collected once, not at each step. Frozen
-        # layers are left out: the average of one value may differ from it in the last bit
+        # collect the tensors once, not at each step: loading and training change them in place. Leave frozen layers
+        # out, because averaging equal values may change their last bit
         own = model.state_dict()
         training = {id(tensor) for layer in model.sublayers(include_self=True)
                     if any(not tensor.stop_gradient for tensor in layer.parameters(include_sublayers=False))
@@ -177,5 +177,5 @@ class ModelEma:
                                             if id(own[name]) in training))
 
     def update(self, decay):
-        """average = decay * average + (1 - decay) * model, in place, in one operator and its learning rate."""
+        """average = decay * average + (1 - decay) * model, in place, in one operator."""
         blend(self.averages, self.tensors, decay)

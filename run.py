@@ -1,7 +1,10 @@
-"""A run from its config to its end: build, load or resume, train and evaluate its epochs, save. See `run`.
+"""A run from start to finish: build, load or resume, train and evaluate the epochs, save. The entry point is `run`.
 
-Of several processes, rank 0 alone writes; what is decided (an error, the best epoch) is decided from values that are
-the same on every rank.
+Where to look: the training step is engine.train_step, its schedules are optim.Schedule, the network and its fusion are
+in mobileone.py, and the recipe is configs/*.yaml on top of the defaults in config.py.
+
+With several processes only rank 0 writes files. Decisions (an error, the best epoch) depend only on values that are the
+same on every rank.
 """
 import contextlib
 import functools
@@ -43,7 +46,7 @@ from weights import load_into, load_model, load_start, with_classes_of
 
 
 def build_loader(config, is_train, epoch=1):
-    """The loader of this rank's share of the training images, as they are in an epoch, or of the validation images."""
+    """Return the loader of this rank's share of the training images, as in that epoch, or of the validation images."""
     return get_dataloader(config, get_dataset(config, is_train, epoch), is_train, rank(), world_size())
 
 
@@ -52,33 +55,33 @@ def build_normalize(config):
 
 
 def build_erase(train):
-    """The RandomErase of a config's TRAIN, or None where it is off."""
+    """Return the RandomErase of a config's TRAIN section, or None if it is off."""
     if not train.RANDOM_ERASE_PROB:
         return None
     return RandomErase(train.RANDOM_ERASE_PROB, train.RANDOM_ERASE_MODE.lower(), train.RANDOM_ERASE_COUNT)
 
 
 def build_criterion(config, has_mixup):
-    """The DistillationLoss of a config: around the loss on the labels, with the teacher, if there is one, fused."""
+    """Return a DistillationLoss around the loss on the targets, with the fused teacher if the config has one."""
     criterion = SoftTargetCrossEntropyLoss() if has_mixup else LabelSmoothingCrossEntropyLoss(config.TRAIN.SMOOTHING)
     teacher_config, options = get_teacher_config(config), config.TRAIN.DISTILLATION
     if not teacher_config:
         return DistillationLoss(criterion)
-    LOG.info(f'the teacher is {teacher_config.MODEL.NAME}:')
+    LOG.info(f'loading the teacher, {teacher_config.MODEL.NAME}:')
     teacher, _ = load_model(teacher_config, options.TEACHER_WEIGHTS)
     return DistillationLoss(criterion, teacher, options.TYPE.lower(), options.ALPHA, options.TAU)
 
 
 def build_training(config, model, loader):
-    """The Training of a model on the batches of a loader. Its EMA starts from the model's present weights."""
+    """Return the Training of a model on the batches of a loader. The EMA starts from the model's current weights."""
     if config.MODEL.SYNC_BN and world_size() > 1:
         if not paddle.device.get_device().startswith('gpu'):
-            raise UserError('MODEL.SYNC_BN is True, but PaddlePaddle synchronises batch norms on GPUs only: leave it '
-                            'out')
+            raise UserError('MODEL.SYNC_BN is True, but PaddlePaddle synchronizes batch norms only on GPUs: set it to '
+                            'False')
         model = paddle.nn.SyncBatchNorm.convert_sync_batchnorm(model)
     if config.TRAIN.FREEZE.lower() == 'backbone':
         model.freeze_backbone()
-        LOG.info('TRAIN.FREEZE backbone: the classifier alone trains')
+        LOG.info('TRAIN.FREEZE backbone: only the classifier is trained')
     ema = optim.ModelEma(model) if config.TRAIN.MODEL_EMA else None
     network = paddle.DataParallel(model) if world_size() > 1 else model
     optimizer = optim.build_optimizer(config, model)
@@ -96,40 +99,40 @@ def build_training(config, model, loader):
 
 @dataclass
 class Run:
-    """A training, and how far it is."""
+    """A training and its progress."""
     config: CfgNode
     training: engine.Training
-    # epochs that are done
+    # number of finished epochs
     done: int = 0
-    # whether weights are fine-tuned: the evaluation of the start says what training adds to it
+    # whether this fine-tunes weights: they are evaluated first, as a baseline
     is_fine_tuning: bool = False
-    # what is done of the epoch after them
+    # the finished part of the next epoch
     part: Optional[engine.EpochPart] = None
-    # the optimizer's state in the checkpoint that was resumed: before the first step PaddlePaddle 2.6.2 does not say it
+    # optimizer state of the resumed checkpoint: PaddlePaddle 2.6.2 does not return it before the first step
     resumed_optimizer: dict = field(default_factory=dict)
-    # the best evaluation so far, by the EMA weights if there are any
+    # the best evaluation so far, of the EMA weights if there are any
     best: dict = field(default_factory=lambda: {'acc1': -1.0, 'epoch': 0})
-    # the newest checkpoint of this run, for the error that ends it, and its part of an epoch
+    # the newest checkpoint of this run, which the error that ends it names, and its part of an epoch
     last_checkpoint: str = ''
     saved_part: Optional[engine.EpochPart] = None
     stop: StopRequest = field(default_factory=StopRequest)
 
     def train(self, train_loader, val_loader):
-        """Train, evaluate and save the epochs that are not done. Ends the program when it is asked to stop."""
+        """Train, evaluate and save the remaining epochs. A stop request ends the program."""
         config = self.config
         if self.is_fine_tuning:
             metrics = self.evaluate([('raw', self.training.model)], val_loader)['raw']
             write_record(config, None, self.done, 'val', 'raw', metrics)
-        stage = get_stage(config, 1)  # that of the loader
+        stage = get_stage(config, 1)  # the stage of train_loader
         for epoch in range(self.done + 1, config.TRAIN.NUM_EPOCHS + 1):
             if stage != get_stage(config, epoch):
                 stage = get_stage(config, epoch)
                 train_loader = build_loader(config, True, epoch)
-                LOG.info(f'epoch {epoch}: images of {stage.image_size} pixels, AutoAugment '
+                LOG.info(f'epoch {epoch}: {stage.image_size}-pixel images, AutoAugment strength '
                          f'{stage.auto_augment_strength:g}')
             self.part = self.part or engine.EpochPart.none(epoch)
             train_loader.on_slow = functools.partial(warn_of_waiting, train_loader.num_workers)
-            with self.answering(train_loader):
+            with self.interruptible(train_loader):
                 metrics = engine.train_one_epoch(self.training, train_loader, self.part, config.REPORT_FREQ,
                                                  self.should_stop, self.after_step)
             write_record(config, self.training.schedule, epoch, 'train', 'raw', metrics)
@@ -139,15 +142,15 @@ class Run:
             self.save()
 
     def should_stop(self):
-        """Whether this process is asked to stop."""
+        """Whether this process was told to stop."""
         return bool(self.stop.name)
 
     @contextlib.contextmanager
-    def answering(self, loader):
-        """While it is open, a wait for a batch ends, and with it the program, when this process is asked to stop.
+    def interruptible(self, loader):
+        """Context in which a stop request ends the program even during a wait for a batch.
 
-        One process saves before. Of several, the others may wait for this one in the middle of a step: they end with
-        it, and the run goes on from the last checkpoint.
+        A single process saves first. Several cannot, because the others may be waiting for this one in the middle of a
+        step: they all end, and the run resumes from the last checkpoint.
         """
         loader.should_stop = self.should_stop
         try:
@@ -157,13 +160,13 @@ class Run:
                 self.save()
             self.end()
         except RuntimeError:
-            # if the others are asked too, one that has ended by now fails what this one waits for
+            # if all ranks were told to stop, one that has already ended makes this one's wait fail
             if world_size() == 1 or not self.should_stop():
                 raise
             self.end()
 
     def after_step(self, part, stopping):
-        """Save where it is time to; end the program where a rank is asked to stop."""
+        """Save if it is time to. If a rank was told to stop, save and end the program."""
         self.part = part
         steps, freq = self.done * self.training.schedule.steps_per_epoch + part.steps, self.config.SAVE_FREQ_STEPS
         if stopping or (freq and steps % freq == 0):
@@ -172,16 +175,16 @@ class Run:
             self.end()
 
     def evaluate(self, networks, loader):
-        """{name: Metrics} of networks: [(name, network)]. Ends the program when it is asked to stop."""
+        """Return {name: Metrics} for networks, [(name, network)]. A stop request ends the program."""
         training = self.training
-        with self.answering(loader):
+        with self.interruptible(loader):
             return engine.evaluate(networks, loader, training.normalize, self.config.REPORT_FREQ,
                                    training.precision.auto_cast, lambda: self.should_stop() and self.end())
 
     def validate(self, loader, epoch):
-        """Evaluate and log the raw weights and their average, which decides whether the epoch is the best so far.
+        """Evaluate and log the raw weights and the EMA, which (if any) decides whether this epoch is the best so far.
 
-        A checkpoint comes first: a rank that is asked to stop during an evaluation ends without the others.
+        Saves first, because a rank that is told to stop during an evaluation ends without the others.
         """
         config, training = self.config, self.training
         self.save()
@@ -192,24 +195,24 @@ class Run:
         metrics = results[networks[-1][0]]
         if metrics.acc1 > self.best['acc1']:
             self.best = {'acc1': metrics.acc1, 'epoch': epoch}
-        # a whole number of VALIDATE_FREQ epochs each, and the last epoch
+        # one after every VALIDATE_FREQ epochs, and one after the last epoch
         later = -(-config.TRAIN.NUM_EPOCHS // config.VALIDATE_FREQ) - epoch // config.VALIDATE_FREQ
         training.evaluation_seconds = later * metrics.seconds
 
     def end(self):
-        """End the program, as it was asked to."""
-        saved, does = 'nothing is saved yet', 'starts afresh'
+        """End the program after a stop request, and log how to resume."""
+        saved, does = 'nothing is saved yet', 'starts from scratch'
         if self.last_checkpoint:
-            saved, does = f'{self.last_checkpoint} is saved', 'goes on from there'
+            saved, does = f'{self.last_checkpoint} is saved', 'resumes from it'
         LOG.info(f'stopped by {self.stop.name or "a signal to another process"}; {saved}: the same command with '
                  f'-output {self.config.SAVE} -resume auto {does}')
         sys.exit(STOPPED)
 
     def save(self):
-        """Write the state after the epochs that are done, and within the next, to the files that are due.
+        """Write the current state to the checkpoint files that are due, at the end of an epoch or within one.
 
-        Within an epoch the batch-norm statistics of several ranks are averaged before.
-        Raises: UserError, on all ranks, for numbers that are not finite and for a file that cannot be written.
+        Within an epoch, the batch-norm statistics are averaged over the ranks first.
+        Raises: UserError, on every rank, for values that are not finite or a file that cannot be written.
         """
         config, training, schedule, part = self.config, self.training, self.training.schedule, self.part
         step, when, progress = self.done * schedule.steps_per_epoch, f'epoch {self.done}', {}
@@ -217,13 +220,13 @@ class Run:
             engine.average_statistics(training)
             step, when = step + part.steps, f'epoch {part.epoch}, step {part.steps}'
             progress = part.state(schedule)
-            engine.check_finite(progress['sums'].sum(), f'the loss of training, {when},')
+            engine.check_finite(progress['sums'].sum(), f'the training loss in {when},')
         tensors = {
             'model': training.model.state_dict(),
             'model_ema': training.ema.network.state_dict() if training.ema else {},
             'optimizer': optim.optimizer_state(training.optimizer, training.model),
         }
-        engine.check_tensors(tensors, f'a weight, or a number of the optimizer, after {when}')
+        engine.check_tensors(tensors, f'a weight or optimizer value after {when}')
         tensors['optimizer'] = tensors['optimizer'] or self.resumed_optimizer
         state = {
             **tensors,
@@ -235,7 +238,7 @@ class Run:
             'world_size': world_size(),
             'progress': progress,
         }
-        # all wait for it: none may end the run before it is written
+        # every rank waits here: none may end the run before the file is written
         from_main(lambda: folder.write_checkpoints(config.SAVE, checkpoint.to_arrays(state), config.SAVE_FREQ,
                                                    config.KEEP_CHECKPOINTS))
         self.last_checkpoint, self.saved_part = f'{os.path.join(config.SAVE, checkpoint.LATEST)} ({when})', part
@@ -244,9 +247,9 @@ class Run:
 def write_record(config, schedule, epoch, split, weights, metrics):
     """Log the Metrics of an epoch, with the lr and weight decay of its last step. schedule: None without training.
 
-    Raises: NotFiniteError for a loss that is not finite: a run does not go on, nor save, from there.
+    Raises: NotFiniteError for a loss that is not finite: a run must neither continue nor save after that.
     """
-    engine.check_finite(metrics.loss, f'the loss of {split} images with {weights} weights, epoch {epoch}')
+    engine.check_finite(metrics.loss, f'the {split} loss with {weights} weights in epoch {epoch}')
     step = epoch * schedule.steps_per_epoch if schedule else 0
     size = get_stage(config, epoch).image_size if split == 'train' else config.DATA.IMAGE_SIZE
     folder.RunLog(config.SAVE).write({
@@ -257,12 +260,12 @@ def write_record(config, schedule, epoch, split, weights, metrics):
 
 
 def is_validated(config, epoch):
-    """Whether an epoch (from 1) ends in an evaluation."""
+    """Whether an epoch (from 1) ends with an evaluation."""
     return epoch % config.VALIDATE_FREQ == 0 or epoch == config.TRAIN.NUM_EPOCHS
 
 
 def start_run(config, loader):
-    """A new Run, its weights random or MODEL.PRETRAINED's."""
+    """Return a new Run, with random weights or those of MODEL.PRETRAINED."""
     path = config.MODEL.PRETRAINED
     model, has_new_classifier = load_start(config, path) if path else (build_mobileone(config), False)
     return Run(config, build_training(config, model, loader), config.TRAIN.LAST_EPOCH,
@@ -270,14 +273,14 @@ def start_run(config, loader):
 
 
 def resume_run(config, loader, path, state):
-    """The Run that a checkpoint (`checkpoint.load_training`) left.
+    """Return the Run that continues from a checkpoint. state: from `checkpoint.load_training`.
 
-    Raises: UserError for a checkpoint of another network or optimizer.
+    Raises: UserError for a checkpoint of a different network or optimizer.
     """
     epoch, progress = state['epoch'], state['progress']
     if config.TRAIN.LAST_EPOCH > epoch:
-        raise UserError(f'TRAIN.LAST_EPOCH is {config.TRAIN.LAST_EPOCH}, but {path} ends at epoch {epoch}: leave it '
-                        'out')
+        raise UserError(f'TRAIN.LAST_EPOCH is {config.TRAIN.LAST_EPOCH}, but {path} ends at epoch {epoch}: remove '
+                        'TRAIN.LAST_EPOCH')
     training = build_training(config, build_mobileone(config), loader)
     schedule = training.schedule
     load_into(training.model, state['model'], path)
@@ -292,77 +295,76 @@ def resume_run(config, loader, path, state):
         when += f' and {progress["steps"]} of {progress["steps_per_epoch"]} steps of the next'
     LOG.info(f'resumed {path} after {when}, step {state["step"]}')
     if training.ema and not state['model_ema']:
-        LOG.info('the checkpoint holds no EMA: the average starts from its weights')
+        LOG.info('the checkpoint has no EMA: the average starts from its weights')
     if progress and not part:
-        LOG.info(f'the checkpoint is within epoch {epoch + 1}, of {progress["total_batch"]} images in a step and '
-                 f'{state["world_size"]} processes, this run has {schedule.total_batch} and {world_size()}: that '
-                 'epoch starts again')
+        LOG.info(f'the checkpoint was saved within epoch {epoch + 1}, with {progress["total_batch"]} images per step '
+                 f'and world size {state["world_size"]}; this run has {schedule.total_batch} and {world_size()}, so '
+                 'that epoch starts over')
     step = epoch * schedule.steps_per_epoch + (part.steps if part else 0)
     for name, then, now in (('processes', state['world_size'], world_size()), ('steps', state['step'], step)):
         if then != now:
-            LOG.info(f'the checkpoint counts {then} {name}, this run {now}: it goes on after epoch {epoch}, but not '
-                     'bitwise as it would have')
+            LOG.info(f'the checkpoint counts {then} {name}, this run {now}: it resumes after epoch {epoch}, but the '
+                     'result will not be bitwise identical')
     return Run(config, training, epoch, False, part, state['optimizer'], state['best'], f'{path} ({when})')
 
 
 def save_config(config):
-    """Write the config of a run to its folder; an evaluation in the folder of a training does not replace that one's.
+    """Write the config of a run to its folder; an evaluation does not replace the config of a training there.
 
-    The names of the classes come with it, for predictions. Says in which keys the run differs from the one
-    that it goes on with.
+    Copies class_names.txt too, for predictions. Logs the keys in which a resumed run differs from the saved config.
     """
     path = folder.path_beside(config.SAVE, 'config.yaml', config.EVAL)
-    # they say how this process began and what else it writes, not what the run is
+    # these two describe this process, not the run
     saved = with_values(config, {'MODEL.RESUME': '', 'REPORT': ''})
     if config.MODEL.RESUME and os.path.exists(path):
         try:
             before = {key: value for key, value in leaves(get_config(path)) if key not in UNRELATED}
             for line in folder.differences(before, dict(leaves(saved))):
-                LOG.info(f'not as in {path}, so the run does not go on bitwise as it would have: {line}')
-        except UserError as error:  # a key of an earlier version, for example
-            LOG.info(f'not compared with this run: {error}')
+                LOG.info(f'not as in {path}, so the result will not be bitwise identical: {line}')
+        except UserError as error:  # for example, a key of an earlier version
+            LOG.info(f'cannot compare the saved config with this run: {error}')
     files.write_text(path, saved.dump(default_flow_style=None))
     source, target = (os.path.join(path, 'class_names.txt') for path in (config.DATA.DATA_PATH, config.SAVE))
     if os.path.isfile(source) and not (config.EVAL and os.path.exists(target)):
         files.copy(source, target)
 
 
-def take_over(run, resumed):
-    """Make the folder what it was when a checkpoint was written, for the run that goes on from there.
+def restore_folder(run, resumed):
+    """Save the config and, for a resumed run, restore the folder to its state at the checkpoint.
 
-    resumed: its (path, state); None where MODEL.RESUME has found none.
+    resumed: (path, state) of the checkpoint; None if MODEL.RESUME found none.
     """
     config = run.config
     save_config(config)
     if not config.MODEL.RESUME:
         return
-    folder.RunLog(config.SAVE).drop_after(run.done - run.is_fine_tuning)  # which writes its start's record again
+    folder.RunLog(config.SAVE).drop_after(run.done - run.is_fine_tuning)  # fine-tuning logs its baseline again
     if not resumed:
         return
     path, state = resumed
     if config.MODEL.PRETRAINED:
-        LOG.info(f'{config.MODEL.PRETRAINED} is not used: the run goes on from {path}')
-    if config.MODEL.RESUME != 'auto':  # which takes the newest: nothing is past it
+        LOG.info(f'{config.MODEL.PRETRAINED} is not used: the run resumes from {path}')
+    if config.MODEL.RESUME != 'auto':  # 'auto' takes the newest: nothing is past it
         folder.put_aside(config.SAVE, checkpoint.position(state))
     parent, name = os.path.split(os.path.realpath(path))
     if parent == os.path.realpath(config.SAVE) and name != checkpoint.LATEST:
-        # the run may have ended between the files of a save
+        # the run may have ended before all files of a save were written
         folder.write_checkpoints(config.SAVE, state, config.SAVE_FREQ, config.KEEP_CHECKPOINTS)
 
 
 def run_training(config, train_loader, val_loader):
     resumed = from_main(lambda: folder.find_checkpoint(config.SAVE, config.MODEL.RESUME))
     run = resume_run(config, train_loader, *resumed) if resumed else start_run(config, train_loader)
-    # nothing of an earlier run is touched before the checkpoint has proved to fit
-    from_main(lambda: take_over(run, resumed))
+    # leave an earlier run's files alone until the checkpoint is known to fit
+    from_main(lambda: restore_folder(run, resumed))
     if run.done >= config.TRAIN.NUM_EPOCHS:
         LOG.info(f'all {config.TRAIN.NUM_EPOCHS} epochs are done: nothing is left to train')
     try:
         with run.stop:
             run.train(train_loader, val_loader)
     except engine.NotFiniteError as error:
-        raise UserError(f'{error}; the last good checkpoint is '
-                        f'{run.last_checkpoint or "none: no epoch was saved yet"}') from None
+        raise UserError(f'{error}; last good checkpoint: '
+                        f'{run.last_checkpoint or "none, because nothing is saved yet"}') from None
     path, best = os.path.join(config.SAVE, checkpoint.BEST), run.best
     LOG.info(f'best top-1 {best["acc1"]:.2f}% ({"EMA" if run.training.ema else "raw"} weights) at epoch '
              f'{best["epoch"]}: {path if os.path.exists(path) else "its file is not in this folder"}')
@@ -384,7 +386,7 @@ def run_evaluation(config, loader):
 
 
 def prepare_report(config):
-    """Make the folder of a report. Returns: the names of its classes."""
+    """Create the folder of a report and return the class names."""
     report.prepare_folder(config.REPORT)
     return report.find_names(config.DATA.DATA_PATH, config.MODEL.PRETRAINED, config.MODEL.NUM_CLASSES)
 
@@ -399,9 +401,7 @@ def report_evaluation(config, loader, class_names, predictions, facts):
 
 
 def find_facts(config, loaders):
-    """What must be equal on all ranks, by name. Each machine may keep the data, and copies of the weights, in its own
-    place.
-    """
+    """Return what must be equal on all ranks, by name. Each machine may have its own copies of data and weights."""
     facts = {key: value for key, value in leaves(config) if key not in ('DATA.DATA_PATH', 'SAVE')}
     facts.update({f'the SHA-256 of {path}': checkpoint.sha256(path) for path in weight_files(config).values()})
     facts.update({f'images of {os.path.basename(loader.dataset.list_path)}': len(loader.dataset) for loader in loaders})
@@ -409,7 +409,7 @@ def find_facts(config, loaders):
 
 
 def weight_files(config):
-    """{key: path} of the weights that a run starts from, its own and the teacher's, where there are any."""
+    """Return {key: path} of the weight files that a run starts from: its own and the teacher's, if any."""
     teacher = get_teacher_config(config)
     paths = {'MODEL.PRETRAINED': config.MODEL.PRETRAINED,
              'TRAIN.DISTILLATION.TEACHER_WEIGHTS': teacher and teacher.MODEL.PRETRAINED}
@@ -417,9 +417,9 @@ def weight_files(config):
 
 
 def with_num_classes(config):
-    """(A config with a number in place of a MODEL.NUM_CLASSES of 0, the file that has it; '' where the config has it).
+    """Return (config with MODEL.NUM_CLASSES 0 replaced, the file the number is from, or '' if it was not 0).
 
-    With EVAL it is that of the weights, else that of the data set. Raises: UserError for a file that cannot be read.
+    The number is that of the weights with EVAL, otherwise of the data set. Raises: UserError for an unreadable file.
     """
     if config.MODEL.NUM_CLASSES:
         return config, ''
@@ -430,28 +430,28 @@ def with_num_classes(config):
 
 
 def record_start(config, loaders):
-    """The context of a run in which its run.json is kept."""
+    """Return the context that keeps the run.json of a run."""
     resume = [] if config.MODEL.RESUME in ('', 'auto') else [config.MODEL.RESUME]
     paths = [*(loader.dataset.list_path for loader in loaders), *weight_files(config).values(), *resume]
     return folder.recorded(folder.path_beside(config.SAVE, 'run.json', config.EVAL), folder.describe_start(paths))
 
 
 def run(config):
-    """Train, or with EVAL evaluate, as the config says, on the current device, in this process or its process group.
+    """Train, or evaluate with EVAL, on the current device, in this process or its process group.
 
-    Makes the run's folder (SAVE) with config.yaml, run.json, log.txt, log.jsonl and, in training, checkpoints.
-    Raises: UserError for what the user can fix; OSError for a folder that cannot be written.
+    Creates the run's folder (SAVE) with config.yaml, run.json, log.txt, log.jsonl and, in training, checkpoints.
+    Raises: UserError for mistakes that the user can fix; OSError for a folder that cannot be written.
     """
     config = resolve_config(config)
     if config.REPORT:
-        report.import_figure()  # without matplotlib there is none: this is said before the evaluation
-    # the data and weights are read first: a wrong path leaves no folder behind
+        report.import_figure()  # reports need matplotlib: fail before the evaluation, not after it
+    # read data and weights first, so that a wrong path leaves no folder behind
     config, source = with_num_classes(config)
     loaders = [build_loader(config, is_train) for is_train in ([False] if config.EVAL else [True, False])]
     for key, path in weight_files(config).items():
         checkpoint.check_exists(path, key)
     if not config.EVAL:
-        optim.build_schedule(config, loaders[0].batch_sampler)  # all epochs have as many batches
+        optim.build_schedule(config, loaders[0].batch_sampler)  # checks it; all epochs have the same number of batches
     check_agreement(lambda: find_facts(config, loaders))
     config = with_values(config, {'SAVE': from_main(lambda: folder.prepare_folder(
         config.SAVE, config.MODEL.RESUME, config.MODEL.NAME, config.EVAL))})
@@ -464,13 +464,13 @@ def run(config):
 
 
 def _run_in_folder(config, loaders, source):
-    """source: the file that MODEL.NUM_CLASSES is from, if it is from one."""
+    """source: the file that MODEL.NUM_CLASSES is from, or ''."""
     LOG.info(f'PaddlePaddle {paddle.__version__} on {paddle.device.get_device()}, processes: {world_size()}, data '
-             f'workers per process: {loaders[0].num_workers}, folder {config.SAVE}; its config.yaml has all keys, '
+             f'workers per process: {loaders[0].num_workers}, folder {config.SAVE}; its config.yaml has all keys; '
              'these differ from the defaults:'
              + ''.join(f'\n  {key} {value}' for key, value in changes(config).items()))
     if source:
-        LOG.info(f'MODEL.NUM_CLASSES {config.MODEL.NUM_CLASSES}: as in {source}')
+        LOG.info(f'MODEL.NUM_CLASSES {config.MODEL.NUM_CLASSES}, from {source}')
     for loader in loaders:
         LOG.info(describe_dataset(loader.dataset, config.MODEL.NUM_CLASSES))
     if not config.EVAL:
@@ -481,7 +481,7 @@ def _run_in_folder(config, loaders, source):
     try:
         (run_evaluation if config.EVAL else run_training)(config, *loaders)
     except UserError as error:
-        LOG.error(f'error: {error}')  # for log.txt; the program says it on stderr
+        LOG.error(f'error: {error}')  # for log.txt; run_program prints it to stderr
         raise
     except Exception as error:
         LOG.exception(f'error: {describe_error(error)}')

@@ -96,7 +96,7 @@ def test_another_world_size_goes_on_and_says_so(trained, fashion, tmp_path):
     folder, _ = trained
     out = run(MAIN, '-output', tmp_path / 'one', '-resume', folder / 'epoch_2.pdparams', *options(
         fashion, 'TRAIN.NUM_EPOCHS', '4')).stdout
-    assert 'the checkpoint counts 2 processes, this run 1: it goes on after epoch 2, but not bitwise' in out
+    assert 'the checkpoint counts 2 processes, this run 1: it resumes after epoch 2, but the result will not be' in out
     assert 'counts 6 steps' not in out  # the batch is the same in all
     assert [row['epoch'] for row in records(tmp_path / 'one')] == [3, 3, 3, 4, 4, 4]
 
@@ -206,7 +206,7 @@ def test_a_loss_that_is_not_finite_ends_all_ranks_together(fashion, count):
     process = group(count, *args, status=2)
     # the sum over the steps so far: infinite at step 4, not a number after the next, with the weights of that step
     assert process.stderr.replace('inf', 'nan') == (
-        'workers.py: error: the loss of training, epoch 1, steps 2 to 5, is nan: lower TRAIN.BASE_LR, or check '
+        'workers.py: error: the training loss in epoch 1, steps 2 to 5, is nan: lower TRAIN.BASE_LR, or check '
         'MODEL.PRETRAINED and the labels\n')
 
 
@@ -260,7 +260,7 @@ def test_an_image_that_one_rank_cannot_read(trained, fashion, tmp_path):
 @pytest.mark.parametrize('args, message', [
     (['-data_path', 'nowhere'], 'nowhere/train_list.txt: cannot read the list'),
     (['-opts', 'TRAIN.NUM_EPOCHS', '0'], 'TRAIN.NUM_EPOCHS is 0'),
-    (['-opts', 'MODEL.SYNC_BN', 'True'], 'MODEL.SYNC_BN is True, but PaddlePaddle synchronises batch norms on GPUs'),
+    (['-opts', 'MODEL.SYNC_BN', 'True'], 'MODEL.SYNC_BN is True, but PaddlePaddle synchronizes batch norms only on'),
     (['-opts', 'TRAIN.ACCUM_ITER', '9'], 'TRAIN.ACCUM_ITER is 9, but an epoch has only'),
     (['-nproc', '0'], '-nproc is 0, but must be at least 1'),
     (['-output', '/dev/null/x'], '/dev/null/x: Not a directory'),

@@ -1,4 +1,4 @@
-"""Metrics, the training step and the evaluation, in one process."""
+"""The metrics, the training step, the epoch and the evaluation, in one process."""
 import contextlib
 import fcntl
 import multiprocessing
@@ -33,7 +33,7 @@ def test_batch_sums():
     sums = engine.batch_sums(logits, labels, paddle.to_tensor(0.5))
     assert sums.dtype == paddle.float64 and sums.numpy().tolist() == [1.5, 1, 2]
     sums = engine.batch_sums(logits[:, :2], paddle.to_tensor(np.array([0, 1, 0])), paddle.to_tensor(1.0))
-    assert sums.numpy().tolist() == [3, 1, 3]  # two classes: all are among the best two
+    assert sums.numpy().tolist() == [3, 1, 3]  # with two classes, all images are correct in the top 2
 
 
 @pytest.fixture
@@ -45,7 +45,7 @@ def loaders(config, fashion):
 
 def test_evaluation_counts_every_image_once(config, loaders):
     model, normalize = build_mobileone(config), Normalize(config.DATA.IMAGENET_MEAN, config.DATA.IMAGENET_STD)
-    with paddle.no_grad():  # batch-norm statistics of these images, so that the logits differ from image to image
+    with paddle.no_grad():  # collect batch-norm statistics of these images, so that the logits differ between images
         for images, _ in loaders[0]:
             model(normalize(images))
     metrics = engine.evaluate([('raw', model)], loaders[1], normalize)['raw']
@@ -58,13 +58,13 @@ def test_evaluation_counts_every_image_once(config, loaders):
     assert metrics.loss == pytest.approx(float(F.cross_entropy(logits, labels)), rel=1e-5)
     assert metrics.acc1 == pytest.approx(100 * hits[:, 0].mean())
     assert metrics.acc5 == pytest.approx(100 * hits[:, :5].any(1).mean())
-    assert {type(value) for value in metrics.record().values()} == {float, int}  # a checkpoint holds acc1
+    assert {type(value) for value in metrics.record().values()} == {float, int}  # acc1 is saved in checkpoints
     assert set(metrics.record()) == {'loss', 'acc1', 'acc5', 'n', 'seconds', 'images_per_second'}
 
 
-def test_evaluation_refuses_to_lose_images(config, loaders):
+def test_evaluation_fails_if_an_image_is_missing(config, loaders):
     loaders[1].batch_sampler.indices = range(34)
-    with pytest.raises(RuntimeError, match='evaluated 34 images of 35'):
+    with pytest.raises(RuntimeError, match='evaluated 34 of 35 images'):
         engine.evaluate([('raw', build_mobileone(config))], loaders[1],
                         Normalize(config.DATA.IMAGENET_MEAN, config.DATA.IMAGENET_STD))
 
@@ -85,8 +85,8 @@ def test_networks_are_evaluated_in_one_pass(config, loaders):
 
 
 @pytest.mark.parametrize('training_too', [False, True])
-def test_workers_end_with_a_loop_that_is_left(config, fashion, training_too):
-    """As `sys.exit` leaves it: Python ends without them, though the exception keeps the loop's frame."""
+def test_workers_end_when_an_exception_leaves_the_loop(config, fashion, training_too):
+    """For example `sys.exit`. They end even though the exception keeps the loop's frame alive."""
     config.DATA.DATA_PATH, config.DATA.BATCH_SIZE, config.DATA.NUM_WORKERS = str(fashion), 4, 2
     loader = get_dataloader(config, get_dataset(config, training_too), training_too)
 
@@ -104,7 +104,7 @@ def test_workers_end_with_a_loop_that_is_left(config, fashion, training_too):
 
 
 def test_training_step(config, loaders):
-    """A step is: forward, smoothed loss, backward, the optimizer at this step's lr, the average."""
+    """A step is: forward, smoothed loss, backward, optimizer step at this step's lr, EMA update."""
     config.TRAIN.NUM_EPOCHS, config.TRAIN.WARMUP_EPOCHS = 4, 2
     schedule = Schedule(config, len(loaders[0]), 16)
     normalize = Normalize(config.DATA.IMAGENET_MEAN, config.DATA.IMAGENET_STD)
@@ -140,8 +140,8 @@ def test_time_left():
     assert engine.time_left(1e9, 1, 2 ** 53).days > 100_000
 
 
-def test_the_last_window_is_a_mean_too(config, loaders):
-    """Windows of two batches: the gradient is the mean over the batches that are there."""
+def test_a_shorter_last_window_is_averaged_too(config, loaders):
+    """The gradient of a window is the mean over the batches it actually has, here two or one."""
     config.TRAIN.ACCUM_ITER, config.TRAIN.MODEL_EMA, config.TRAIN.OPTIMIZER.MOMENTUM = 2, False, 0.0
     config.TRAIN.WARMUP_EPOCHS, config.TRAIN.WEIGHT_DECAY = 0, 0.0
     batches = list(loaders[0])
@@ -163,7 +163,7 @@ def test_the_last_window_is_a_mean_too(config, loaders):
                                    training.schedule.lr(0) * np.mean(gradients, axis=0), rtol=1e-3, atol=1e-7)
 
 
-def test_gradients_are_clipped_by_their_norm_together(config, loaders):
+def test_gradients_are_clipped_by_their_global_norm(config, loaders):
     config.TRAIN.OPTIMIZER.MOMENTUM = config.TRAIN.WEIGHT_DECAY = 0.0
     config.TRAIN.WARMUP_EPOCHS = 0
     moved = []
@@ -183,7 +183,7 @@ def test_gradients_are_clipped_by_their_norm_together(config, loaders):
     np.testing.assert_allclose(tight / np.linalg.norm(tight), free / np.linalg.norm(free), atol=1e-3)
 
 
-def test_mixup_depends_on_seed_step_and_rank_alone(config, loaders, monkeypatch):
+def test_mixup_depends_only_on_seed_step_and_rank(config, loaders, monkeypatch):
     config.TRAIN.MIXUP_ALPHA = 1.0
     batch = next(iter(loaders[0]))
 
@@ -211,8 +211,8 @@ class FakeScaler:
 
 
 @pytest.mark.parametrize('dtype, level', [('float16', 'O1'), ('bfloat16', 'o2')])
-def test_mixed_precision_is_asked_for_in_training_and_evaluation(config, loaders, monkeypatch, dtype, level):
-    """On a GPU that is not there: what is handed to Paddle, and in which order the scaler is used."""
+def test_mixed_precision_is_used_in_training_and_evaluation(config, loaders, monkeypatch, dtype, level):
+    """On a simulated GPU: the arguments passed to Paddle, and the order of the scaler's calls."""
     contexts, calls = [], []
 
     @contextlib.contextmanager
@@ -229,23 +229,23 @@ def test_mixed_precision_is_asked_for_in_training_and_evaluation(config, loaders
     assert training.precision.scaler.enable == (dtype == 'float16')
     engine.train_step(training, [next(iter(loaders[0]))], 0)
     expected = {'enable': True, 'level': level.upper(), 'dtype': dtype, 'custom_white_list': {'depthwise_conv2d'}}
-    gathering = {'enable': False}  # of merged branches, in float32
+    gathering = {'enable': False}  # merged branches gather their tensors in float32
     assert contexts == [expected, gathering] and calls == ['scale', 'unscale_', 'step', 'update']
     contexts.clear()
     engine.evaluate([('raw', training.model)], loaders[1], training.normalize, auto_cast=training.precision.auto_cast)
     assert contexts == [expected] * len(loaders[1])
     monkeypatch.setattr(paddle.amp, f'is_{dtype}_supported', lambda: False)
-    with pytest.raises(UserError, match=f"AMP_DTYPE is '{dtype}', which this GPU cannot"):
+    with pytest.raises(UserError, match=f"AMP_DTYPE is '{dtype}', which this GPU does not support"):
         engine.Precision(config)
 
 
 @pytest.mark.parametrize('level', ['O1', 'O2'])
 def test_every_convolution_is_in_half_precision(fashion, level):
-    """Of a GPU's training, traced on a CPU: Paddle logs the type that it wants, before it finds that there is no GPU.
+    """As a GPU would train, traced on a CPU: Paddle logs the type it chooses before it notices that there is no GPU.
 
-    What a batch norm or a sum has here says nothing: they follow their inputs, which stay float32 on a CPU.
+    The types of batch norms and sums are not checked: these follow their inputs, which stay float32 on a CPU.
     """
-    # Paddle reads its own variables when it is loaded
+    # Paddle reads its environment variables when it is imported
     process = run(ROOT / 'tests/workers.py', 'amp', fashion, level, fork=False, env={
         'PYTHONPATH': f'{ROOT}:{ROOT / "tests"}', 'GLOG_v': '6', 'GLOG_minloglevel': '0', 'GLOG_logtostderr': '1'})
     depthwise, dense = map(int, process.stdout.split())
@@ -256,11 +256,11 @@ def test_every_convolution_is_in_half_precision(fashion, level):
     assert types.count('batch_norm') > 0 and not any(operator == 'batch_norm' for operator, _ in wanted)
 
 
-def test_the_host_never_waits_for_the_device_in_a_step(config, loaders, monkeypatch):
+def test_train_step_never_waits_for_the_device(config, loaders, monkeypatch):
     config.TRAIN.GRAD_CLIP, config.TRAIN.RANDOM_ERASE_PROB = 1.0, 0.5
     training = build_training(config, build_mobileone(config), loaders[0])
     batch = next(iter(loaders[0]))
-    engine.train_step(training, [batch], 0)  # makes what it needs once
+    engine.train_step(training, [batch], 0)  # the first step allocates state
 
     def wait(tensor, *args):
         raise AssertionError('waits for the device')
@@ -273,7 +273,7 @@ def test_the_host_never_waits_for_the_device_in_a_step(config, loaders, monkeypa
 
 @pytest.mark.parametrize('on_cpu, most', [(True, 1200), (False, 950)])
 def test_launches_of_a_step(monkeypatch, on_cpu, most):
-    """Of S0 with EMA, label smoothing and SGD, by the operators for a CPU and by those for a GPU."""
+    """S0 with EMA, label smoothing and SGD, with the CPU operators and with the GPU operators."""
     monkeypatch.setattr('mobileone._is_on_cpu', lambda x: on_cpu)
     config = variant_config('s0')
     assert config.TRAIN.MODEL_EMA and config.TRAIN.SMOOTHING and config.TRAIN.OPTIMIZER.NAME == 'SGD'
@@ -286,13 +286,13 @@ def test_launches_of_a_step(monkeypatch, on_cpu, most):
         engine.train_step(training, [batch], 0)
     step()
     assert count_launches(step) <= most
-    # Tensor.numpy() would take the memory of all that share it
+    # tensors must not share a buffer: Tensor.numpy() would return all of it
     tensors = [*model.state_dict().values(), *training.ema.network.state_dict().values()]
     assert not any(tensor._is_shared_buffer_with(following) for tensor, following in zip(tensors, tensors[1:]))
 
 
-def test_synchronised_batch_norms_keep_names_and_weights(config):
-    """They have no CPU kernel: the conversion alone."""
+def test_synchronized_batch_norms_keep_names_and_weights(config):
+    """Only the conversion is tested: synchronized batch norms have no CPU kernel."""
     model = build_mobileone(config)
     converted = paddle.nn.SyncBatchNorm.convert_sync_batchnorm(build_mobileone(config))
     assert [(name, tensor.shape) for name, tensor in converted.state_dict().items()] == [
@@ -329,7 +329,7 @@ def test_gradients_are_clipped_after_they_are_unscaled(config, loaders):
     config.TRAIN.WARMUP_EPOCHS = 0
 
     def gradient(scaled, clip):
-        """All gradients of a step, from how the weights move."""
+        """Return all gradients of a step, computed from the change of the weights."""
         config.TRAIN.GRAD_CLIP = clip
         paddle.seed(0)
         model = build_mobileone(config)
@@ -348,7 +348,7 @@ def test_gradients_are_clipped_after_they_are_unscaled(config, loaders):
 
 
 def test_training_accuracy_under_mixup_counts_the_larger_share(config, loaders):
-    """With CutMix boxes that cover nearly all, the class of the other image is the right one."""
+    """If CutMix boxes cover most of an image, the class of the pasted image is the correct one."""
     config.TRAIN.CUTMIX_MINMAX, config.TRAIN.MODEL_EMA = [0.9, 0.9], False
     training = build_training(config, build_mobileone(config), loaders[0])
     training.network = lambda images: paddle.nn.functional.one_hot(labels.flip(axis=0), 10).detach() + 0 * (
@@ -357,14 +357,14 @@ def test_training_accuracy_under_mixup_counts_the_larger_share(config, loaders):
     assert engine.train_step(training, [(images, labels)], 0)[1].item() == len(labels)
 
 
-def test_a_part_of_an_epoch_is_the_same_after_a_resume(config, loaders):
+def test_part_of_an_epoch_is_the_same_after_a_resume(config, loaders):
     training = build_training(config, build_mobileone(config), loaders[0])
     part = engine.EpochPart(3, 2, paddle.to_tensor([1.5, 2.0, 4.0], dtype='float64'), 16, 12.5)
     state = part.state(training.schedule)
     again = engine.EpochPart.resumed(3, state, training.schedule)
     assert (again.epoch, again.steps, again.n, again.seconds) == (3, 2, 16, 12.5)
     assert again.sums.tolist() == part.sums.tolist()
-    # other steps, other images in a step, another number of processes: but of a whole epoch
+    # a finished epoch is kept even if steps, images per step and number of processes differ
     whole = {**state, 'steps': 3, 'steps_per_epoch': 3, 'sums': np.array([[1.0, 2.0, 3.0, 4.0], [5.0, 6.0, 7.0, 8.0]])}
     again = engine.EpochPart.resumed(3, whole, training.schedule)
     assert (again.steps, again.n, again.sums.tolist()) == (training.schedule.steps_per_epoch, 12, [6, 8, 10])
@@ -375,7 +375,7 @@ def test_a_part_of_an_epoch_is_the_same_after_a_resume(config, loaders):
 @pytest.mark.parametrize('seconds, steps', [(0.01, [1, 12]), (1.0, [1, 6, 11, 12]), (2.0, [1, 3, 5, 7, 9, 11, 12]),
                                             (7.0, list(range(1, 13)))])
 def test_ranks_agree_every_five_seconds(config, loaders, monkeypatch, seconds, steps):
-    """And after the first step of an epoch, and at its log lines, of which there is one."""
+    """They also agree after the first step of an epoch and at log lines; here only the last step logs."""
     config.DATA.BATCH_SIZE = 5
     loader = get_dataloader(config, get_dataset(config))
     training = build_training(config, build_mobileone(config), loader)
@@ -393,19 +393,19 @@ def test_ranks_agree_every_five_seconds(config, loaders, monkeypatch, seconds, s
     monkeypatch.setattr(engine, 'agree', counted)
     metrics = engine.train_one_epoch(training, loader, engine.EpochPart.none(1), 100)
     assert agreed == steps and metrics.seconds == pytest.approx(12 * seconds)
-    # one process does not wait with its answer
+    # a single process stops without waiting for the next agreement
     engine.train_one_epoch(training, loader, engine.EpochPart.none(2), 100, lambda: now[0] > 15 * seconds,
                            lambda part, stopping: stopped.append((part.steps, stopping)))
     assert [step for step, stopping in stopped if stopping] == list(range(4, 13))
 
 
-def test_top_5_of_five_classes_says_nothing():
+def test_log_line_omits_acc5_for_five_classes():
     metrics = engine.Metrics(1.0, 50.0, 100.0, 20, 2.0)
-    assert metrics.describe(5) == 'loss 1.0000 acc1 50.00% of 20 images in 2.0 s (10.0 images/s)'
-    assert metrics.describe(6) == 'loss 1.0000 acc1 50.00% acc5 100.00% of 20 images in 2.0 s (10.0 images/s)'
+    assert metrics.describe(5) == 'loss 1.0000 acc1 50.00% on 20 images in 2.0 s (10.0 images/s)'
+    assert metrics.describe(6) == 'loss 1.0000 acc1 50.00% acc5 100.00% on 20 images in 2.0 s (10.0 images/s)'
 
 
-def test_the_bar_of_a_long_training_fits_80_columns(config, monkeypatch):
+def test_progress_bar_of_a_long_training_fits_80_columns(config, monkeypatch):
     config.TRAIN.NUM_EPOCHS = 300
     training = SimpleNamespace(schedule=Schedule(config, 5004, 256), evaluation_seconds=0.0)
     part = engine.EpochPart(150, 5004, None, 0, 0.0)
@@ -418,7 +418,7 @@ def test_the_bar_of_a_long_training_fits_80_columns(config, monkeypatch):
         progress.step()
         progress.show(text)
         shown = b''
-        while not shown.endswith(b'40:00'):  # a terminal passes it on bit by bit
+        while not shown.endswith(b'40:00'):  # a terminal delivers the text in pieces
             shown += os.read(outer, 4096)
     os.close(outer)
     shown = shown.decode().split('\r')[-1]

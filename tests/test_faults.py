@@ -104,7 +104,7 @@ def test_asked_to_stop(whole, tmp_path, fault, number, where):
     name = 'SIGINT' if fault == 'interrupt' else 'SIGTERM'
     latest = tmp_path / 'run/latest.pdparams'
     assert process.stdout.endswith(f'stopped by {name}; {latest} ({where}) is saved: the same command with -output '
-                                   f'{tmp_path}/run -resume auto goes on from there\n')
+                                   f'{tmp_path}/run -resume auto resumes from it\n')
     assert process.stderr == 'asked to stop: a checkpoint comes first; Ctrl-C again stops at once\n'
     assert json.loads((tmp_path / 'run/run.json').read_text())[-1]['status'] == 'stopped'
     out = run(MAIN, *args).stdout
@@ -165,8 +165,8 @@ def test_other_batches_begin_the_epoch_again(whole, tmp_path):
     _, opts = whole
     faulty('terminate', 8, '-output', tmp_path / 'run', *opts, status=STOPPED)
     out = run(MAIN, '-output', tmp_path / 'run', '-resume', 'auto', *opts, 'DATA.BATCH_SIZE', '5').stdout
-    assert 'the checkpoint counts 8 steps, this run 6: it goes on after epoch 1, but not bitwise' in out
-    assert ('is within epoch 2, of 12 images in a step and 1 processes, this run has 10 and 1: that epoch starts again'
+    assert 'the checkpoint counts 8 steps, this run 6: it resumes after epoch 1, but the result will not be' in out
+    assert ('within epoch 2, with 12 images per step and world size 1; this run has 10 and 1, so that epoch starts over'
             in out)
     rows = [row for row in records(tmp_path / 'run') if row['split'] == 'train']
     assert [(row['epoch'], row['step']) for row in rows] == [(1, 5), (2, 12), (3, 18), (4, 24)]
@@ -365,7 +365,7 @@ def test_one_of_two_processes_is_asked_to_stop_in_an_evaluation(whole_of_two, tm
     shutil.copytree(tmp_path / 'run', tmp_path / 'one')
     out = run(MAIN, '-output', tmp_path / 'one', '-resume', 'auto', *opts, 'DATA.BATCH_SIZE', '6', 'TRAIN.NUM_EPOCHS',
               '2').stdout
-    assert 'starts again' not in out and 'epoch 2/2 step' not in out
+    assert 'starts over' not in out and 'epoch 2/2 step' not in out
     for row, other in zip(without_times(records(tmp_path / 'one')), without_times(records(folder))):
         assert row.pop('loss') == pytest.approx(other.pop('loss'), rel=1e-4) and row['n'] == other['n']
     out = run(*TWO, *args).stdout

@@ -183,7 +183,7 @@ def test_fine_tuning_with_other_classes(trained, fashion, tmp_path):
     args = ['-pretrained', folder / 'best.pdparams', '-data_path', data, '-last_epoch', '1']
     still = ['MODEL.NUM_CLASSES', '0', 'TRAIN.NUM_EPOCHS', '2', 'TRAIN.BASE_LR', '0', 'TRAIN.END_LR', '0']
     out = run(MAIN, *args, '-output', tmp_path / 'tuned', *options(fashion, *still)[2:]).stdout
-    assert f'MODEL.NUM_CLASSES 3: as in {data}/train_list.txt\n' in out and '\n  MODEL.NUM_CLASSES 3\n' in out
+    assert f'MODEL.NUM_CLASSES 3, from {data}/train_list.txt\n' in out and '\n  MODEL.NUM_CLASSES 3\n' in out
     assert 'left out fc.weight, fc.bias, made for 10 classes, not 3' in out and 'unused' not in out
     assert 'acc1' in out and 'acc5' not in out
     rows = records(tmp_path / 'tuned')
@@ -194,7 +194,7 @@ def test_fine_tuning_with_other_classes(trained, fashion, tmp_path):
     weights = tmp_path / 'tuned/latest.pdparams'
     out = run(MAIN, '-eval', '-pretrained', weights, '-data_path', data, '-output', tmp_path / 'eval',
               *options(fashion, 'MODEL.NUM_CLASSES', '0')[2:]).stdout
-    assert f'MODEL.NUM_CLASSES 3: as in {weights}\n' in out
+    assert f'MODEL.NUM_CLASSES 3, from {weights}\n' in out
     assert records(tmp_path / 'eval')[0]['loss'] == rows[-1]['loss']
     assert get_config(str(tmp_path / 'eval/config.yaml')).MODEL.NUM_CLASSES == 3
     out = run('-m', 'tools.fuse', '-pretrained', weights, '-data_path', data, *options(
@@ -303,7 +303,7 @@ def test_an_unreadable_image_is_named(fashion, tmp_path, workers):
 def test_a_loss_that_is_not_finite_is_said(fashion, tmp_path):
     line = fails(MAIN, '-output', tmp_path / 'run', *options(
         fashion, 'TRAIN.BASE_LR', '1000', 'TRAIN.WEIGHT_DECAY', '1', 'DATA.BATCH_SIZE', '2', 'TRAIN.NUM_EPOCHS', '1'))
-    assert 'the loss of training, epoch 1, steps ' in line and 'is nan: lower TRAIN.BASE_LR' in line
+    assert 'the training loss in epoch 1, steps ' in line and 'is nan: lower TRAIN.BASE_LR' in line
     assert not list((tmp_path / 'run').glob('*.pdparams'))
 
 

@@ -1,4 +1,4 @@
-"""Schedules at their boundaries, parameter groups, optimizers by their arithmetic, the moving average."""
+"""Schedules at their boundaries, parameter groups, the arithmetic of the optimizers, the EMA."""
 import copy
 import math
 
@@ -6,7 +6,6 @@ import numpy as np
 import paddle
 import pytest
 
-from losses import LabelSmoothingCrossEntropyLoss
 from mobileone import build_mobileone
 from optim import (
     ModelEma,
@@ -23,7 +22,7 @@ from utils import UserError
 from weights import load_into
 
 
-def test_learning_rate():
+def test_warmup_cosine():
     lrs = [warmup_cosine(step, 100, 10, 1.0, 0.1, 0.2) for step in range(101)]
     assert lrs[0] == pytest.approx(0.1) and lrs[5] == pytest.approx(0.55) and lrs[10] == pytest.approx(1.0)
     assert lrs[55] == pytest.approx(0.6) and lrs[100] == pytest.approx(0.2)
@@ -42,7 +41,7 @@ def test_schedule_scales_with_the_total_batch(config):
     config.TRAIN.LINEAR_SCALED_LR = 0
     assert Schedule(config, 7, 512).lr(14) == config.TRAIN.BASE_LR
     assert {Schedule(config, 7, 512).weight_decay(step) for step in (0, 35, 70)} == {config.TRAIN.WEIGHT_DECAY}
-    config.TRAIN.WEIGHT_DECAY, config.TRAIN.END_WEIGHT_DECAY = 0.4, 0.1  # for any batch, and without a warm-up
+    config.TRAIN.WEIGHT_DECAY, config.TRAIN.END_WEIGHT_DECAY = 0.4, 0.1  # not scaled by the batch, and no warm-up
     for total in (256, 512):
         decays = [Schedule(config, 7, total).weight_decay(step) for step in (0, 14, 35, 69, 70)]
         assert decays == pytest.approx([0.4, 0.1 + 0.3 * (1 + math.cos(math.pi / 5)) / 2, 0.25,
@@ -55,16 +54,16 @@ def test_schedule_scales_with_the_total_batch(config):
         assert Schedule(config, 7, total).ema_decay(10000) == pytest.approx(0.99 ** (total / 256), rel=1e-12)
 
 
-@pytest.mark.parametrize('epochs, warmup, said', [
+@pytest.mark.parametrize('epochs, warmup, text', [
     (300, 5, 'after 5 epochs of warm-up, weight'), (1, 0, 'after 0 epochs of warm-up, weight'),
     (3, 5, 'after 2 epochs of warm-up (not TRAIN.WARMUP_EPOCHS 5: TRAIN.NUM_EPOCHS is 3), weight'),
     (1, 5, 'after 0 epochs of warm-up (not TRAIN.WARMUP_EPOCHS 5: TRAIN.NUM_EPOCHS is 1), weight'),
 ])
-def test_the_warmup_leaves_an_epoch(config, epochs, warmup, said):
+def test_warmup_leaves_at_least_one_epoch(config, epochs, warmup, text):
     config.TRAIN.NUM_EPOCHS, config.TRAIN.WARMUP_EPOCHS = epochs, warmup
     schedule = Schedule(config, 7, 256)
     lrs = [schedule.lr(step) for step in range(7 * epochs)]
-    assert np.argmax(lrs) == 7 * min(warmup, epochs - 1) and said in str(schedule)
+    assert np.argmax(lrs) == 7 * min(warmup, epochs - 1) and text in str(schedule)
 
 
 def test_parameter_groups(config):
@@ -81,7 +80,7 @@ def test_parameter_groups(config):
 
 
 def steps(config, decays=()):
-    """Parameters of a small layer after three optimizer steps with gradient 1, with weight decays set if given."""
+    """Weight and bias of a small layer after three optimizer steps with gradient 1. decays: set before each step."""
     layer = paddle.nn.Linear(2, 1)
     layer.weight.set_value(np.full((2, 1), 2.0, 'float32'))
     layer.bias.set_value(np.full((1,), 2.0, 'float32'))
@@ -127,7 +126,7 @@ def test_adamw_arithmetic(config):
             w -= lr * (m_hat / (math.sqrt(v_hat) + 0.1) + decay * w)
         expected.append(w)
     np.testing.assert_allclose(steps(config), expected, rtol=2e-2)
-    config.TRAIN.OPTIMIZER.EPS = 1e-8  # where bias-corrected epsilons of all implementations agree
+    config.TRAIN.OPTIMIZER.EPS = 1e-8  # small enough that it does not matter where an implementation adds it
     expected = []
     for decay in (0.5, 0.0):
         w = 2.0
@@ -139,8 +138,8 @@ def test_adamw_arithmetic(config):
 
 @pytest.mark.parametrize('start', [0.0, 0.9])
 @pytest.mark.parametrize('name', ['SGD', 'AdamW'])
-def test_weight_decay_set_for_a_step(config, name, start):
-    """Whatever the decay that the optimizer was made with, and on the weight alone."""
+def test_set_weight_decay(config, name, start):
+    """It overrides the decay that the optimizer was built with, and applies only to the weight."""
     config.TRAIN.OPTIMIZER.NAME, config.TRAIN.OPTIMIZER.MOMENTUM = name, 0.8
     config.TRAIN.WEIGHT_DECAY = start
     decays, expected = [0.5, 0.0, 0.3], []
@@ -175,7 +174,7 @@ def test_ema(config):
         np.testing.assert_array_equal(tensor.numpy(), own[name])
 
 
-def test_a_frozen_backbone_is_its_own_average(config):
+def test_ema_leaves_a_frozen_backbone_unchanged(config):
     model = build_mobileone(config)
     model.freeze_backbone()
     assert [group[0].shape for group in parameter_groups(model)] == [[8, 10], [10]]
@@ -190,8 +189,8 @@ def test_a_frozen_backbone_is_its_own_average(config):
                ema.network.stages.state_dict().items())
 
 
-def test_ema_is_that_of_each_tensor_to_the_bit(config):
-    """In at most four launches, also after something has given tensors other memory."""
+def test_ema_is_bitwise_that_of_each_tensor(config):
+    """In at most four launches, also after operations that give tensors new memory."""
     model = build_mobileone(config)
     ema = ModelEma(model)
 
@@ -217,21 +216,9 @@ def test_ema_is_that_of_each_tensor_to_the_bit(config):
     update(0.7)
 
 
-def test_label_smoothing():
-    rng = np.random.default_rng(0)
-    logits, labels = rng.standard_normal((4, 7)), rng.integers(0, 7, 4)
-    log_probs = logits - np.log(np.exp(logits).sum(1, keepdims=True))
-    for smoothing in (0.0, 0.1, 0.5):
-        target = (1 - smoothing) * np.eye(7)[labels] + smoothing / 7
-        loss = LabelSmoothingCrossEntropyLoss(smoothing)(paddle.to_tensor(logits), paddle.to_tensor(labels))
-        assert float(loss) == pytest.approx(-(target * log_probs).sum(1).mean(), abs=1e-9)
-    with pytest.raises(ValueError, match='smoothing is 2'):
-        LabelSmoothingCrossEntropyLoss(2)
-
-
 @pytest.mark.parametrize('name, kinds', [('SGD', 1), ('AdamW', 4)])
-def test_optimizer_state_goes_to_another_model_of_the_process(config, name, kinds):
-    """Paddle's names count the layers of a process; ours are those of the model."""
+def test_optimizer_state_loads_for_a_second_model(config, name, kinds):
+    """In the same process, where Paddle's parameter names are different for each model."""
     config.TRAIN.OPTIMIZER.NAME = name
     models = [build_mobileone(config) for _ in range(2)]
     models[1].set_state_dict(models[0].state_dict())
@@ -261,5 +248,5 @@ def test_optimizer_state_goes_to_another_model_of_the_process(config, name, kind
     key = next(key for key in state if key.startswith('fc.weight'))
     for broken in ({k: v for k, v in state.items() if k != key}, {**state, 'x.velocity': state[key]},
                    {**state, key: state[key][:-1]}):
-        with pytest.raises(UserError, match='file: its optimizer is another one: (missing|unexpected|fc.weight)'):
+        with pytest.raises(UserError, match='file: its optimizer state does not match: (missing|unexpected|fc.weight)'):
             load_optimizer_state(build_optimizer(config, models[0]), models[0], broken, 'file')

@@ -1,4 +1,4 @@
-"""Parity with the official implementation, from the numbers in tests/reference."""
+"""Parity with the official implementation, against the numbers in tests/reference."""
 import pathlib
 
 import numpy as np
@@ -37,7 +37,7 @@ def test_logits(variant):
         for size, x in inputs.items():
             official = GOLDEN[f'{variant}_logits_{size}']
             np.testing.assert_allclose(unfused_logits[size], official, rtol=0, atol=3e-4)
-            for network in (fused, model):  # converted, and switched in place
+            for network in (fused, model):  # fused as a copy, and in place
                 np.testing.assert_allclose(network(x).numpy(), official, rtol=0, atol=3e-4)
                 np.testing.assert_allclose(network(x).numpy(), unfused_logits[size], rtol=0, atol=3e-4)
 

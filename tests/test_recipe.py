@@ -1,4 +1,4 @@
-"""The recipe: schedules at their boundaries, what training does of them, what the dry run says of it."""
+"""The recipe: schedules and curriculum, whether training follows them, what tools.show_recipe prints; distillation."""
 import json
 import math
 
@@ -32,13 +32,13 @@ def test_the_papers_recipe(variant):
     assert {row['steps'] for row in rows} == {IMAGES // 256}
     assert list(rows[0]) == ['epoch', 'lr', 'weight_decay', 'image_size', 'auto_augment_strength', 'ema_decay', 'steps']
     by_epoch = {row['epoch']: row for row in rows}
-    # the warm-up ends with epoch 5, and the cosine begins
+    # the warm-up ends with epoch 5, then the cosine starts
     assert [by_epoch[epoch]['lr'] for epoch in (1, 2, 6)] == pytest.approx([0.0002, 0.0002 + 0.0998 / 5, 0.1])
-    # half of the cosine's 295 epochs are over in the middle of epoch 153
+    # the middle of the cosine's 295 epochs is the middle of epoch 153
     assert (by_epoch[153]['lr'] + by_epoch[154]['lr']) / 2 == pytest.approx(0.0501, rel=1e-4)
     last = 0.0002 + 0.0998 * (1 + math.cos(math.pi * 294 / 295)) / 2
     assert by_epoch[300]['lr'] == pytest.approx(last)
-    # the decay falls from the first step on
+    # weight decay falls from the first step on
     assert by_epoch[1]['weight_decay'] == 1e-4
     assert by_epoch[6]['weight_decay'] == pytest.approx(1e-5 + 9e-5 * (1 + math.cos(math.pi * 5 / 300)) / 2)
     assert by_epoch[151]['weight_decay'] == pytest.approx(5.5e-5)
@@ -58,7 +58,7 @@ def test_the_papers_recipe(variant):
     assert config.CUTMIX_MINMAX == [0.0, 0.0]
 
 
-def test_rates_of_another_batch():
+def test_recipe_with_a_larger_batch():
     rows = recipe_of('mobileone_s0', 16)
     assert rows[5]['lr'] == pytest.approx(0.2) and rows[0]['steps'] == IMAGES // 512
     assert rows[0]['weight_decay'] == 1e-4 and rows[-1]['ema_decay'] == pytest.approx(0.9995 ** 2)
@@ -75,7 +75,7 @@ def test_stages():
 
 @pytest.fixture
 def curriculum(config, fashion, tmp_path):
-    """A run of 4 epochs of 3 steps, and all that changes from epoch to epoch."""
+    """The config of a run of 4 epochs with 3 steps each, in which everything varies that can vary between epochs."""
     config.DATA.DATA_PATH, config.DATA.BATCH_SIZE, config.DATA.NUM_WORKERS = str(fashion), 16, 0
     config.SAVE = str(tmp_path / 'run')
     config.TRAIN.NUM_EPOCHS, config.TRAIN.WARMUP_EPOCHS, config.VALIDATE_FREQ = 4, 1, 4
@@ -84,7 +84,7 @@ def curriculum(config, fashion, tmp_path):
     return config
 
 
-def test_the_curriculum_is_said(curriculum):
+def test_describe_curriculum(curriculum):
     line = describe_curriculum(curriculum)
     assert line == ('curriculum: from epoch 1 24 pixels, AutoAugment 0.3; from epoch 3 32 pixels, AutoAugment 1; '
                     'evaluation at 32 pixels')
@@ -94,7 +94,7 @@ def test_the_curriculum_is_said(curriculum):
 
 
 def watched(monkeypatch, config):
-    """Run a training. Returns what its steps really used, and for how many epochs loaders were made."""
+    """Run a training. Returns: what each step actually used, and the (epoch, strength) of each loader created."""
     steps, loaders = [], []
     train_step = engine.train_step
 
@@ -116,7 +116,7 @@ def watched(monkeypatch, config):
     return steps, loaders
 
 
-def test_training_does_what_the_dry_run_says(curriculum, monkeypatch):
+def test_training_follows_the_printed_recipe(curriculum, monkeypatch):
     rows = get_recipe(resolve_config(curriculum), 60, 1)
     steps, loaders = watched(monkeypatch, curriculum)
     with open(curriculum.SAVE + '/log.txt', encoding='utf-8') as file:
@@ -136,7 +136,7 @@ def test_training_does_what_the_dry_run_says(curriculum, monkeypatch):
 
 
 @pytest.mark.parametrize('done, sizes', [(1, [24, 32, 32]), (2, [32, 32]), (3, [32])])
-def test_a_run_begun_later_is_in_the_right_stage(curriculum, monkeypatch, done, sizes):
+def test_last_epoch_starts_in_the_right_stage(curriculum, monkeypatch, done, sizes):
     curriculum.TRAIN.LAST_EPOCH = done
     steps, _ = watched(monkeypatch, curriculum)
     assert [step['image_size'] for step in steps[::3]] == sizes
@@ -145,8 +145,8 @@ def test_a_run_begun_later_is_in_the_right_stage(curriculum, monkeypatch, done, 
 
 @pytest.mark.parametrize('optimizer', ['SGD', 'AdamW'])
 @pytest.mark.parametrize('decay, end', [(0.5, 0.1), (0.0, 0.4), (0.3, 0.0)])
-def test_the_decay_of_a_step_is_the_one_used(curriculum, optimizer, decay, end):
-    """Without gradients a weight shrinks by lr times this step's decay, and nothing else does."""
+def test_each_step_uses_its_scheduled_weight_decay(curriculum, optimizer, decay, end):
+    """With zero gradients, weights shrink by lr times this step's decay, and no other parameter changes."""
     curriculum.TRAIN.OPTIMIZER.NAME, curriculum.TRAIN.OPTIMIZER.MOMENTUM = optimizer, 0.0
     curriculum.TRAIN.WEIGHT_DECAY, curriculum.TRAIN.END_WEIGHT_DECAY = decay, end
     loader = build_loader(curriculum, True)
@@ -210,7 +210,7 @@ def test_each_option_changes_the_pixels_that_reach_the_network(config, fashion, 
 
 @pytest.mark.parametrize('path', CONFIGS, ids=lambda path: path.stem)
 def test_every_config_trains_two_steps_of_each_stage(path, fashion):
-    """With the network, the sizes and the options that it says; two images a batch."""
+    """With its own network, image sizes and options, but two images per batch."""
     config = get_config(str(path))
     config.DATA.DATA_PATH, config.DATA.BATCH_SIZE, config.DATA.NUM_WORKERS = str(fashion), 2, 0
     config.MODEL.NUM_CLASSES = max(10, config.MODEL.NUM_CLASSES)
@@ -266,7 +266,7 @@ def test_show_recipe(tmp_path):
 
 @pytest.fixture(scope='module')
 def teacher(fashion, tmp_path_factory):
-    """Config and weights of a narrow network that has trained for an epoch; the config says how, which counts not."""
+    """Config and weights of a narrow network trained for one epoch. The config's training keys must be ignored."""
     folder = tmp_path_factory.mktemp('teacher')
     run('main_single_gpu.py', '-output', folder, *options(fashion, 'TRAIN.NUM_EPOCHS', '1'))
     path = folder / 'teacher.yaml'
@@ -288,7 +288,7 @@ def test_distillation(fashion, teacher, tmp_path, kind):
     run('main_single_gpu.py', '-output', tmp_path / 'b', *opts, 'TRAIN.DISTILLATION.ALPHA', '0')
     run('main_single_gpu.py', '-output', tmp_path / 'c', *opts, 'TRAIN.DISTILLATION.TYPE', 'none')
     a, b, c = ([row['loss'] for row in records(tmp_path / name)] for name in 'abc')
-    assert a[0] != b[0] and b == c  # with alpha 0 the teacher says nothing
+    assert a[0] != b[0] and b == c  # with alpha 0 the teacher has no effect
     state = checkpoint.load(str(tmp_path / 'a/latest.pdparams'))
     assert set(state['model']) == set(build_mobileone(get_config(str(tmp_path / 'a/config.yaml'))).state_dict())
 
@@ -310,8 +310,8 @@ def test_tau_and_the_teacher_reach_the_loss(config, fashion, teacher):
     np.testing.assert_allclose(criterion.teacher_model(images), own(images), rtol=1e-3, atol=1e-4)
 
 
-def test_the_teacher_sees_what_the_student_sees(config, fashion):
-    """Erased and mixed images, and the targets that belong to them."""
+def test_teacher_and_student_get_the_same_inputs(config, fashion):
+    """Erased and mixed images, with the matching targets."""
     config.DATA.DATA_PATH, config.DATA.BATCH_SIZE, config.DATA.NUM_WORKERS = str(fashion), 16, 0
     config.TRAIN.RANDOM_ERASE_PROB = config.TRAIN.MIXUP_ALPHA = 1.0
     loader = build_loader(config, True)
@@ -324,7 +324,7 @@ def test_the_teacher_sees_what_the_student_sees(config, fashion):
     assert to_network is to_teacher and logits.shape == targets.shape == [16, 10]
 
 
-def test_teachers_that_do_not_fit(fashion, teacher, tmp_path):
+def test_mismatched_teachers_are_rejected(fashion, teacher, tmp_path):
     def message(*more):
         return fails('main_single_gpu.py', '-output', tmp_path / 'x',
                      *distilled(fashion, teacher, 'TRAIN.DISTILLATION.TYPE', 'soft', *more))
@@ -343,7 +343,7 @@ def test_teachers_that_do_not_fit(fashion, teacher, tmp_path):
     assert 'does not fit the network of the config' in message('TRAIN.DISTILLATION.TEACHER_CFG', other)
 
 
-def test_recipe_as_a_picture(tmp_path):
+def test_plot_of_the_recipe(tmp_path):
     pytest.importorskip('matplotlib', reason='drawing is an optional extra')
     run('-m', 'tools.show_recipe', '-cfg', 'configs/demo.yaml', '-plot', tmp_path / 'x.png')
     assert (tmp_path / 'x.png').read_bytes()[:4] == b'\x89PNG'

@@ -107,7 +107,7 @@ def test_a_run_that_is_done_is_left_as_it_is(whole, tmp_path):
     again = tmp_path / 'again'
     shutil.copytree(folder, again)
     out = run(MAIN, '-output', again, '-resume', 'auto', *opts).stdout
-    assert f'resumed {again}/latest.pdparams after epoch 4' in out and 'not compared' not in out
+    assert f'resumed {again}/latest.pdparams after epoch 4' in out and 'cannot compare' not in out
     for path in folder.iterdir():
         if path.name not in ('log.txt', 'config.yaml', 'run.json'):
             assert path.read_bytes() == (again / path.name).read_bytes(), path
@@ -120,8 +120,8 @@ def test_a_config_of_an_earlier_version_is_no_obstacle(whole, tmp_path):
     text = (again / 'config.yaml').read_text()
     (again / 'config.yaml').write_text(text.replace('  SMOOTHING:', '  MODEL_EMA_FORCE_CPU: true\n  SMOOTHING:'))
     out = run(MAIN, '-output', again, '-resume', 'auto', *opts).stdout
-    assert (f'not compared with this run: {again}/config.yaml: TRAIN.MODEL_EMA_FORCE_CPU is True, but is not '
-            'supported: remove it') in out and 'all 4 epochs are done' in out
+    assert (f'cannot compare the saved config with this run: {again}/config.yaml: TRAIN.MODEL_EMA_FORCE_CPU is True, '
+            'but is not supported: remove it') in out and 'all 4 epochs are done' in out
     assert (again / 'config.yaml').read_text().replace(str(again), str(folder)) == text
 
 
@@ -184,7 +184,7 @@ def test_checkpoints_that_cannot_be_resumed(whole, fashion, tmp_path):
         MAIN, '-output', tmp_path / 'a', '-resume', folder / 'epoch_2.pdparams', *opts, 'MODEL.USE_SE', 'False')
     other = OPTIMIZERS['SGD' if 'AdamW' in opts else 'AdamW'] or ['TRAIN.OPTIMIZER.NAME', 'SGD']
     line = fails(MAIN, '-output', tmp_path / 'b', '-resume', folder / 'epoch_2.pdparams', *opts, *other)
-    assert 'its optimizer is another one: missing stages.0.' in line and 'unexpected' not in line.split(';')[0]
+    assert 'its optimizer state does not match: missing stages.0.' in line and 'unexpected' not in line.split(';')[0]
     line = fails(MAIN, '-output', folder, '-resume', tmp_path / 'old.pdparams', *opts)
     assert 'holds the results of another run' in line and '-resume auto' in line
     # but their weights serve
@@ -195,15 +195,15 @@ def test_other_batches_and_no_ema_go_on_and_say_so(whole, tmp_path):
     folder, opts = whole
     out = run(MAIN, '-output', tmp_path / 'a', '-resume', folder / 'epoch_2.pdparams', *opts, 'TRAIN.ACCUM_ITER', '1',
               'TRAIN.MODEL_EMA', 'False').stdout
-    assert 'the checkpoint counts 4 steps, this run 6: it goes on after epoch 2, but not bitwise' in out
+    assert 'the checkpoint counts 4 steps, this run 6: it resumes after epoch 2, but the result will not be' in out
     assert 'TRAIN.ACCUM_ITER was' not in out  # another folder's config is not at hand
     assert [row['step'] for row in records(tmp_path / 'a')] == [9, 9, 12, 12]
     state = checkpoint.load(str(tmp_path / 'a/latest.pdparams'))
     assert state['model_ema'] == {}
     out = run(MAIN, '-output', tmp_path / 'a', '-resume', 'auto', *opts, 'TRAIN.NUM_EPOCHS', '5', 'TRAIN.ACCUM_ITER',
               '1').stdout
-    assert 'the checkpoint holds no EMA: the average starts from its weights' in out
-    assert 'so the run does not go on bitwise as it would have: TRAIN.MODEL_EMA was False and is True' in out
+    assert 'the checkpoint has no EMA: the average starts from its weights' in out
+    assert 'so the result will not be bitwise identical: TRAIN.MODEL_EMA was False and is True' in out
     assert records(tmp_path / 'a')[-1]['epoch'] == 5
 
 
@@ -219,7 +219,7 @@ def test_checkpoints_of_the_past(name, where, fashion, tmp_path):
     args = ['-cfg', past / 'config.yaml', '-data_path', fashion]
     out = run(MAIN, *args, '-output', again, '-resume', 'auto', '-opts', 'DATA.IMAGE_BACKEND', 'pillow').stdout
     assert f'resumed {again}/latest.pdparams {where}' in out and out.count('bitwise') == 1
-    assert "so the run does not go on bitwise as it would have: DATA.IMAGE_BACKEND was 'auto' and is 'pillow'" in out
+    assert "so the result will not be bitwise identical: DATA.IMAGE_BACKEND was 'auto' and is 'pillow'" in out
     run(MAIN, *args, '-output', tmp_path / 'evaluated', '-eval', '-pretrained', past / 'latest.pdparams')
     for first, second in ((past, again), (past / 'evaluation', tmp_path / 'evaluated')):
         expected, rows = without_times(records(first)), without_times(records(second))

@@ -1,4 +1,4 @@
-"""A run: what decides on the best epoch, what is not saved, how it is asked to stop."""
+"""A run: which epoch is the best, what is not saved, how a stop request ends it, what it logs."""
 import json
 import math
 import os
@@ -27,18 +27,18 @@ def loaders(config, fashion):
 
 
 def scripted(monkeypatch, accuracies, loss=1.0):
-    """Let evaluations return these accuracies, one after the other."""
+    """Make evaluations return these accuracies, one after the other."""
     results = iter(accuracies)
     monkeypatch.setattr(engine, 'evaluate', lambda networks, *args: {
         name: engine.Metrics(loss, next(results), 50.0, 35, 1.0) for name, _ in networks})
 
 
 @pytest.mark.parametrize('ema, best', [(True, {'acc1': 40.0, 'epoch': 2}), (False, {'acc1': 60.0, 'epoch': 3})])
-def test_best_is_chosen_by_the_ema(config, fashion, tmp_path, monkeypatch, ema, best):
+def test_ema_decides_on_the_best_epoch(config, fashion, tmp_path, monkeypatch, ema, best):
     config.DATA.DATA_PATH, config.SAVE = str(fashion), str(tmp_path)
     config.TRAIN.NUM_EPOCHS, config.TRAIN.WARMUP_EPOCHS, config.TRAIN.MODEL_EMA = 3, 0, ema
     config.DATA.NUM_WORKERS = 0
-    # raw weights improve to the last epoch, their average is best in the second
+    # the raw weights improve until the last epoch, the EMA is best in the second
     scripted(monkeypatch, [50.0, 30.0, 55.0, 40.0, 60.0, 20.0] if ema else [50.0, 55.0, 60.0])
     train(config)
     state = checkpoint.load(str(tmp_path / 'best.pdparams'))
@@ -50,13 +50,13 @@ def test_a_diverged_evaluation_ends_the_run_and_is_not_saved(config, fashion, tm
     config.DATA.DATA_PATH, config.SAVE = str(fashion), str(tmp_path)
     config.TRAIN.WARMUP_EPOCHS = config.DATA.NUM_WORKERS = 0
     scripted(monkeypatch, [3.0, 3.0], loss=float('nan'))
-    with pytest.raises(UserError, match='the loss of val images with raw weights, epoch 1 is nan: lower TRAIN.BASE_LR'):
+    with pytest.raises(UserError, match='the val loss with raw weights in epoch 1 is nan: lower TRAIN.BASE_LR'):
         train(config)
     assert [path.name for path in tmp_path.glob('*.pdparams')] == ['latest.pdparams']
-    assert checkpoint.load(str(tmp_path / 'latest.pdparams'))['progress']  # that before the evaluation
+    assert checkpoint.load(str(tmp_path / 'latest.pdparams'))['progress']  # saved before the evaluation
     rows = [json.loads(line) for line in (tmp_path / 'log.jsonl').read_text().splitlines()]
     assert [row['split'] for row in rows] == ['train']
-    assert 'error: the loss of val images' in (tmp_path / 'log.txt').read_text()
+    assert 'error: the val loss' in (tmp_path / 'log.txt').read_text()
 
 
 def test_weights_that_are_not_finite_are_not_saved(config, loaders, tmp_path):
@@ -70,7 +70,7 @@ def test_weights_that_are_not_finite_are_not_saved(config, loaders, tmp_path):
     velocity = optim.optimizer_state(training.optimizer, training.model)['fc.bias.velocity']
     for tensor in (training.ema.network.fc.bias, training.model.fc.bias, velocity):
         tensor.set_value(np.full([10], np.inf, 'float32'))
-        with pytest.raises(engine.NotFiniteError, match='a weight, or a number of the optimizer, after epoch 2 is nan'):
+        with pytest.raises(engine.NotFiniteError, match='a weight or optimizer value after epoch 2 is nan'):
             run.save()
         tensor.set_value(np.zeros([10], 'float32'))
     assert (tmp_path / 'latest.pdparams').read_bytes() == before and run.last_checkpoint.endswith('(epoch 1)')
@@ -80,7 +80,7 @@ def test_a_loss_that_is_not_finite_is_not_saved(config, loaders, tmp_path):
     config.SAVE = str(tmp_path)
     run = Run(config, build_training(config, build_mobileone(config), loaders[0]))
     run.part = engine.EpochPart(1, 2, paddle.to_tensor([math.inf, 0, 0], dtype='float64'), 16, 1.0)
-    with pytest.raises(engine.NotFiniteError, match='the loss of training, epoch 1, step 2, is inf: lower TRAIN.BASE_'):
+    with pytest.raises(engine.NotFiniteError, match='the training loss in epoch 1, step 2, is inf: lower TRAIN.BASE_'):
         run.save()
     assert os.listdir(tmp_path) == []
     run.part.sums = paddle.zeros([3], dtype='float64')
@@ -88,7 +88,7 @@ def test_a_loss_that_is_not_finite_is_not_saved(config, loaders, tmp_path):
     assert os.listdir(tmp_path) == ['latest.pdparams']
 
 
-def test_the_error_of_a_bad_loss_names_the_last_checkpoint(config, fashion, tmp_path, monkeypatch):
+def test_error_of_a_bad_loss_names_the_last_checkpoint(config, fashion, tmp_path, monkeypatch):
     config.DATA.DATA_PATH, config.SAVE, config.DATA.BATCH_SIZE = str(fashion), str(tmp_path), 20
     config.TRAIN.WARMUP_EPOCHS = config.DATA.NUM_WORKERS = 0
     batch_sums, calls = engine.batch_sums, []
@@ -97,18 +97,19 @@ def test_the_error_of_a_bad_loss_names_the_last_checkpoint(config, fashion, tmp_
         calls.append(None)
         return batch_sums(*args) * (math.nan if len(calls) == 3 else 1)
     monkeypatch.setattr(engine, 'batch_sums', broken)
-    for freq, last in ((0, 'none: no epoch was saved yet'), (1, f'{tmp_path}/1/latest.pdparams (epoch 1, step 2)')):
+    for freq, last in ((0, 'none, because nothing is saved yet'),
+                       (1, f'{tmp_path}/1/latest.pdparams (epoch 1, step 2)')):
         calls.clear()
         config.SAVE_FREQ_STEPS, config.SAVE = freq, str(tmp_path / str(freq))
         with pytest.raises(UserError) as error:
             train(config)
         assert str(error.value) == (
-            'the loss of training, epoch 1, steps 2 to 3, is nan: lower TRAIN.BASE_LR, or check MODEL.PRETRAINED and '
-            f'the labels; the last good checkpoint is {last}')
+            'the training loss in epoch 1, steps 2 to 3, is nan: lower TRAIN.BASE_LR, or check MODEL.PRETRAINED and '
+            f'the labels; last good checkpoint: {last}')
 
 
-def test_training_that_waits_for_images_says_so_once_an_epoch(config, fashion, tmp_path, monkeypatch):
-    """And evaluation, in which workers have most of the time, does not."""
+def test_waiting_for_images_is_reported_once_per_epoch(config, fashion, tmp_path, monkeypatch):
+    """Only in training: in evaluation, reading images normally takes most of the time."""
     monkeypatch.setattr(runtime.loader, 'SLOW_SECONDS', 0)
     monkeypatch.setattr(runtime.loader, 'SLOW_SHARE', 0)
     monkeypatch.setattr(runtime.loader, 'cores_per_process', lambda: 1)
@@ -116,14 +117,14 @@ def test_training_that_waits_for_images_says_so_once_an_epoch(config, fashion, t
     config.TRAIN.WARMUP_EPOCHS, config.DATA.NUM_WORKERS, config.DATA.BATCH_SIZE = 0, 0, 16
     train(config)
     lines = (tmp_path / 'log.txt').read_text().splitlines()
-    said = [number for number, line in enumerate(lines) if 'warning: ' in line]
+    warned = [number for number, line in enumerate(lines) if 'warning: ' in line]
     ends = [number for number, line in enumerate(lines) if ' train raw: ' in line]
-    assert len(said) == 2 and said[0] < ends[0] < said[1] < ends[1]
-    assert 'of the time is spent waiting for images: use more cores' in lines[said[0]]
+    assert len(warned) == 2 and warned[0] < ends[0] < warned[1] < ends[1]
+    assert 'of the time is spent waiting for images: use more cores' in lines[warned[0]]
 
 
 def test_default_workers_are_logged(config, fashion, tmp_path, monkeypatch):
-    """The saved config keeps the -1: a run that goes on elsewhere has the workers of that machine."""
+    """The saved config keeps the -1, so that a run resumed on another machine uses that machine's default."""
     monkeypatch.setattr(runtime.loader, 'default_workers', lambda: 3)
     config.DATA.DATA_PATH, config.SAVE = str(fashion), str(tmp_path)
     config.TRAIN.NUM_EPOCHS, config.TRAIN.WARMUP_EPOCHS, config.DATA.NUM_WORKERS = 1, 0, -1
@@ -132,7 +133,7 @@ def test_default_workers_are_logged(config, fashion, tmp_path, monkeypatch):
     assert 'NUM_WORKERS: -1' in (tmp_path / 'config.yaml').read_text()
 
 
-def test_the_backend_is_said_and_a_changed_one_is_not_refused(config, fashion, tmp_path, monkeypatch):
+def test_backend_is_logged_and_may_change_on_resume(config, fashion, tmp_path, monkeypatch):
     config.DATA.DATA_PATH, config.SAVE = str(fashion), str(tmp_path)
     config.TRAIN.NUM_EPOCHS, config.TRAIN.WARMUP_EPOCHS, config.DATA.NUM_WORKERS = 2, 0, 0
     line = 'DATA.IMAGE_BACKEND {}: JPEG files for training are read by {}\n'
@@ -148,7 +149,7 @@ def test_the_backend_is_said_and_a_changed_one_is_not_refused(config, fashion, t
     assert 'DATA.IMAGE_BACKEND' in next(text for text in log.splitlines() if 'not as in' in text and 'IMAGE' in text)
 
 
-def test_a_resume_with_other_workers_is_not_a_difference(config, fashion, tmp_path, monkeypatch, caplog):
+def test_number_of_workers_may_change_on_resume(config, fashion, tmp_path, monkeypatch, caplog):
     monkeypatch.setattr(LOG, 'propagate', True)
     caplog.set_level('INFO', LOG.name)
     config.DATA.DATA_PATH, config.SAVE, config.MODEL.RESUME = str(fashion), str(tmp_path), 'auto'
@@ -161,8 +162,8 @@ def test_a_resume_with_other_workers_is_not_a_difference(config, fashion, tmp_pa
     assert 'not as in' in caplog.text and 'SEED' in caplog.text
 
 
-def test_the_start_of_a_fine_tuning_is_evaluated_once(config, fashion, tmp_path, monkeypatch):
-    """Where the classifier is new, or the backbone frozen; not of a run that goes on."""
+def test_fine_tuning_evaluates_its_start_once(config, fashion, tmp_path, monkeypatch):
+    """If the classifier is new or the backbone frozen, and not again when the run is resumed."""
     config.DATA.DATA_PATH, config.DATA.NUM_WORKERS, config.TRAIN.NUM_EPOCHS = str(fashion), 0, 1
     paths = {}
     for classes in (10, 12):
@@ -183,13 +184,13 @@ def test_the_start_of_a_fine_tuning_is_evaluated_once(config, fashion, tmp_path,
     rows = [json.loads(line) for line in (folder / 'log.jsonl').read_text().splitlines()]
     assert [row['epoch'] for row in rows] == [0, 1, 1, 1, 2, 2, 2]
     config.TRAIN.FREEZE = 'backbone'
-    with pytest.raises(UserError, match='its optimizer is another one: .*; resume with the .*, the TRAIN.FREEZE and'):
+    with pytest.raises(UserError, match='its optimizer state does not match: .*; resume with the .*, TRAIN.FREEZE and'):
         train(config)
 
 
 @pytest.mark.parametrize('done', [0, 1])
-def test_a_fine_tuning_that_starts_again_has_one_record_of_its_start(config, fashion, tmp_path, monkeypatch, done):
-    """It has failed before its first checkpoint."""
+def test_restarted_fine_tuning_records_its_start_once(config, fashion, tmp_path, monkeypatch, done):
+    """After a failure before the first checkpoint."""
     config.DATA.DATA_PATH, config.DATA.NUM_WORKERS, config.TRAIN.NUM_EPOCHS = str(fashion), 0, done + 1
     config.SAVE, config.MODEL.RESUME, config.TRAIN.LAST_EPOCH = str(tmp_path), 'auto', done
     config.TRAIN.FREEZE, config.MODEL.PRETRAINED = 'backbone', str(tmp_path / 'start/w.pdparams')
@@ -210,8 +211,8 @@ def test_a_fine_tuning_that_starts_again_has_one_record_of_its_start(config, fas
 
 
 @pytest.mark.parametrize('evaluation', [False, True])
-def test_the_names_of_the_classes_come_with_a_run(config, tmp_path, evaluation):
-    """Those of an evaluation do not replace others."""
+def test_class_names_are_copied_to_the_run(config, tmp_path, evaluation):
+    """An evaluation does not replace existing ones."""
     config.DATA.DATA_PATH, config.SAVE, config.EVAL = str(tmp_path), str(tmp_path / 'run'), evaluation
     (tmp_path / 'run').mkdir()
     for names in ('cat', 'dog'):
@@ -220,8 +221,8 @@ def test_the_names_of_the_classes_come_with_a_run(config, tmp_path, evaluation):
     assert (tmp_path / 'run/class_names.txt').read_text() == ('cat' if evaluation else 'dog')
 
 
-def test_a_stop_in_the_evaluation_of_the_start_ends_in_order(config, loaders, tmp_path, monkeypatch, caplog):
-    """With what it says, and without a checkpoint: there is nothing to save."""
+def test_stop_during_the_first_evaluation_of_fine_tuning(config, loaders, tmp_path, monkeypatch, caplog):
+    """The message is logged, and no checkpoint is written, because there is nothing to save."""
     monkeypatch.setattr(LOG, 'propagate', True)
     caplog.set_level('INFO', LOG.name)
     config.SAVE = str(tmp_path)
@@ -230,7 +231,7 @@ def test_a_stop_in_the_evaluation_of_the_start_ends_in_order(config, loaders, tm
     with pytest.raises(SystemExit):
         run.train(*loaders)
     assert caplog.messages[-1] == ('stopped by SIGTERM; nothing is saved yet: the same command with -output '
-                                   f'{tmp_path} -resume auto starts afresh')
+                                   f'{tmp_path} -resume auto starts from scratch')
     assert os.listdir(tmp_path) == []
 
     def wait(*args):

@@ -305,7 +305,7 @@ def test_synchronized_batch_norms_keep_names_and_weights(config):
 
 
 class TimesScaler:
-    """Scales the loss by 1024, as Paddle's scaler of float16 does on a GPU."""
+    """Scales the loss by 1024, as Paddle's float16 scaler does on a GPU."""
 
     def __init__(self, model):
         self.parameters = [parameter for parameter in model.parameters() if not parameter.stop_gradient]

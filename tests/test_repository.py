@@ -1,6 +1,8 @@
 """What the README says is there and true, as far as a test can tell; who imports whom."""
 import ast
 import graphlib
+import inspect
+import pkgutil
 import re
 import shutil
 import subprocess
@@ -8,12 +10,15 @@ import subprocess
 import paddle
 import pytest
 from conftest import ROOT, run, variant_config
+from paddle.vision import transforms as paddle_transforms
 from PIL import Image
 from test_mobileone import SIZES
 
+from config import KEYS, UNSUPPORTED
 from mobileone import build_mobileone, model_convert
 
 README = (ROOT / 'README.md').read_text()
+DATA, MIGRATION = ((ROOT / f'docs/{name}.md').read_text() for name in ('data', 'migration'))
 
 
 def test_sizes_in_the_readme():
@@ -67,6 +72,35 @@ model.set_state_dict(model_state_dict)
         assert float(model_convert(weights_s0)(paddle.full([1, 3, 64, 64], 0.5)).abs().sum()) == pytest.approx(expected,
                                                                                                               rel=1e-3)
     assert float(out.splitlines()[-1]) == pytest.approx(expected, rel=1e-5)
+
+
+def test_names_on_the_migration_page_exist():
+    """Functions and classes in the column "Now" with the names of their parameters, and config keys."""
+    cells = [row.split('|')[-2] for row in re.findall(r'^\| .*', MIGRATION.split('###')[1], re.M)]
+    names = re.findall(r'`([a-z]+(?:\.\w+)+)(?:\((.*?)\))?`', ' '.join(cells))
+    assert len(names) > 30
+    for name, parameters in names:
+        found = pkgutil.resolve_name(name)
+        assert not parameters or set(parameters.split(', ')) <= set(inspect.signature(found).parameters), name
+    keys = set(re.findall(r'\b(?:DATA|MODEL|TRAIN)\.[A-Z_.]*[A-Z]', MIGRATION + DATA))
+    assert len(keys) > 20 and keys <= {*KEYS, *UNSUPPORTED}
+
+
+def test_preprocessing_on_the_migration_page(tmp_path, monkeypatch):
+    """It equals the old one: PaddlePaddle's resize, crop and normalization."""
+    [code] = re.findall(r'```python\n(.*?)```', MIGRATION + DATA, re.S)
+    (tmp_path / 'configs').symlink_to(ROOT / 'configs')
+    Image.effect_noise((300, 260), 90).convert('RGB').save(tmp_path / 'photo.jpg')
+    monkeypatch.chdir(tmp_path)
+    names = {}
+    exec(code, names)
+    data = names['config'].DATA
+    old = paddle_transforms.Compose([
+        paddle_transforms.Resize(int(data.IMAGE_SIZE / data.CROP_PCT), 'bicubic'),
+        paddle_transforms.CenterCrop(data.IMAGE_SIZE), paddle_transforms.ToTensor(),
+        paddle_transforms.Normalize(data.IMAGENET_MEAN, data.IMAGENET_STD)])(Image.open('photo.jpg'))
+    assert names['images'].shape == [1, 3, 224, 224]
+    assert float((names['images'][0] - old).abs().max()) < 1e-5
 
 
 @pytest.mark.parametrize('path', [*ROOT.glob('*.sh'), *ROOT.glob('tools/*.sh')], ids=lambda path: path.name)

@@ -204,9 +204,9 @@ def test_make_fashion_mnist_errors(tmp_path):
     command = ['-m', 'tools.make_fashion_mnist', '-source', tmp_path, '-output', tmp_path / 'out']
     assert 'train-images-idx3-ubyte.gz: no such file' in fails(*command)
     idx(tmp_path, 'train', np.zeros((3, 28, 28), 'uint8'), np.zeros(2, 'uint8'))
-    assert 'do not belong together' in fails(*command)
+    assert 'do not match; copy the four files again' in fails(*command)
     idx(tmp_path, 'train', np.zeros((0, 28, 28), 'uint8'), np.zeros(0, 'uint8'))
-    assert 'do not belong together' in fails(*command)
+    assert 'do not match; copy the four files again' in fails(*command)
     path = tmp_path / 'train-images-idx3-ubyte.gz'
     whole = (ROOT / 'demo/t10k-images-idx3-ubyte.gz').read_bytes()
     for content in (b'x', whole[:5000], whole[:10] + b'\xff' * 2000 + whole[2010:]):

@@ -231,7 +231,7 @@ def describe_ranges(ranges):
 
 
 def save_list(path, good):
-    """Write a list unless it would be empty, and print which. good: pairs of path and label."""
+    """Write a list unless it would be empty, and print the outcome. good: pairs of path and label."""
     if not good:
         print(f'{path}: not written, because no lines are left')
         return

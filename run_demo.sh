@@ -3,9 +3,9 @@
 #
 #   sh run_demo.sh
 #
-# Needs Python 3.9 to 3.12 and a network for pip. Makes .venv, data/fashion_mnist_demo and output/demo; run again, it
-# trains again, or goes on where it was stopped. Expected: at least 82 % top-1 (see README.md). PADDLE chooses the wheel,
-# PYTHON the interpreter.
+# Needs Python 3.9 to 3.12 and network access for pip. Creates .venv, data/fashion_mnist_demo and output/demo. Run
+# again, it resumes an interrupted training; after a finished one it starts over. Expected: at least 82% top-1 (see
+# README.md). Set PADDLE to choose the wheel, PYTHON to choose the interpreter.
 set -eu
 cd "$(dirname "$0")"
 case ${1:-} in -h | --help)
@@ -15,7 +15,7 @@ esac
 sh tools/venv.sh .venv "${PADDLE:-paddlepaddle==3.3.1}"
 [ ! -e output/demo/fused.pdparams ] || rm -rf output/demo
 .venv/bin/python -m tools.make_fashion_mnist -source demo -output data/fashion_mnist_demo
-# the same 24 images a step, which two processes take in less time than one (docs/performance.md)
+# 24 images per step either way; two processes are faster than one (docs/performance.md)
 if [ "$(uname)" = Linux ] && [ "$(getconf _NPROCESSORS_ONLN)" -ge 2 ]; then
     set -- main_multi_gpu.py -nproc 2 -batch_size 12 -opts DATA.NUM_WORKERS 0
 else

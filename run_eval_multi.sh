@@ -1,19 +1,19 @@
 #!/bin/sh
-# Evaluate weights on all visible GPUs of this machine, or of several. Every image of the val list counts once.
+# Evaluate weights on all visible GPUs of one or more machines. Every image of the val list counts exactly once.
 #
 #   sh run_eval_multi.sh
 #   CFG=configs/mobileone_s1.yaml PRETRAINED=mobileone_s1.pdparams GPUS=0 sh run_eval_multi.sh -deploy
 #
-# Flags go to main_multi_gpu.py (-h lists them). Variables, all optional:
+# Flags are passed to main_multi_gpu.py (-h lists them). Optional variables, with their defaults in parentheses:
 #   CFG         config file (configs/mobileone_s0.yaml)
 #   PRETRAINED  weights (./mobileone_s0.pdparams)
 #   DATA_PATH   folder with val_list.txt (/dataset/imagenet)
-#   OUTPUT      folder for the log (output/eval- and the config's name); what it holds is added to
-#   BATCH_SIZE  images per step and GPU (256)
-#   GPUS        which ones, e.g. 0,1,2,3 (all that are visible)
-#   NNODES, MASTER, RANK  machines, the first one's address:port, this one's number from 0
-#   PYTHON      the interpreter (python)
-# Without a GPU one process computes on the CPU; PADDLE_NPROC_PER_NODE=2 makes it two.
+#   OUTPUT      folder for the log (output/eval-NAME, with the name of the config); an existing log is appended to
+#   BATCH_SIZE  images per GPU and step (256)
+#   GPUS        GPUs to use, e.g. 0,1,2,3 (all visible ones)
+#   NNODES, MASTER, RANK  number of machines, address:port of the first one, number of this one from 0
+#   PYTHON      Python interpreter (python)
+# Without a GPU, one process runs on the CPU; PADDLE_NPROC_PER_NODE=2 starts two.
 set -eu
 cd "$(dirname "$0")"
 case ${1:-} in -h | --help)

@@ -1,7 +1,7 @@
 #!/bin/sh
-# Make the test environment and run the tests, on all cores; some five minutes on two:
+# Create the test environment and run the tests on all cores; about five minutes on two:
 #
-#   sh run_tests.sh [pytest's arguments]
+#   sh run_tests.sh [pytest arguments]
 #   PADDLE=paddlepaddle==2.6.2 sh run_tests.sh
 #   sh run_tests.sh --long          # more random faults and mutations
 set -eu

@@ -1,1 +1,1 @@
-"""What comes after training: prediction, and the files that other engines run."""
+"""What comes after training: prediction, exports for other engines, and evaluation reports."""

@@ -1,13 +1,13 @@
-"""A fused MobileOne as an ONNX graph: a node per operator, named as in the network, on any PaddlePaddle the same."""
+"""Build the ONNX graph of a fused MobileOne: one node per operator, identical on every PaddlePaddle version."""
 import numpy as np
 from onnx import TensorProto, helper, numpy_helper
 
-# the oldest in which every operator here has the form that today's engines read
+# the oldest opset in which every operator used here has its current form
 OPSET, IR_VERSION = 13, 8
 
 
 class _Graph:
-    """Nodes and weights, each node named after its output."""
+    """The nodes and weights of a graph. Each node is named after its output."""
 
     def __init__(self):
         self.nodes, self.weights = [], []
@@ -26,14 +26,16 @@ class _Graph:
                         strides=_pair(conv._stride), pads=2 * _pair(conv._padding), group=conv._groups)
 
     def squeeze_excite(self, x, block, name):
-        """As mobileone.SEBlock."""
+        """Add the nodes of mobileone.SEBlock."""
         y = self.add('GlobalAveragePool', [x], f'{name}.pool')
         y = self.add('Relu', [self.conv(y, block.reduce, f'{name}.reduce', f'{name}.reduce')], f'{name}.relu')
         y = self.add('Sigmoid', [self.conv(y, block.expand, f'{name}.expand', f'{name}.expand')], f'{name}.sigmoid')
         return self.add('Mul', [x, y], name)
 
     def normalize(self, x, spec):
-        """Pixels as `spec.pixels` says -> normalized floats. Not folded into the stem, which pads with zeros after it.
+        """Add the normalization of `spec.pixels`.
+
+        It is not folded into the stem, which pads the normalized image with zeros: the borders would differ.
         """
         if spec.pixels == 'uint8':
             x = self.add('Cast', [x], 'pixels', to=TensorProto.FLOAT)
@@ -46,11 +48,12 @@ def _pair(value):
 
 
 def build_onnx(model, spec):
-    """The ModelProto of a fused network: 'image' [N, 3, H, W] -> 'logits' [N, C], or 'probabilities' with spec.softmax.
+    """Build the ModelProto of a fused network: 'image' [N, 3, H, W] -> 'logits' [N, C] or, with spec.softmax,
+    'probabilities'.
 
-    spec: deploy.predictor.Spec, which goes into the file's metadata. With a batch, H and W are its image_size; without
-    one all three are free. Of pixels that are not 'normalized' the graph takes care.
-    The last output of stage s is named f'stage{s}', the stem's 'stage0'.
+    spec: deploy.predictor.Spec, stored in the file's metadata. If spec.batch is set, N is fixed to it and H and W to
+    spec.image_size; otherwise all three are dynamic. The graph normalizes its input unless spec.pixels is 'normalized'.
+    The output of stage s is named f'stage{s}'; the stem is 'stage0'.
     """
     graph = _Graph()
     x = 'image' if spec.pixels == 'normalized' else graph.normalize('image', spec)

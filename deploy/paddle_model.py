@@ -1,4 +1,4 @@
-"""A fused MobileOne as files of Paddle Inference, with the inference.yml that PaddleX 3 reads."""
+"""Write a fused MobileOne for Paddle Inference, with the inference.yml that PaddleX 3 reads."""
 import contextlib
 import copy
 import io
@@ -15,7 +15,7 @@ from mobileone import ConvNorm, SEBlock
 
 
 class _Exported(nn.Layer):
-    """[N, 3, H, W] as `spec.pixels` says -> logits, or probabilities where spec.softmax says so."""
+    """Images [N, 3, H, W] in the form of spec.pixels -> logits [N, C], or probabilities with spec.softmax."""
 
     def __init__(self, model, spec):
         super().__init__()
@@ -30,9 +30,9 @@ class _Exported(nn.Layer):
 
 
 def with_batch_norms(model):
-    """A fused network whose biases are those of batch norms that do nothing else.
+    """Return a copy of a fused network whose biases are moved into batch norms that do nothing else.
 
-    oneDNN in PaddlePaddle 2.6.2 computes a convolution's bias apart from it, but takes in a batch norm.
+    oneDNN in PaddlePaddle 2.6.2 merges a convolution with a batch norm, but not with its own bias.
     """
     model = copy.deepcopy(model)
     for layer in model.sublayers():
@@ -46,7 +46,7 @@ def with_batch_norms(model):
 
 
 class _OldSigmoid(nn.Layer):
-    """The sigmoid, where PaddlePaddle 3 writes programs as 2.x does: its own (3.3.1) raises there."""
+    """A sigmoid for programs in the 2.x format, where PaddlePaddle 3.3.1's own sigmoid raises."""
 
     def forward(self, x):
         helper = LayerHelper('sigmoid')
@@ -64,11 +64,11 @@ def _with_old_sigmoids(model):
 
 
 def write_paddle(model, spec, folder, plain=False):
-    """Write a fused network to `folder`: inference.pdiparams, inference.yml and the program.
+    """Write a fused network to `folder`: inference.pdiparams, inference.yml and its programs.
 
-    That is inference.pdmodel, which every PaddlePaddle reads, and on 3.x inference.json too.
-    plain: leave out the batch norms that make it faster on 2.x, to measure what they do.
-    Returns: names of the programs.
+    The programs are inference.pdmodel, which every PaddlePaddle version reads, and on 3.x also inference.json.
+    plain: on 2.x, keep plain biases instead of `with_batch_norms`, for benchmarks.
+    Returns: the file names of the programs.
     """
     size = [spec.batch, 3, spec.image_size, spec.image_size]
     inputs = [InputSpec(size, 'uint8' if spec.pixels == 'uint8' else 'float32', 'image')]
@@ -81,7 +81,7 @@ def write_paddle(model, spec, folder, plain=False):
     for network, context in programs.values():
         layer = _Exported(network, spec)
         layer.eval()
-        # both programs share their parameters: the same ones are written twice
+        # both programs have the same parameters, so the second save rewrites the same inference.pdiparams
         with context(), contextlib.redirect_stderr(io.StringIO()):
             paddle.jit.save(paddle.jit.to_static(layer, input_spec=inputs), path)
     with contextlib.suppress(FileNotFoundError):
@@ -92,10 +92,9 @@ def write_paddle(model, spec, folder, plain=False):
 
 
 def describe(spec):
-    """inference.yml: what PaddleX does to an image and with the result, and the Spec.
+    """Return the content of inference.yml: PaddleX's preprocessing and postprocessing, and the Spec.
 
-    PaddleX rounds sizes in its own way: it resizes the longer side to the nearest number of pixels, where evaluation
-    rounds down, and may crop a pixel beside evaluation's.
+    PaddleX rounds the longer side to the nearest pixel where evaluation rounds down, so its crop may be off by one.
     """
     mean, std = ([0.0] * 3, [1.0] * 3) if spec.pixels != 'normalized' else (list(spec.mean), list(spec.std))
     interpolation = 'LANCZOS4' if spec.interpolation == 'lanczos' else spec.interpolation.upper()

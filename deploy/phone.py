@@ -1,4 +1,4 @@
-"""Convert the ONNX file of a network for the engines that run on phones: ncnn and MNN."""
+"""Convert the ONNX file of a network for engines that run on phones: ncnn and MNN."""
 import os
 import shutil
 import subprocess
@@ -9,25 +9,25 @@ import numpy as np
 
 from utils import UserError, one_line
 
-# format -> its file, and how to install its converter and its engine
+# format -> its file, and the command that installs its converter and engine
 FORMATS = {'ncnn': ('model.ncnn.param', 'pip install ncnn && pip install --no-deps pnnx'),
            'mnn': ('model.mnn', 'pip install MNN')}
 
 
 def find_converter(name):
-    """The path of a format's converter; None if it, or the package that checks the result, is not installed."""
+    """Return the path of a format's converter; None if it, or the engine that checks its output, is not installed."""
     if not find_spec({'ncnn': 'ncnn', 'mnn': 'MNN'}[name]):
         return None
-    if name == 'ncnn':  # not its command, which imports PyTorch
+    if name == 'ncnn':  # the binary, because the pnnx command imports PyTorch
         package = find_spec('pnnx')
         return package and shutil.which(os.path.join(package.submodule_search_locations[0], 'pnnx'))
     return shutil.which(os.path.join(os.path.dirname(sys.executable), 'mnnconvert')) or shutil.which('mnnconvert')
 
 
 def convert(name, onnx, spec):
-    """Convert an ONNX file to a format, beside it: model.ncnn.param and model.ncnn.bin, or model.mnn.
+    """Convert an ONNX file to a format: write model.ncnn.param and model.ncnn.bin, or model.mnn, next to it.
 
-    Raises: UserError with the converter's last line.
+    Raises: UserError with the last line of the converter's output if it fails.
     """
     folder, source = os.path.split(onnx)
     target, size = FORMATS[name][0], spec.image_size
@@ -39,23 +39,26 @@ def convert(name, onnx, spec):
     if process.returncode or target not in made:
         last = (process.stderr.strip() or process.stdout.strip()).rpartition('\n')[2]
         raise UserError(f'-format {name}: its converter failed with status {process.returncode} ({one_line(last)}); '
-                        'leave the format out, free the disk if it is full (`df -h`), or install another version')
+                        'drop the format, free the disk if it is full (`df -h`), or install another version')
     for other in made - {target, 'model.ncnn.bin'}:  # pnnx leaves its intermediate files
         os.remove(os.path.join(folder, other))
 
 
 def _broken(path):
     return UserError(f'{os.path.basename(path)}: its engine cannot read what the converter wrote; check that the disk '
-                     'is not full (`df -h`), or leave the format out')
+                     'is not full (`df -h`), or drop the format')
 
 
 def load_ncnn(path):
-    """run(images) of model.ncnn.param, one image at a time, in float32 as the network is. Raises: UserError."""
+    """Return run(images) for model.ncnn.param, which computes one image at a time in float32.
+
+    Raises: UserError if ncnn cannot read the file.
+    """
     import ncnn
     net = ncnn.Net()
     for option in ('use_fp16_packed', 'use_fp16_storage', 'use_fp16_arithmetic', 'use_bf16_storage'):
         setattr(net.opt, option, False)
-    if net.load_param(path) or net.load_model(f'{path[:-len("param")]}bin'):  # inference would crash
+    if net.load_param(path) or net.load_model(f'{path[:-len("param")]}bin'):  # inference would crash otherwise
         raise _broken(path)
 
     def run(images):
@@ -69,7 +72,7 @@ def load_ncnn(path):
 
 
 def load_mnn(path):
-    """run(images) of model.mnn. Raises: UserError."""
+    """Return run(images) for model.mnn. Raises: UserError if MNN cannot read the file."""
     import MNN
     try:
         module = MNN.nn.load_module_from_file(path, ['image'], [])

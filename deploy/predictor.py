@@ -1,6 +1,6 @@
-"""Predict classes of images with trained weights, an exported folder or an ONNX file, each by an engine that runs it.
+"""Predict the classes of images with trained weights, an exported folder or an ONNX file.
 
-Importing this module does not import Paddle, and neither do predictions of ONNX files.
+Neither importing this module nor predicting with an ONNX file imports Paddle.
 """
 import dataclasses
 import importlib.util
@@ -20,7 +20,7 @@ from runtime.files import check_regular, read_names
 from transforms import EvalTransform
 from utils import UserError, describe_error, one_line
 
-# engine -> the package that it needs, and how to get it
+# engine -> the package that it needs, and the command that installs it
 ENGINES = {
     'paddle': ('paddle', 'pip install paddlepaddle==3.3.1'),
     'inference': ('paddle', 'pip install paddlepaddle==3.3.1'),
@@ -29,18 +29,18 @@ ENGINES = {
 }
 WEIGHTS = ('.pdparams', '.safetensors')
 ONNX = 'model.onnx'
-ONNX_ENGINES = ('onnxruntime', 'openvino')  # the first one goes before
-# files of Paddle Inference, the fastest first
+ONNX_ENGINES = ('onnxruntime', 'openvino')  # in order of preference
+# programs of Paddle Inference, fastest first
 PROGRAMS = ('inference.pdmodel', 'inference.json')
 PARAMS, CARD = 'inference.pdiparams', 'inference.yml'
-# images that are computed at a time
+# images computed at a time
 BATCH = 32
 MOST_THREADS = 1024
 
 
 @dataclasses.dataclass(frozen=True)
 class Spec:
-    """What a network's input and output mean: how an image becomes its input, and what the classes are called."""
+    """Describe a network's input and output: its preprocessing and its class names."""
     name: str
     image_size: int
     crop_pct: float
@@ -50,47 +50,51 @@ class Spec:
     exif_transpose: bool
     bit_depth: int
     class_names: tuple
-    # what it takes: floats that are 'normalized', 'uint8' pixels, or pixels from 0 to 1 ('unit')
+    # input: 'normalized' floats, 'uint8' pixels, or floats from 0 to 1 ('unit')
     pixels: str = 'normalized'
-    # whether it gives probabilities, not logits
+    # whether the output is probabilities rather than logits
     softmax: bool = False
-    # images that it takes at a time; None: any number
+    # fixed number of images per call; None: any number
     batch: Optional[int] = None
 
     @classmethod
     def of_config(cls, config, class_names):
+        """Return the Spec of a config's network."""
         data = config.DATA
         return cls(config.MODEL.NAME, data.IMAGE_SIZE, data.CROP_PCT, data.INTERPOLATION.lower(),
                    tuple(data.IMAGENET_MEAN), tuple(data.IMAGENET_STD), data.EXIF_TRANSPOSE, data.BIT_DEPTH,
                    tuple(class_names))
 
     def to_metadata(self):
-        """{name: JSON}, as ONNX files and exported folders hold it."""
+        """Return {name: JSON}, as stored in ONNX files and exported folders."""
         return {name: json.dumps(value) for name, value in dataclasses.asdict(self).items()}
 
     @classmethod
     def of_metadata(cls, metadata, path):
-        """Raises: UserError for a model that is not one of ours."""
+        """Return the Spec stored in a model's metadata.
+
+        Raises: UserError if the metadata was not written by tools.export_model.
+        """
         try:
             values = {field.name: json.loads(metadata[field.name]) for field in dataclasses.fields(cls)}
             return cls(**{name: tuple(value) if isinstance(value, list) else value for name, value in values.items()})
         except (KeyError, TypeError, ValueError) as error:
-            raise UserError(f'{path}: does not say how images become its input ({describe_error(error, 80)}): export '
-                            'it with python -m tools.export_model') from None
+            raise UserError(f'{path}: its metadata does not describe the preprocessing ({describe_error(error, 80)}): '
+                            'export it with python -m tools.export_model') from None
 
     @property
     def transform(self):
-        """Evaluation's, from an image to the pixels that `to_input` takes."""
+        """The evaluation transform, from an image to the uint8 pixels that `to_input` takes."""
         return EvalTransform(self.image_size, self.crop_pct, self.interpolation)
 
     def shift_and_scale(self):
-        """Float32 arrays [3, 1, 1]: normalized = (pixel - shift) * scale, as `transforms.Normalize` computes it."""
+        """Return float32 [3, 1, 1] each, so that (pixel - shift) * scale is what `transforms.Normalize` computes."""
         mean, std = (np.array(values, 'float32').reshape(-1, 1, 1) for values in (self.mean, self.std))
         largest = np.float32(1 if self.pixels == 'unit' else 255)
         return largest * mean, 1 / (largest * std)
 
     def to_input(self, pixels):
-        """uint8 [N, H, W, 3] -> what the network takes, [N, 3, H, W]."""
+        """Convert uint8 [N, H, W, 3] to the network's input [N, 3, H, W]."""
         pixels = np.ascontiguousarray(pixels.transpose(0, 3, 1, 2))
         if self.pixels == 'uint8':
             return pixels
@@ -101,22 +105,22 @@ class Spec:
 
 
 class Prediction(NamedTuple):
-    """The classes of an image that are the most probable, the first one first."""
+    """The most probable classes of an image, in descending order."""
     ids: list
     names: list
     probabilities: list
 
 
 class Predictor:
-    """Classes of images.
+    """Predict the classes of images.
 
-    path: weights of ours (.pdparams or .safetensors, fused or not), an .onnx file or a folder that tools.export_model
-        has written.
-    config: of the weights; None: the config.yaml beside them. An export needs none.
-    engine: one of ENGINES; 'auto': the fastest that is installed and runs what is there.
-    threads: of the engine, on a CPU; None: as it chooses.
-    Threads of a program may share one; they take turns.
-    Raises: UserError for a file that no engine runs, an engine that is missing, and weights that do not fit.
+    path: this project's weights (.pdparams or .safetensors, fused or not), an .onnx file, or a folder written by
+        tools.export_model.
+    config: the config of the weights; None: the config.yaml next to them. Exports do not need it.
+    engine: one of ENGINES; 'auto': the fastest installed engine that can run the file.
+    threads: CPU threads of the engine; None: the engine's default.
+    Threads can share a Predictor; their calls run one at a time.
+    Raises: UserError for a file that no engine can run, a missing engine, and weights that do not fit the config.
     """
 
     def __init__(self, path, config=None, engine='auto', threads=None):
@@ -133,10 +137,10 @@ class Predictor:
         self.transform = self.spec.transform
 
     def __call__(self, images, top=5):
-        """The `top` most probable classes of each image, a Prediction each.
+        """Return a list with one Prediction per image: its `top` most probable classes.
 
-        images: a list of paths, Pillow images and uint8 arrays [H, W, 3], or one of them.
-        Raises: UserError for a file that cannot be read, naming it, and for anything else among the images.
+        images: a list of paths, Pillow images and uint8 arrays [H, W, 3], or a single one.
+        Raises: UserError for a file that cannot be read, and for anything that is not an image.
         """
         if type(top) is not int or top < 1:
             raise UserError(f'top is {top!r}, but must be a whole number from 1')
@@ -149,7 +153,7 @@ class Predictor:
         return predictions
 
     def pixels(self, image):
-        """uint8 [size, size, 3] of an image, those of evaluation."""
+        """Return an image as uint8 [size, size, 3], preprocessed as in evaluation."""
         spec = self.spec
         if isinstance(image, (str, os.PathLike)):
             return self.transform(read_image(image, spec.exif_transpose, spec.bit_depth))
@@ -164,18 +168,18 @@ class Predictor:
             raise UserError(f'an image cannot be read ({one_line(str(error))})') from None
 
     def outputs(self, pixels):
-        """uint8 [N, size, size, 3] -> float32 [N, classes]: logits, or probabilities where spec.softmax says so.
+        """Map uint8 [N, size, size, 3] to float32 [N, classes]: logits, or probabilities with spec.softmax.
 
-        Raises: UserError for numbers that are not finite.
+        Raises: UserError if an output is not finite.
         """
-        with self.lock:  # Paddle Inference and OpenVINO compute for one thread at a time
+        with self.lock:  # Paddle Inference and OpenVINO serve one thread at a time
             outputs = run_batches(self.run, self.spec, pixels)
         if not np.isfinite(outputs).all():
-            raise UserError(f'{self.path}: gives numbers that are not finite; its weights are broken')
+            raise UserError(f'{self.path}: the outputs are not finite; its weights are broken')
         return outputs
 
     def probabilities(self, pixels):
-        """uint8 [N, size, size, 3] -> float [N, classes]."""
+        """Map uint8 [N, size, size, 3] to probabilities, float [N, classes]."""
         outputs = self.outputs(pixels)
         return outputs if self.spec.softmax else softmax(outputs)
 
@@ -186,13 +190,16 @@ class Predictor:
 
 
 def softmax(logits):
-    """Probabilities, float64 [N, classes], of logits."""
+    """Return the probabilities, float64 [N, classes], of logits [N, classes]."""
     powers = np.exp(logits.astype('float64') - logits.max(axis=1, keepdims=True))
     return powers / powers.sum(axis=1, keepdims=True)
 
 
 def run_batches(run, spec, pixels):
-    """The outputs of an engine's run(input), called with as many images at a time as it takes, or BATCH."""
+    """Return the outputs [N, classes] of an engine's run(input) for uint8 pixels [N, size, size, 3].
+
+    It is called with spec.batch images at a time, the last batch padded, or with up to BATCH.
+    """
     size, rows = spec.batch or BATCH, []
     for start in range(0, len(pixels), size):
         images = pixels[start:start + size]
@@ -202,9 +209,11 @@ def run_batches(run, spec, pixels):
 
 
 def find_class_names(path, num_classes):
-    """The names in the class_names.txt beside weights; ImageNet's for its 1000 classes without one; else none.
+    """Return the names in the class_names.txt next to the weights.
 
-    Raises: UserError for a file that is not a name for each class, and as `read_names`.
+    Without that file, return ImageNet's names for 1000 classes, and () for any other number.
+
+    Raises: UserError if the file does not have one name per class, and as `read_names`.
     """
     names = os.path.join(os.path.dirname(path), 'class_names.txt')
     if not os.path.lexists(names):
@@ -214,17 +223,17 @@ def find_class_names(path, num_classes):
                              'imagenet_classes.txt')
     found = read_names(names)
     if len(found) != num_classes:
-        raise UserError(f'{names}: {len(found)} lines, but the network has {num_classes} classes: write a name for '
-                        'each')
+        raise UserError(f'{names}: {len(found)} lines, but the network has {num_classes} classes: write one name per '
+                        'class')
     return found
 
 
 def find_engine(path, engine='auto'):
-    """The engine that is to run what is at a path. Raises: as `Predictor`."""
+    """Return the name of the engine that will run the model at a path. Raises: as `Predictor`."""
     if engine not in ('auto', *ENGINES):
         raise UserError(f'engine is {engine!r}, but must be one of auto, {", ".join(ENGINES)}')
     if not os.path.exists(path):
-        raise UserError(f'{path}: no such file; give weights, an .onnx file or a folder of tools.export_model')
+        raise UserError(f'{path}: no such file; give weights, an .onnx file or a folder written by tools.export_model')
     files = os.listdir(path) if os.path.isdir(path) else [os.path.basename(path)]
     if not os.path.isdir(path):
         check_regular(path)
@@ -245,12 +254,12 @@ def find_engine(path, engine='auto'):
 
 
 def _load_paddle(path, config, threads, fused=True):
-    """PaddlePaddle itself, on the current device."""
+    """Load weights into PaddlePaddle, on the current device."""
     from config import get_config, resolve_config, with_values
     if config is None:
         beside = os.path.join(os.path.dirname(path), 'config.yaml')
         if not os.path.exists(beside):
-            raise UserError(f'{path}: weights need the config of their network, and there is no {beside}: give -cfg')
+            raise UserError(f'{path}: weights need the config of their network, but {beside} does not exist: give -cfg')
         config = get_config(beside)
     config = resolve_config(with_values(config, {'EVAL': True, 'MODEL.DEPLOY': fused, 'MODEL.PRETRAINED': path,
                                                  'MODEL.RESUME': ''}))
@@ -264,7 +273,7 @@ def _load_paddle(path, config, threads, fused=True):
         paddle.base.core.set_num_threads(threads)
     state = paddle.get_rng_state()
     model, _ = load_model(config, path)
-    paddle.set_rng_state(state)  # the network was made with random weights
+    paddle.set_rng_state(state)  # building the network drew random weights
     model.eval()
 
     def run(images):
@@ -274,7 +283,10 @@ def _load_paddle(path, config, threads, fused=True):
 
 
 def _load_inference(path, config, threads):
-    """Paddle Inference: on a CPU by the OpenVINO that PaddlePaddle 3's wheel has in it, which reads .pdmodel alone."""
+    """Load a folder into Paddle Inference.
+
+    On a CPU it uses the OpenVINO in PaddlePaddle 3's wheel if possible, which reads only .pdmodel files.
+    """
     program = next(os.path.join(path, name) for name in PROGRAMS if os.path.exists(os.path.join(path, name)))
     card = os.path.join(path, CARD)
     try:
@@ -286,33 +298,33 @@ def _load_inference(path, config, threads):
 
 
 def load_program(program, threads=None, bfloat16=False, engine='openvino'):
-    """run(images) of a program of Paddle Inference, by its OpenVINO where it has it and else by oneDNN.
+    """Return run(images) for a program of Paddle Inference, with its OpenVINO engine if it has one, else with oneDNN.
 
-    Raises: UserError for a program that it cannot read.
+    Raises: UserError for a program that cannot be read.
     """
     from paddle import __version__, device, inference
     params = os.path.join(os.path.dirname(program), PARAMS)
-    if not os.path.isfile(params):  # PaddlePaddle 3.3.1 would compute with any numbers
+    if not os.path.isfile(params):  # PaddlePaddle 3.3.1 would run with arbitrary weights
         raise UserError(f'{params}: no such file, but {os.path.basename(program)} needs it: export again')
-    if program.endswith('.json') and __version__.startswith('2.'):  # which would crash
+    if program.endswith('.json') and __version__.startswith('2.'):  # it would crash
         raise UserError(f'{program}: PaddlePaddle {__version__} cannot read it: export again with this PaddlePaddle')
     config = inference.Config(program, params)
     config.disable_glog_info()
     if threads:
         config.set_cpu_math_library_num_threads(threads)
     if device.get_device().startswith('gpu'):
-        # MB of memory to begin with, and the current GPU; not measured
+        # initial memory pool in MB, and the current GPU; not measured
         config.enable_use_gpu(256, int(device.get_device().partition(':')[2] or 0))
     elif engine == 'openvino' and program.endswith('.pdmodel') and hasattr(config, 'enable_openvino_engine'):
         config.enable_openvino_engine(inference.PrecisionType.Bfloat16 if bfloat16 else
                                       inference.PrecisionType.Float32)
     else:
         config.enable_mkldnn()
-    with tempfile.TemporaryDirectory() as cache:  # OpenVINO's, otherwise __cache__ in the current folder
+    with tempfile.TemporaryDirectory() as cache:  # OpenVINO's cache, otherwise __cache__ in the current folder
         config.set_optim_cache_dir(cache)
         try:
             predictor = inference.create_predictor(config)
-        except Exception as error:  # of many types
+        except Exception as error:  # Paddle raises many types
             raise UserError(f'{program}: Paddle Inference cannot read it, or {PARAMS} ({describe_error(error, 100)}): '
                             'export again') from None
     source, = map(predictor.get_input_handle, predictor.get_input_names())
@@ -335,11 +347,11 @@ def _load_onnxruntime(path, config, threads):
     options = onnxruntime.SessionOptions()
     options.intra_op_num_threads = threads or 0
     try:
-        # a GPU's is there in another package of ONNX Runtime; not measured
+        # the CUDA provider comes with onnxruntime-gpu; not measured
         providers = [name for name in ('CUDAExecutionProvider', 'CPUExecutionProvider')
                      if name in onnxruntime.get_available_providers()]
         session = onnxruntime.InferenceSession(path, options, providers=providers)
-    except Exception as error:  # of a broken file, of its own types
+    except Exception as error:  # ONNX Runtime's own exception types
         raise UserError(f'{path}: ONNX Runtime cannot read it ({describe_error(error)}): export again') from None
     return (Spec.of_metadata(session.get_modelmeta().custom_metadata_map, path),
             lambda images: session.run(None, {'image': images})[0])
@@ -361,6 +373,6 @@ def _load_openvino(path, config, threads, precision='f32'):
     return Spec.of_metadata(metadata, path), lambda images: next(iter(request.infer({'image': images}).values())).copy()
 
 
-# engine -> (path, config, threads) -> Spec, run(images); what some take beyond that is for tools.benchmark
+# engine -> function of (path, config, threads) that returns (Spec, run(images)); extra arguments serve tools.benchmark
 LOADERS = {'paddle': _load_paddle, 'inference': _load_inference, 'onnxruntime': _load_onnxruntime,
            'openvino': _load_openvino}

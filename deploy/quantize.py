@@ -1,9 +1,9 @@
-"""Write a fused MobileOne as an int8 ONNX file, its channels rescaled to suit eight bits. Needs no training.
+"""Write a fused MobileOne as an int8 ONNX file, with channels rescaled to suit 8 bits. No training is needed.
 
-A tensor has one scale for all its channels, so a channel of small values gets few of the 256 levels. But a network of
-ReLUs computes the same when a channel of an activation is divided by a positive number where it is produced and
-multiplied by it where it is used (arXiv 1906.04721, section 4.1). There are two ways here to choose those numbers.
-`quantize` tries both, and the network as it is, and keeps the one closest to the original on held-out images.
+An activation tensor has a single scale, so channels with small values get few of the 256 levels. But the outputs of a
+ReLU network do not change when a channel is divided by a positive number where it is produced and multiplied by it
+where it is used (arXiv 1906.04721, section 4.1). This module chooses these numbers in two ways. `quantize` tries both,
+and the unscaled network, and keeps the one closest to the original on held-out images.
 """
 import copy
 import errno
@@ -22,20 +22,20 @@ from deploy.onnx_graph import build_onnx
 from deploy.predictor import LOADERS, run_batches
 from transforms import Normalize
 
-# passes over the network, after which the ranges of its weights no longer change
+# passes over the network; after this many the weight ranges no longer change
 SWEEPS = 20
-# images at a time: calibration needs much memory
+# images at a time; small, because calibration needs much memory
 BATCH = 8
-# one image in this many is held out from calibration, to compare on
+# one image in this many is held out of calibration for the comparison
 HOLD_OUT = 4
 # nodes of deploy.onnx_graph that stay in floating point
 FLOAT_NODES = ['shifted', 'normalized', 'probabilities']
 
 
 def find_links(model):
-    """What lies around each ReLU of a fused network, in order: (convolution, its SEBlock or None, user of the result).
+    """Return the layers around each ReLU of a fused network, in order: (convolution, SEBlock or None, next layer).
 
-    The user is the next convolution, or the classifier, which gets the means over the map.
+    The next layer is a convolution or, at the end, the classifier, which gets the mean over each map.
     """
     made = [(getattr(block, name).conv, getattr(block, f'{name[:2]}_se', None))
             for stage in model.stages for block in stage for name in block.convs]
@@ -48,12 +48,12 @@ def _is_depthwise(layer):
 
 
 def _input_axis(layer):
-    """Of the weight: depthwise [C, 1, K, K], dense [O, C, K, K], classifier [C, classes]."""
+    """Return the axis of the input channels C: depthwise [C, 1, K, K], dense [O, C, K, K], classifier [C, classes]."""
     return int(isinstance(layer, nn.Conv2D) and not _is_depthwise(layer))
 
 
 def _largest(weight, axis):
-    """The largest magnitude for each index of an axis."""
+    """Return the largest magnitude at each index of an axis."""
     magnitudes = np.moveaxis(np.abs(weight.numpy()), axis, 0)
     return magnitudes.reshape([len(magnitudes), -1]).max(axis=1)
 
@@ -65,9 +65,9 @@ def _multiply(tensor, axis, factors):
 
 
 def divide_activation(link, numerator, denominator=1):
-    """Divide the channels of a link's activation by numerator / denominator, [C] each, which changes no output.
+    """Divide the channels of a link's activation by numerator / denominator, [C] each, in place. No output changes.
 
-    Channels for which that is 0 or infinite are always zero, or unused; they stay as they are.
+    A ratio of 0, infinity or nan belongs to a channel that is always zero or never used; that channel is left alone.
     """
     conv, se, user = link
     with np.errstate(divide='ignore', invalid='ignore'):
@@ -75,20 +75,21 @@ def divide_activation(link, numerator, denominator=1):
     factors[~((factors > 0) & np.isfinite(factors))] = 1
     _multiply(conv.weight, 0, 1 / factors)
     _multiply(conv.bias, 0, 1 / factors)
-    if se is not None:  # its gate comes from the means of the channels, and must not change
+    if se is not None:  # the gate depends on the channel means and must not change
         _multiply(se.reduce.weight, 1, factors)
     _multiply(user.weight, _input_axis(user), factors)
 
 
 def _copy(model):
-    """In float64, so that scaling rounds once."""
+    """Return a float64 copy, so that scaling rounds only once."""
     return copy.deepcopy(model).to(dtype='float64')
 
 
 def equalize_weights(model):
-    """A fused network scaled so that each channel has the same range in the weights that produce it and that use it.
+    """Give each channel the same range in the weights that produce it and in those that use it.
 
-    Cross-layer equalization, arXiv 1906.04721, section 4.1. Returns: a new network with the same outputs.
+    Cross-layer equalization, arXiv 1906.04721, section 4.1. model: a fused network. Returns: a new network with the
+    same outputs.
     """
     model = _copy(model)
     for _ in range(SWEEPS):
@@ -99,12 +100,14 @@ def equalize_weights(model):
 
 
 def equalize_activations(model, largest):
-    """A fused network scaled by the ranges of its activations. largest: their largest values, as `find_largest` says.
+    """Rescale channels by the ranges of their activations.
 
-    Before a depthwise convolution, whose channels each have a scale of their own, all channels get the same range.
-    Before a dense one, where the weights of one output share a scale, the range is split between activation and
-    weight: SmoothQuant with alpha 0.5, arXiv 2211.10438, equation 4. From last to first, because scaling a layer's
-    outputs changes the weights that scaling its inputs looks at. Returns: a new network with the same outputs.
+    Before a depthwise convolution, whose weights have a scale per channel, all channels get the same range. Before a
+    dense layer, where all the weights of an output share a scale, the range is split between activations and weights:
+    SmoothQuant with alpha 0.5, arXiv 2211.10438, equation 4. Links are processed from last to first, because scaling a
+    layer's outputs changes the weights that determine how its inputs are scaled.
+
+    model: a fused network; largest: from `find_largest`. Returns: a new network with the same outputs.
     """
     model = _copy(model)
     for link, top in reversed(list(zip(find_links(model), largest))):
@@ -117,10 +120,10 @@ def equalize_activations(model, largest):
 
 @paddle.no_grad()
 def find_largest(model, spec, pixels):
-    """The largest value of each channel after each ReLU of a fused network, a list of float32 [C].
+    """Return the largest value of each channel after each ReLU of a fused network, as a list of float32 [C].
 
-    With SE, the largest magnitude before it: that tensor is quantized too, its negative part included.
-    pixels: uint8 [N, size, size, 3].
+    With SE, it is the largest magnitude before SE instead, because that tensor is quantized too, negative values
+    included. pixels: uint8 [N, size, size, 3].
     """
     normalize, found = Normalize(spec.mean, spec.std), []
 
@@ -137,8 +140,7 @@ def find_largest(model, spec, pixels):
 
 
 class _Images(CalibrationDataReader):
-    """Batches of a model's input. The last one is filled up with the first images, as a model may need whole batches.
-    """
+    """Batches of a model's input. The last one is filled with the first images, because a model may need full ones."""
 
     def __init__(self, spec, pixels):
         size = spec.batch or BATCH
@@ -150,13 +152,13 @@ class _Images(CalibrationDataReader):
 
 
 def write_int8(model, spec, pixels, path):
-    """Write a fused network as an int8 ONNX file, otherwise like that of `build_onnx`.
+    """Write a fused network as an int8 ONNX file with the inputs, outputs and metadata of `build_onnx`.
 
-    Weights are signed, with a scale per output channel; activations are unsigned, with a scale per tensor, from their
+    Weights are signed, with a scale per output channel. Activations are unsigned, with a scale per tensor from their
     smallest and largest values on the calibration images. pixels: uint8 [N, size, size, 3].
     """
     proto = build_onnx(model, spec)
-    # there is nothing to fuse, but ONNX Runtime would recommend it
+    # silences ONNX Runtime's advice to preprocess; nothing is left to fuse
     onnx.helper.set_model_props(proto, {'onnx.quant.pre_process': 'onnxruntime.quant'})
     with tempfile.TemporaryDirectory(dir=os.path.dirname(path)) as folder:
         source = os.path.join(folder, 'float.onnx')
@@ -164,7 +166,7 @@ def write_int8(model, spec, pixels, path):
         try:
             quantize_static(source, path, _Images(spec, pixels), QuantFormat.QDQ, per_channel=True,
                             activation_type=QuantType.QUInt8, weight_type=QuantType.QInt8, nodes_to_exclude=FLOAT_NODES)
-        except DecodeError:  # of a file that onnx has written, in C++, without noticing that the disk is full
+        except DecodeError:  # the C++ code of onnx wrote a truncated file without noticing that the disk is full
             raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC)) from None
     proto = onnx.load(path)
     del proto.metadata_props[:]
@@ -173,12 +175,15 @@ def write_int8(model, spec, pixels, path):
 
 
 def find_outputs(path, engine, spec, pixels):
-    """float32 [N, classes] that an engine gives for uint8 [N, size, size, 3]."""
+    """Return the outputs, float32 [N, classes], of the model at a path for uint8 pixels [N, size, size, 3]."""
     return run_batches(LOADERS[engine](path, None, None)[1], spec, pixels)
 
 
 def compare_outputs(outputs, expected):
-    """(share of rows with the same largest entry, mean over rows of the signal-to-noise ratio in dB), [N, classes]."""
+    """Compare two arrays [N, classes].
+
+    Returns: (share of rows with the same largest entry, mean over rows of the signal-to-noise ratio in dB).
+    """
     signal, noise = ((array.astype('float64') ** 2).sum(axis=1) for array in (expected, outputs - expected))
     decibels = 10 * np.log10(np.maximum(signal, 1e-30) / np.maximum(noise, 1e-30)).mean()
     return float((outputs.argmax(axis=1) == expected.argmax(axis=1)).mean()), float(decibels)
@@ -187,9 +192,11 @@ def compare_outputs(outputs, expected):
 def quantize(model, spec, pixels, path):
     """Replace the ONNX file of a fused network with an int8 one: plain, or equalized in one of two ways.
 
-    pixels: uint8 [N, size, size, 3], images like those that the network will see. One in HOLD_OUT is held out; the way
-    with the highest signal-to-noise ratio on those is kept (answers are too few: a single one could decide).
-    Returns: ({way: `compare_outputs`}, the kept way, the pixels held out, the network's outputs for them).
+    One image in HOLD_OUT is held out, and the way with the highest signal-to-noise ratio on those images is kept. Top-1
+    would be too coarse: with so few images, a single prediction could decide.
+
+    pixels: uint8 [N, size, size, 3], images like those the network will see.
+    Returns: ({way: result of `compare_outputs`}, the kept way, the held-out pixels, the network's outputs for them).
     """
     is_held_out = np.arange(len(pixels)) % HOLD_OUT == HOLD_OUT - 1
     pixels, held_out = pixels[~is_held_out], pixels[is_held_out]

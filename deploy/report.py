@@ -1,4 +1,4 @@
-"""What an evaluation shows people: accuracy per class, confusion, calibration and the worst images, on one page.
+"""Write the report of an evaluation: per-class accuracy, confusion, calibration and the worst images on one page.
 
 Importing this module does not import Paddle.
 """
@@ -21,23 +21,23 @@ from deploy.predictor import find_class_names
 from runtime.files import replace, write_text
 from utils import UserError, one_line
 
-# what a report writes besides report.html
+# files of a report besides report.html
 FILES = ('accuracy.png', 'confusion.png', 'calibration.png', 'worst.png', 'images.csv')
-# classes that fit into a picture, and pairs of classes that a table lists
+# most classes in a figure, and most rows in the table of confused pairs
 SHOWN = 30
-# the worst images that are drawn
+# number of worst images that are drawn
 WORST = 24
-# of the reliability diagram, equal parts of the probabilities, as Guo et al. have them (arXiv 1706.04599)
+# equal-width bins of the reliability diagram, as many as in Guo et al. (arXiv 1706.04599)
 BINS = 15
-# longest sides of a drawn image, in pixels
+# largest width and height of a drawn image, in pixels
 THUMBNAIL = (256, 256)
 
 
 @dataclasses.dataclass(frozen=True)
 class Outcome:
-    """What a network said of the N images of a list, in the order of the list.
+    """A network's predictions for the N images of a list, in the order of the list.
 
-    best: the k most probable classes of each image, the first one first; probabilities: theirs.
+    best: the k most probable classes of each image, in descending order; probabilities: their probabilities.
     """
     paths: Sequence
     labels: np.ndarray  # int [N]
@@ -45,7 +45,7 @@ class Outcome:
     probabilities: np.ndarray  # float [N, k]
     label_probabilities: np.ndarray  # float [N]
     num_classes: int
-    class_names: tuple  # empty where the classes have numbers alone
+    class_names: tuple  # empty if the classes have no names
 
     @property
     def predictions(self):
@@ -53,15 +53,15 @@ class Outcome:
 
     @property
     def right(self):
-        """Whether each prediction is the label, bool [N]."""
+        """bool [N]: whether each prediction equals the label."""
         return self.predictions == self.labels
 
     def name(self, number):
-        """What a class is called; its number where it has no name."""
+        """Return the name of a class, or its number if it has no name."""
         return self.class_names[number] if self.class_names else str(number)
 
     def title(self, number):
-        """A class's number, and its name where it has one."""
+        """Return the number of a class, followed by its name if it has one."""
         return f'{number} {self.class_names[number]}' if self.class_names else str(number)
 
 
@@ -69,36 +69,37 @@ class ClassResult(NamedTuple):
     """How the images of a class were classified."""
     number: int
     images: int
-    # of its images, those that are right; of the images taken for it, those that are its own; nan where there are none
+    # accuracy: share of the class's images that are right, precision: share of the images predicted as this class that
+    # belong to it; nan without such images
     accuracy: float
     precision: float
-    # what its images are most often taken for by mistake, and how often; None and 0 without mistakes
+    # the class that its images are most often mistaken for, and how often; None and 0 without mistakes
     rival: Optional[int]
     mistakes: int
 
 
 class Drawn(NamedTuple):
-    """An image to draw, with bars of the probabilities of some classes."""
+    """An image to draw, next to bars for the probabilities of some classes."""
     title: str
     image: Image.Image
     names: list
     probabilities: list
-    # place of its label among them, if it is known
+    # index of the label in names, if it is known
     label: Optional[int] = None
 
 
 def prepare_folder(folder):
-    """Make the folder of a report. Raises: UserError if it holds a file of a report's names that no report wrote."""
+    """Make the folder of a report. Raises: UserError if writing would replace a file that is not part of a report."""
     os.makedirs(folder, exist_ok=True)
     for name in () if os.path.lexists(os.path.join(folder, 'report.html')) else FILES:
         path = os.path.join(folder, name)
         if os.path.lexists(path):
-            raise UserError(f'{path}: would be replaced, but is of no report; choose another -report folder, or move '
-                            'it away')
+            raise UserError(f'{path}: would be replaced, but is not part of a report; choose another -report folder, '
+                            'or move the file')
 
 
 def import_figure():
-    """matplotlib's Figure, which is drawn without a screen. Raises: UserError without matplotlib, an optional extra."""
+    """Return matplotlib's Figure, which needs no display. Raises: UserError if matplotlib (optional) is missing."""
     try:
         from matplotlib.figure import Figure
     except ImportError:
@@ -107,13 +108,13 @@ def import_figure():
 
 
 def find_names(data_path, weights, num_classes):
-    """The names of classes: those of the data set, or else those that `find_class_names` finds for the weights."""
+    """Return the class names of the data set or, without any there, what `find_class_names` finds for the weights."""
     own = os.path.join(data_path, 'class_names.txt')
     return find_class_names(own if os.path.lexists(own) else weights, num_classes)
 
 
 def find_confusions(outcome):
-    """Mistakes as int [P, 3], rows of (label, prediction, how often), the most frequent first."""
+    """Return the mistakes as int [P, 3], rows of (label, prediction, count) in descending order of the count."""
     wrong, count = ~outcome.right, outcome.num_classes
     codes, times = np.unique(outcome.labels[wrong] * count + outcome.predictions[wrong], return_counts=True)
     order = np.argsort(-times, kind='stable')
@@ -121,7 +122,9 @@ def find_confusions(outcome):
 
 
 def rank_classes(outcome):
-    """A ClassResult of every class, the least accurate first, of equal ones that with more images; without images last.
+    """Return a ClassResult for every class, from least to most accurate, and last the classes without images.
+
+    Of equally accurate classes, those with more images come first.
     """
     images, taken, right = (np.bincount(numbers, minlength=outcome.num_classes) for numbers in (
         outcome.labels, outcome.predictions, outcome.labels[outcome.right]))
@@ -134,10 +137,10 @@ def rank_classes(outcome):
 
 
 def find_calibration(outcome):
-    """How far the probabilities of predictions can be believed.
+    """Compare the probabilities of the predictions with their accuracy (arXiv 1706.04599, section 2).
 
-    Returns: (the expected calibration error, rows of the BINS: images, their mean probability, their accuracy), the
-    latter two nan in an empty bin.
+    Returns: (expected calibration error, float [BINS, 3] with the columns images, mean probability and accuracy; the
+    latter two are nan in an empty bin).
     """
     probabilities = outcome.probabilities[:, 0]
     bins = np.clip(np.ceil(probabilities * BINS).astype(int) - 1, 0, BINS - 1)
@@ -148,25 +151,25 @@ def find_calibration(outcome):
 
 
 def find_worst(outcome):
-    """Indices of the WORST images: wrong, with the greatest probability; of equal ones the first in the list."""
+    """Return the indices of the WORST images: the most probable wrong predictions, ties in the order of the list."""
     wrong = np.flatnonzero(~outcome.right)
     return wrong[np.argsort(-outcome.probabilities[wrong, 0], kind='stable')][:WORST].tolist()
 
 
 def _short(name):
-    """A class's name as it fits into a picture."""
+    """Shorten the name of a class to fit into a figure."""
     return one_line(name, 40)
 
 
 def save_figure(figure, path):
-    """Write a figure to a PNG, whole or not at all."""
+    """Write a figure to a PNG file, completely or not at all."""
     with warnings.catch_warnings():
-        warnings.filterwarnings('ignore', 'Glyph ')  # a character that the font lacks is a box
+        warnings.filterwarnings('ignore', 'Glyph ')  # characters missing from the font are drawn as boxes
         replace(path, lambda partial: figure.savefig(partial, dpi=120, format='png'))
 
 
 def draw_images(drawn, path, columns=1):
-    """Draw a list of Drawn into a PNG, `columns` in a row; the label is bold, and its bar green."""
+    """Draw a list of Drawn into a PNG file, `columns` per row. The label is bold, and its bar is green."""
     rows, bars = -(-len(drawn) // columns), max(len(shown.names) for shown in drawn)
     height = 0.4 + max(1.2, 0.17 * bars)
     figure = import_figure()(figsize=(4.4 * columns, height * rows))
@@ -189,8 +192,7 @@ def draw_images(drawn, path, columns=1):
 
 
 def draw_worst(outcome, worst, read, path):
-    """Draw the images of these indices into a PNG, with their best classes and their label. read: see `write_report`.
-    """
+    """Draw the images at some indices into a PNG file, with their best classes and label. read: see `write_report`."""
     drawn = []
     for place, index in enumerate(worst, 1):
         image, label = read(index), int(outcome.labels[index])
@@ -204,7 +206,7 @@ def draw_worst(outcome, worst, read, path):
 
 
 def draw_accuracy(outcome, results, path):
-    """Draw the accuracy of the SHOWN worst classes into a PNG, and where there are more, that of all in order."""
+    """Draw the accuracy of the SHOWN worst classes and, if there are more, the sorted curve of all into a PNG file."""
     results = [result for result in results if result.images]
     worst, overall = results[:SHOWN], outcome.right.mean()
     figure = import_figure()(figsize=(10, 1.4 + 0.24 * len(worst)), layout='constrained')
@@ -212,20 +214,21 @@ def draw_accuracy(outcome, results, path):
     left.barh(range(len(worst)), [result.accuracy for result in worst], color='lightblue')
     left.axvline(overall, color='gray', linestyle='--')
     left.set_yticks(range(len(worst)), [_short(outcome.title(result.number)) for result in worst], parse_math=False)
-    left.set(xlim=(0, 1), ylim=(len(worst) - 0.5, -0.5), xlabel=f'accuracy (dashed: of all images, {overall:.2%})',
+    left.set(xlim=(0, 1), ylim=(len(worst) - 0.5, -0.5), xlabel=f'accuracy (dashed: all images, {overall:.2%})',
              title=f'the {len(worst)} worst of {len(results)} classes' if others else 'accuracy per class')
     for axis in others:
         axis.plot(range(1, len(results) + 1), [result.accuracy for result in results])
         axis.axhline(overall, color='gray', linestyle='--')
-        axis.set(ylim=(0, 1), xlabel='classes, the worst first', ylabel='accuracy', title='all classes')
+        axis.set(ylim=(0, 1), xlabel='classes, worst first', ylabel='accuracy', title='all classes')
         axis.grid(alpha=0.3)
     save_figure(figure, path)
 
 
 def draw_confusion(outcome, confusions, path):
-    """Draw the confusion matrix into a PNG: labels by predictions, shares of a label's images, with their numbers.
+    """Draw the confusion matrix into a PNG file: a row per label, colored by share and annotated with counts.
 
-    Of more than SHOWN classes those of the most frequent mistakes, with one more column for all other predictions.
+    With more than SHOWN classes, only those with the most frequent mistakes are drawn, and a last column counts all
+    other predictions.
     """
     are_all, confused = outcome.num_classes <= SHOWN, dict.fromkeys(confusions[:, :2].ravel().tolist())
     shown = sorted(list(range(outcome.num_classes) if are_all or not confused else confused)[:SHOWN])
@@ -247,12 +250,12 @@ def draw_confusion(outcome, confusions, path):
                     parse_math=False)
     axis.set_yticks(range(len(names)), names, parse_math=False)
     axis.set(xlabel='prediction', ylabel='label')
-    figure.suptitle('confusion matrix' if are_all else f'the {len(shown)} classes of the most frequent mistakes')
+    figure.suptitle('confusion matrix' if are_all else f'the {len(shown)} classes with the most frequent mistakes')
     save_figure(figure, path)
 
 
 def draw_calibration(error, bins, path):
-    """Draw what `find_calibration` has found into a PNG: a reliability diagram, and how many images it is of."""
+    """Draw the results of `find_calibration` into a PNG file: a reliability diagram above the images per bin."""
     images, confidence, accuracy = bins.T
     edges, width = np.arange(BINS) / BINS, 1 / BINS
     figure = import_figure()(figsize=(6, 6.4), layout='constrained')
@@ -269,7 +272,7 @@ def draw_calibration(error, bins, path):
 
 
 def to_csv(outcome):
-    """Text of a CSV file with a line per image, in the order of the list."""
+    """Return the text of images.csv: one line per image, in the order of the list."""
     file = io.StringIO()
     writer = csv.writer(file, lineterminator='\n')
     writer.writerow(['path', 'label', 'label_name', 'prediction', 'prediction_name', 'probability', 'label_probability',
@@ -283,11 +286,11 @@ def to_csv(outcome):
 
 
 def write_report(folder, title, facts, outcome, read):
-    """Write report.html, what it shows as PNG files, and images.csv, a line per image, into a folder that is there.
+    """Write report.html, its figures as PNG files, and images.csv into an existing folder.
 
-    title: of the page; facts: {name: text}, what the page says first; outcome: see `Outcome`; read(index): gives the
-    Pillow image of an index, and is called for the worst alone.
-    Raises: UserError for an image that cannot be read, without matplotlib, and for a file that cannot be written.
+    title: of the page; facts: {name: text}, the first rows of the page; outcome: an `Outcome`; read(index): returns the
+    Pillow image at an index, and is called only for the worst images.
+    Raises: UserError for an image that cannot be read, a file that cannot be written, and if matplotlib is missing.
     """
     def path(name):
         return os.path.join(folder, name)
@@ -299,7 +302,7 @@ def write_report(folder, title, facts, outcome, read):
     if worst:
         draw_worst(outcome, worst, read, path('worst.png'))
     elif os.path.exists(path('worst.png')):
-        os.remove(path('worst.png'))  # an earlier report's
+        os.remove(path('worst.png'))  # from an earlier report
     write_text(path('images.csv'), to_csv(outcome))
     pictures = {name: base64.b64encode(pathlib.Path(path(f'{name}.png')).read_bytes()).decode()
                 for name in ('accuracy', 'confusion', 'calibration', *(['worst'] if worst else []))}
@@ -320,20 +323,19 @@ th { position: sticky; top: 0; background: white }
 
 
 def to_page(title, facts, outcome, results, confusions, worst, error, pictures):
-    """The HTML of a report, which needs no other file. pictures: {name: a PNG in base64}; the others: `write_report`'s.
-    """
+    """Return the self-contained HTML of a report. pictures: {name: a PNG in base64}; the rest as in `write_report`."""
     share, largest = outcome.right.mean(), max(results, key=lambda result: result.images)
     seen = [result for result in results if result.images]
     facts = {**facts, 'images': f'{len(outcome.labels):,}', 'classes': f'{outcome.num_classes:,}'}
     if len(seen) < len(results):
-        facts['classes'] += f', {len(results) - len(seen):,} of them without images here'
+        facts['classes'] += f', {len(results) - len(seen):,} without images here'
     facts['top-1 accuracy'] = f'{share:.2%} ({outcome.right.sum():,} images)'
     if outcome.num_classes > outcome.best.shape[1]:
         hits = (outcome.best == outcome.labels[:, None]).any(axis=1).mean()
         facts[f'top-{outcome.best.shape[1]} accuracy'] = f'{hits:.2%}'
-    facts['mean of the accuracies per class'] = f'{np.mean([result.accuracy for result in seen]):.2%}'
+    facts['mean per-class accuracy'] = f'{np.mean([result.accuracy for result in seen]):.2%}'
     facts['share of the largest class'] = (f'{largest.images / len(outcome.labels):.2%} '
-                                           f'({outcome.title(largest.number)}): the accuracy of always guessing it')
+                                           f'({outcome.title(largest.number)}), the accuracy of always guessing it')
     facts['expected calibration error'] = (f'{error:.2%}, mean probability of the predictions '
                                            f'{outcome.probabilities[:, 0].mean():.2%}')
     classes = [(outcome.title(result.number), f'{result.images:,}', _percent(result.accuracy),
@@ -345,7 +347,7 @@ def to_page(title, facts, outcome, results, confusions, worst, error, pictures):
     images = [(str(place), outcome.paths[index], outcome.title(outcome.labels[index]),
                outcome.title(outcome.predictions[index]), _percent(outcome.probabilities[index, 0]),
                _percent(outcome.label_probabilities[index])) for place, index in enumerate(worst, 1)]
-    more = f'The picture shows the classes of the most frequent mistakes, of {outcome.num_classes:,}. '
+    more = f'Only the classes with the most frequent mistakes are shown, out of {outcome.num_classes:,}. '
     heading = html.escape(one_line(title))
     return f'''<!DOCTYPE html>
 <html lang="en">
@@ -358,28 +360,30 @@ def to_page(title, facts, outcome, results, confusions, worst, error, pictures):
 <body>
 <h1>{heading}</h1>
 {_table(None, facts.items())}
-<p><a href="images.csv">images.csv</a> has the prediction for each image, in the order of the list.</p>
+<p><a href="images.csv">images.csv</a> lists the prediction for each image, in the order of the list file.</p>
 
 <h2>Accuracy per class</h2>
-{_picture(pictures, 'accuracy', 'bars of the accuracy per class')}
-<p>The least accurate classes come first. Accuracy: the share of a class's images that are recognized (recall).
-Precision: the share of the images taken for the class that are its own.</p>
-{_table(['class', 'images', 'accuracy', 'precision', 'most often taken for', 'times'], classes)}
+{_picture(pictures, 'accuracy', 'accuracy per class')}
+<p>The least accurate classes come first. Accuracy is the share of a class's images that are predicted correctly
+(recall). Precision is the share of the images predicted as a class that belong to it.</p>
+{_table(['class', 'images', 'accuracy', 'precision', 'most often mistaken for', 'times'], classes)}
 
 <h2>Confusion</h2>
 {_picture(pictures, 'confusion', 'confusion matrix')}
-<p>{more if outcome.num_classes > SHOWN else ''}A row has the images of a label, by what they are taken for; the darker,
-the larger the share. The most frequent mistakes:</p>
-{_table(['label', 'taken for', 'times', "of the label's images"], pairs) if pairs else '<p>None.</p>'}
+<p>{more if outcome.num_classes > SHOWN else ''}Each row shows the
+predictions for the images of one label; the darker the cell, the larger its share of the row. The most frequent
+mistakes:</p>
+{_table(['label', 'prediction', 'times', "share of the label's images"], pairs) if pairs else '<p>None.</p>'}
 
 <h2>The worst images</h2>
-<p>Wrong, with the greatest probability: hard images, or wrong labels. The label is bold, its bar green.</p>
+<p>The wrong predictions with the highest probability: hard images, or wrong labels. The label is bold, and its bar is
+green.</p>
 {_picture(pictures, 'worst', 'the worst images') + _table(
     ['', 'path', 'label', 'prediction', 'probability', "the label's probability"], images) if worst else '<p>None.</p>'}
 
 <h2>Calibration</h2>
-<p>Of the predictions with a probability of 80%, 80% should be right: bars below the diagonal mean a network that is too
-sure of itself. The expected calibration error is the mean distance from the diagonal, over the images.</p>
+<p>Of the predictions with a probability of 80%, 80% should be right; bars below the diagonal mean that the network is
+overconfident. The expected calibration error is the distance from the diagonal, averaged over the images.</p>
 {_picture(pictures, 'calibration', 'reliability diagram')}
 </body>
 </html>
@@ -395,7 +399,7 @@ def _picture(pictures, name, text):
 
 
 def _table(head, rows):
-    """A table of texts in HTML. head: texts above the columns, or None. Columns of numbers are aligned to the right."""
+    """Return an HTML table of texts. head: the column titles, or None. Titled columns of numbers are right-aligned."""
     rows = [[one_line(cell, 1000) for cell in row] for row in rows]
     kinds = [' class="number"' if head and all(re.fullmatch('[0-9.,%–]+', cell) for cell in column) else ''
              for column in zip(*rows)]

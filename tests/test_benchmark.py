@@ -1,4 +1,4 @@
-"""tools.benchmark: what it prints, not how fast anything is."""
+"""tools.benchmark: its output, not the speed of anything."""
 import importlib.util
 import json
 import types
@@ -24,7 +24,7 @@ def test_unknown_subcommands():
     assert 'the following arguments are required: command' in fails('-m', 'tools.benchmark')
 
 
-def test_processes(fashion, call_main):
+def test_ddp_benchmark(fashion, call_main):
     from tools.benchmark import ddp
 
     args = ['-data_path', fashion, '-batch_size', '4', '-steps', '2', '-repeats', '1', '-opts', *NARROW,
@@ -35,11 +35,11 @@ def test_processes(fashion, call_main):
     program = ['-m', 'tools.benchmark', 'ddp']
     assert 'tools.benchmark ddp: error: -nproc, -steps and -repeats must be at least 1' in fails(
         *program, *args, '-repeats', '0')
-    # in processes of their own
+    # in separate processes
     assert '-nproc 1: main_multi_gpu.py: error: ' in fails(*program, *args, 'TRAIN.ACCUM_ITER', '1000')
 
 
-def test_launches():
+def test_count_launches():
     layer, x = paddle.nn.Linear(4, 3), paddle.ones([2, 4])
     optimizer = paddle.optimizer.SGD(0.1, parameters=layer.parameters())
 
@@ -50,14 +50,14 @@ def test_launches():
     step()
     assert count_launches(lambda: None) == 0
     assert count_launches(lambda: x + x) == 1
-    # matmul, add, tanh, sum; the gradient of the loss itself; four gradients; an update of weight and bias
+    # matmul, add, tanh, sum; the gradient of the loss; four gradients; the updates of weight and bias
     for _ in range(2):
         assert count_launches(step) == 4 + 1 + 4 + 2
 
 
 @pytest.fixture
 def latency(config, tmp_path):
-    """Runs tools.benchmark latency on a narrow network; returns the process."""
+    """A function that runs tools.benchmark latency on a narrow network and returns the process."""
     (tmp_path / 'narrow.yaml').write_text(config.dump())
     config.MODEL.NAME = 'wide'
     (tmp_path / 'wide.yaml').write_text(config.dump())
@@ -73,7 +73,7 @@ def test_latency_of_every_engine(latency):
     old = paddle.__version__.startswith('2.')
     expected = {'paddle', 'paddle-unfused', 'inference-pdmodel', 'onnxruntime', 'openvino',
                 *(['inference-plain'] if old else ['inference-openvino', 'inference-json'])}
-    rows = [row for row in rows if row['engine'] != 'timm']  # which has no such network
+    rows = [row for row in rows if row['engine'] != 'timm']  # timm has no such network
     floats = [row for row in rows if row['precision'] == 'float32']
     assert {row['engine'] for row in floats} == {row['engine'] for row in rows} == expected
     assert {row['engine'] for row in rows if row['precision'] == 'int8'} == {'onnxruntime', 'openvino'}
@@ -84,8 +84,8 @@ def test_latency_of_every_engine(latency):
         assert row['cpu'] and any(name.startswith('paddlepaddle') for name in row['versions'])
 
 
-def test_latency_of_weights(latency, config, tmp_path):
-    """An engine that cannot do it says why, and the others go on."""
+def test_latency_of_fused_weights(latency, config, tmp_path):
+    """An engine that cannot run them reports why, and the others are measured."""
     weights = str(tmp_path / 'fused.pdparams')
     checkpoint.save(build_network(config, fused=True).state_dict(), weights)
     lines = latency('-engines', 'paddle', 'paddle-unfused', '-pretrained', weights).stdout.splitlines()
@@ -93,8 +93,8 @@ def test_latency_of_weights(latency, config, tmp_path):
     assert lines[2].endswith('1.00') and lines[3].endswith('float32   the weights are fused; give unfused ones')
 
 
-def test_latency_by_timm(latency, tmp_path):
-    """By a stand-in for it, which the tests do not install."""
+def test_latency_of_timm(latency, tmp_path):
+    """With a stand-in for timm, which the tests do not install."""
     for name, code in STAND_INS.items():
         path = tmp_path / 'fake' / name
         path.parent.mkdir(parents=True, exist_ok=True)
@@ -127,7 +127,7 @@ def create_model(name, num_classes):
 }
 
 
-def test_plot_of_latency(latency, tmp_path):
+def test_latency_plot(latency, tmp_path):
     pytest.importorskip('matplotlib', reason='drawing is an optional extra')
     latency('-engines', 'paddle', '-plot', tmp_path / 'latency.png', names=('narrow', 'wide'))
     with Image.open(tmp_path / 'latency.png') as image:
@@ -137,13 +137,13 @@ def test_plot_of_latency(latency, tmp_path):
 
 
 @pytest.mark.parametrize('name', ['latency_worker', 'loader_worker', 'train_worker'])
-def test_a_worker_that_ends_says_why(tmp_path, name):
+def test_worker_that_ends_reports_why(tmp_path, name):
     module, row = f'tools.benchmark.{name}', {'threads': 1, 'batch': 1}
     with Worker(module, row, str(tmp_path)) as worker, pytest.raises(UserError, match='config.yaml: cannot read the'):
         worker.turn(1)
     with Worker(module, row, str(tmp_path)) as worker:
         worker.process.kill()
-        with pytest.raises(UserError, match=r'its process ended with status -9 \(killed: memory may not suffice\)'):
+        with pytest.raises(UserError, match=r'its process ended with status -9 \(killed, perhaps for lack of memory\)'):
             worker.turn(1)
 
 
@@ -152,10 +152,10 @@ def test_a_worker_that_ends_says_why(tmp_path, name):
     (['-engines', 'timm'], '-engines timm: needs torch and timm: install it'),
     (['-turns', '0'], '-threads, -batch and -turns must be at least 1'),
     (['-seconds', 'nan'], '-seconds above 0'),
-    (['-pretrained', 'a', 'b'], '-pretrained has 2 files for 1 configs: give one for each'),
+    (['-pretrained', 'a', 'b'], '-pretrained has 2 files for 1 configs: give one per config'),
     (['-pretrained', 'nowhere.pdparams'], 'nowhere.pdparams'),
 ])
-def test_mistakes_with_latency(latency, args, message):
+def test_latency_errors(latency, args, message):
     if args[-1] == 'timm' and importlib.util.find_spec('timm'):
         pytest.skip('timm is installed')
     assert message in latency(*args, start=fails)
@@ -163,7 +163,7 @@ def test_mistakes_with_latency(latency, args, message):
 
 @pytest.fixture
 def train(config, tmp_path):
-    """Runs tools.benchmark train on a narrow network; returns the process."""
+    """A function that runs tools.benchmark train on a narrow network and returns the process."""
     config.MODEL.NAME = 'narrow'
     (tmp_path / 'narrow.yaml').write_text(config.dump())
 
@@ -183,8 +183,8 @@ def test_training_on_a_synthetic_batch(train):
         assert row['machine'] and any(name.startswith('paddlepaddle') for name in row['versions'])
 
 
-def test_training_on_images(train, fashion):
-    """Of several epochs, for they have seven batches each."""
+def test_training_on_a_data_set(train, fashion):
+    """Over several epochs, which have seven batches each."""
     lines = train('-data_path', fashion, '-batch_size', '8', '-num_workers', '0', '2').stdout.splitlines()
     assert 'narrow at 32 pixels; 2 turns of 2 steps' in lines[0]
     rows = [line.split() for line in lines[2:] if line.startswith('paddle')]
@@ -192,8 +192,8 @@ def test_training_on_images(train, fashion):
     assert all(row[-2].endswith('%') for row in rows) and rows[0][-1] == '1.00'
 
 
-def test_what_a_turn_measures():
-    """The host waits for the device at both ends of the steps that count, and data workers have no batch ahead."""
+def test_training_turn():
+    """The host waits for the device before and after the measured steps, and the warm-up uses up prefetched batches."""
     events = []
     cuda = types.SimpleNamespace(synchronize=lambda: events.append('wait'), max_memory_allocated=lambda: 7,
                                  empty_cache=lambda: events.append('free'))
@@ -212,8 +212,8 @@ def test_what_a_turn_measures():
     assert turn(trainer, 1)['launches'] == 5 and 'count' not in events
 
 
-def test_training_beside_timm(train, tmp_path):
-    """By a stand-in for it; a row that has no memory says so, and the others go on."""
+def test_training_next_to_timm(train, tmp_path):
+    """With a stand-in for timm. A row that runs out of memory reports it, and the others are measured."""
     for name, code in TRAINING_STAND_INS.items():
         path = tmp_path / 'fake' / name
         path.parent.mkdir(parents=True, exist_ok=True)
@@ -283,15 +283,15 @@ ModelEmaV3 = lambda model, decay: types.SimpleNamespace(update=lambda model: Non
     (['-precision', 'float32', 'O1'], 'mixed precision (-precision O1 O2, -dtype) has no effect on a CPU'),
     (['-dtype', 'bfloat16'], 'mixed precision (-precision O1 O2, -dtype) has no effect on a CPU'),
 ])
-def test_mistakes_with_training(train, args, message):
+def test_training_errors(train, args, message):
     assert message in train(*args, start=fails)
 
 
 LOADER = ['-m', 'tools.benchmark', 'loader', '-image_size', '32', '-batch_size', '4', '-batches', '2', '-turns', '2']
 
 
-def test_loading_of_a_list(fashion):
-    """In a row's turn no image comes twice, so the list must have enough of them."""
+def test_loading_a_data_set(fashion):
+    """No image is read twice in a turn, so the list must be long enough."""
     command = [*LOADER, '-data_path', fashion, '-num_workers', '0', '1']
     rows = [json.loads(line) for line in run(*command, '-json').stdout.splitlines()]
     rows = [row for row in rows if not row['pipeline'].startswith('torchvision')]
@@ -303,11 +303,12 @@ def test_loading_of_a_list(fashion):
         assert row['images_per_second'] * row['milliseconds'] == pytest.approx(4000) and row['ratio'] > 0
         assert row['machine'] and row['images'] == f'60 images of {fashion}'
     assert fails(*command, '-batches', '13').endswith(
-        f'{fashion}/train_list.txt: 60 images are too few for a turn, 64: lower -batches, -batch_size or -num_workers')
+        f'{fashion}/train_list.txt: 60 images are too few for a turn of 64: lower -batches, -batch_size or '
+        '-num_workers')
 
 
-def test_loading_of_photographs_beside_torchvision(tmp_path):
-    """By stand-ins for the packages that ship photographs, and for torchvision, one of whose rows fails."""
+def test_loading_photographs_next_to_torchvision(tmp_path):
+    """With stand-ins for the packages that ship photographs, and for torchvision, with one row that fails."""
     fake = tmp_path / 'fake'
     for package, names in PHOTOGRAPHS.items():
         for number, name in enumerate(names):
@@ -328,8 +329,8 @@ def test_loading_of_photographs_beside_torchvision(tmp_path):
     assert lines[7].endswith('ValueError: no such crop') and lines[8].endswith('1.00') and lines[2].endswith('1.00')
     (fake / 'skimage/data/rocket.jpg').unlink()
     process = run(*LOADER, status=2, env=env, fork=False)
-    assert process.stderr == ('tools.benchmark loader: error: the photographs of scikit-image and scikit-learn are not '
-                              'here: pip install scikit-image scikit-learn, or give -data_path\n')
+    assert process.stderr == ('tools.benchmark loader: error: the photographs of scikit-image and scikit-learn are '
+                              'missing: pip install scikit-image scikit-learn, or give -data_path\n')
 
 
 LOADING_STAND_INS = {
@@ -374,5 +375,5 @@ Compose = lambda transforms: lambda image: image
     (['-batch_size', '0'], 'DATA.BATCH_SIZE is 0, but must be at least 1'),
     (['-data_path', 'nowhere'], 'nowhere/train_list.txt: cannot read the list'),
 ])
-def test_mistakes_with_loading(args, message):
+def test_loading_errors(args, message):
     assert message in fails(*LOADER, *args)

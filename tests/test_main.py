@@ -152,7 +152,7 @@ def test_evaluation_of_checkpoints_fused_and_not(trained, fashion, tmp_path):
     line = fails(MAIN, '-pretrained', fused, '-output', tmp_path / 'x', *options(fashion))
     assert 'fused.pdparams' in line and 'cannot be trained' in line
     assert '-pretrained is needed' in fails('-m', 'tools.fuse', '-cfg', folder / 'config.yaml')
-    assert 'fused already' in fails('-m', 'tools.fuse', '-cfg', folder / 'config.yaml', '-pretrained', fused)
+    assert 'already fused' in fails('-m', 'tools.fuse', '-cfg', folder / 'config.yaml', '-pretrained', fused)
 
 
 def test_raw_weights_are_evaluated_without_ema(fashion, tmp_path):

@@ -1,4 +1,4 @@
-"""From trained weights to predictions: every engine, what is exported, and the programs for it."""
+"""Predictions and exports: every engine, the exported files, and the command-line programs."""
 import concurrent.futures
 import dataclasses
 import errno
@@ -31,7 +31,7 @@ ENGINES = ['paddle', 'inference', 'onnxruntime', 'openvino']
 
 @pytest.fixture(scope='module')
 def trained(fashion, tmp_path_factory):
-    """A folder as a training leaves it: config.yaml, best.pdparams, class_names.txt; and the network."""
+    """The folder of a finished run (config.yaml, best.pdparams, class_names.txt), its network and its config."""
     from config import get_config
     folder = tmp_path_factory.mktemp('trained')
     config = get_config(str(ROOT / 'configs/demo.yaml'))
@@ -58,11 +58,11 @@ def exported(trained, tmp_path_factory):
     output = tmp_path_factory.mktemp('exported') / 'model'
     out = export(trained, output).stdout
     programs = 1 if paddle.__version__.startswith('2.') else 2
-    # each artefact on random and on real images
+    # each file and engine, on random and on real images
     assert len([line for line in out.splitlines() if line.endswith(('e-07', 'e-06'))]) == 2 * (2 + programs)
     assert set(os.listdir(output)) == {'model.onnx', 'inference.pdmodel', 'inference.pdiparams', 'inference.yml',
                                        *['inference.json'] * (programs - 1)}
-    assert not (ROOT / '__cache__').exists()  # of OpenVINO in PaddlePaddle
+    assert not (ROOT / '__cache__').exists()  # the cache of PaddlePaddle's OpenVINO
     return output
 
 
@@ -71,7 +71,7 @@ def model_path(engine, trained, exported):
 
 
 @pytest.mark.parametrize('engine', ENGINES)
-def test_predictions_are_those_of_evaluation(engine, trained, exported):
+def test_predictions_match_evaluation(engine, trained, exported):
     folder, model, config = trained
     predictor = Predictor(model_path(engine, trained, exported), engine=engine, threads=1)
     dataset = get_dataset(config, False)
@@ -91,10 +91,10 @@ def test_predictions_are_those_of_evaluation(engine, trained, exported):
     for other in (image, np.asarray(image.convert('RGB')), [image], paths[:1]):
         again, = predictor(other, 3)
         assert again.names == predictions[0].names
-        assert again.probabilities == pytest.approx(predictions[0].probabilities, abs=1e-6)  # of another batch
+        assert again.probabilities == pytest.approx(predictions[0].probabilities, abs=1e-6)  # batch of another size
 
 
-def test_what_is_no_image_is_refused(trained):
+def test_invalid_images_and_arguments_are_refused(trained):
     predictor = Predictor(trained[0] / 'best.pdparams')
     for image, kind in ((np.zeros([4, 4, 3]), r'float64 \[4, 4, 3\]'), (np.zeros([4, 4], 'uint8'), r'uint8 \[4, 4\]'),
                         (3, 'int')):
@@ -114,7 +114,7 @@ def test_what_is_no_image_is_refused(trained):
 
 
 @pytest.mark.parametrize('engine', ENGINES)
-def test_threads_may_share_a_predictor(engine, trained, exported):
+def test_threads_can_share_a_predictor(engine, trained, exported):
     predictor = Predictor(model_path(engine, trained, exported), engine=engine, threads=1)
     images = list(np.random.default_rng(0).integers(0, 256, [8, 60, 50, 3], 'uint8'))
     expected = [predictor(image) for image in images]
@@ -123,7 +123,7 @@ def test_threads_may_share_a_predictor(engine, trained, exported):
             assert list(pool.map(predictor, images)) == expected
 
 
-def test_predictions_leave_the_process_as_it_was(trained):
+def test_loading_keeps_the_random_state(trained):
     paddle.seed(1)
     expected = paddle.rand([3]).numpy()
     paddle.seed(1)
@@ -131,15 +131,15 @@ def test_predictions_leave_the_process_as_it_was(trained):
     assert (paddle.rand([3]).numpy() == expected).all()
 
 
-def test_weights_that_are_not_finite(trained, tmp_path):
+def test_nonfinite_weights_are_refused(trained, tmp_path):
     folder, model, config = trained
     weights = {name: value.numpy() for name, value in model.state_dict().items()}
     weights['fc.bias'] = weights['fc.bias'] * np.float32('nan')
     checkpoint.save(weights, str(tmp_path / 'nan.pdparams'))
-    with pytest.raises(UserError, match='nan.pdparams: gives numbers that are not finite; its weights are broken'):
+    with pytest.raises(UserError, match='nan.pdparams: the outputs are not finite; its weights are broken'):
         Predictor(tmp_path / 'nan.pdparams', config)(np.zeros([4, 4, 3], 'uint8'))
     command = ['-m', 'tools.export_model', '-cfg', folder / 'config.yaml', '-output', tmp_path / 'x']
-    assert 'gives numbers that are not finite' in fails(*command, '-pretrained', tmp_path / 'nan.pdparams')
+    assert 'the outputs are not finite' in fails(*command, '-pretrained', tmp_path / 'nan.pdparams')
     assert os.listdir(tmp_path) == ['nan.pdparams']
 
 
@@ -197,7 +197,7 @@ def with_size(trained, args):
 @pytest.mark.parametrize('pixels, mean, std, scale', [
     ('normalized', [0.485, 0.456, 0.406], [0.229, 0.224, 0.225], 1 / 255), ('uint8', [0] * 3, [1] * 3, 1),
     ('unit', [0] * 3, [1] * 3, 1 / 255)])
-def test_inference_yml_is_as_paddlex_reads_it(pixels, mean, std, scale):
+def test_inference_yml_describes_preprocessing_to_paddlex(pixels, mean, std, scale):
     config = variant_config('s0')
     config.DATA.INTERPOLATION = 'lanczos'
     content = describe(dataclasses.replace(Spec.of_config(config, ['a']), pixels=pixels))
@@ -209,7 +209,7 @@ def test_inference_yml_is_as_paddlex_reads_it(pixels, mean, std, scale):
     assert content['PostProcess'] == {'Topk': {'topk': 5, 'label_list': ['a']}}
 
 
-def test_an_onnx_file_takes_images_of_any_size(trained, exported):
+def test_onnx_file_accepts_any_image_size(trained, exported):
     import onnxruntime
     session = onnxruntime.InferenceSession(exported / 'model.onnx')
     images = np.random.default_rng(0).standard_normal([2, 3, 50, 33]).astype('float32')
@@ -219,7 +219,7 @@ def test_an_onnx_file_takes_images_of_any_size(trained, exported):
 
 
 @pytest.mark.parametrize('variant, nodes', [('s0', 89), ('s4', 161)])
-def test_the_graph_is_small_and_names_its_stages(variant, nodes):
+def test_onnx_graph_is_small_and_names_its_stages(variant, nodes):
     config = variant_config(variant)
     config.MODEL.DEPLOY = True
     proto = build_onnx(build_mobileone(config), Spec.of_config(config, []))
@@ -229,8 +229,8 @@ def test_the_graph_is_small_and_names_its_stages(variant, nodes):
     assert {node.name for node in proto.graph.node} == outputs
 
 
-def test_the_graph_is_the_same_on_both_lines_of_paddle(trained):
-    """Byte by byte, for the same fused weights."""
+def test_onnx_graph_is_identical_on_paddle_2_and_3(trained):
+    """The same fused weights give the same bytes."""
     _, model, config = trained
     fused = model_convert(model)
     rng = np.random.default_rng(0)
@@ -240,8 +240,8 @@ def test_the_graph_is_the_same_on_both_lines_of_paddle(trained):
     assert hashlib.sha256(proto.SerializeToString(deterministic=True)).hexdigest()[:16] == 'f750b818a071a8c7'
 
 
-def test_batch_norms_that_carry_the_biases(trained):
-    """What is exported on 2.6.2."""
+def test_batch_norms_can_carry_the_biases(trained):
+    """This network is exported on PaddlePaddle 2.6.2."""
     fused = model_convert(trained[1])
     other = with_batch_norms(fused)
     assert 'stages.1.0.dw_3x3.conv.bias' not in other.state_dict()
@@ -250,8 +250,7 @@ def test_batch_norms_that_carry_the_biases(trained):
         assert other(images).numpy() == pytest.approx(fused(images).numpy(), rel=1e-5, abs=1e-5)
 
 
-def test_an_export_that_differs_is_none(trained, tmp_path, monkeypatch, capsys):
-    """Nothing is left of it."""
+def test_export_with_different_outputs_is_discarded(trained, tmp_path, monkeypatch, capsys):
     def broken(model, spec, build=build_onnx):
         model.fc.bias.set_value(model.fc.bias + 1)
         return build(model, spec)
@@ -259,13 +258,13 @@ def test_an_export_that_differs_is_none(trained, tmp_path, monkeypatch, capsys):
     folder = trained[0]
     monkeypatch.setattr(sys, 'argv', ['export', '-cfg', str(folder / 'config.yaml'), '-pretrained',
                                       str(folder / 'best.pdparams'), '-output', str(tmp_path / 'x'), '-format', 'onnx'])
-    monkeypatch.setattr(export_model, 'prepare_runtime', lambda: None)  # not in the tests' process
+    monkeypatch.setattr(export_model, 'prepare_runtime', lambda: None)  # not in the process of the tests
     with pytest.raises(UserError, match='model.onnx: onnxruntime differs from the network by .*; nothing was exported'):
         export_model.main()
     assert os.listdir(tmp_path) == []
 
 
-def test_export_mistakes(trained, tmp_path):
+def test_export_errors(trained, tmp_path):
     command = ['-m', 'tools.export_model', '-cfg', trained[0] / 'config.yaml', '-output', tmp_path / 'x']
     assert '-pretrained is needed' in fails(*command)
     command += ['-pretrained', trained[0] / 'best.pdparams']
@@ -285,15 +284,14 @@ def test_export_mistakes(trained, tmp_path):
     assert os.listdir(tmp_path / 'empty') == ['model.onnx']
 
 
-def test_a_full_disk_is_named(tmp_path):
-    """By the folder that the user has named."""
+def test_full_disk_error_names_the_output(tmp_path):
     message = f'-output {tmp_path}/x: cannot write .No space left on device.; free the disk'
     with pytest.raises(UserError, match=message), export_model.new_folder(str(tmp_path / 'x')):
         raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
     assert os.listdir(tmp_path) == []
 
 
-def test_without_the_packages(exported, monkeypatch):
+def test_missing_packages(exported, monkeypatch):
     from importlib.util import find_spec
     missing = set()
     for module in ('importlib.util', 'tools.export_model'):
@@ -312,7 +310,7 @@ def test_without_the_packages(exported, monkeypatch):
     export_model.check_formats(['paddle'], None, None)
 
 
-def test_files_that_no_engine_runs(trained, exported, tmp_path):
+def test_unusable_models_are_refused(trained, exported, tmp_path):
     for path, message in ((tmp_path / 'nothing', 'no such file'), (tmp_path, 'neither weights .* with model.onnx or'),
                           (trained[0] / 'config.yaml', 'neither weights')):
         with pytest.raises(UserError, match=f'{path}: {message}'):
@@ -326,12 +324,12 @@ def test_files_that_no_engine_runs(trained, exported, tmp_path):
     onnx.save(foreign, tmp_path / 'foreign.onnx')
     (tmp_path / 'broken.onnx').write_bytes((exported / 'model.onnx').read_bytes()[:1000])
     for engine, reader in (('onnxruntime', 'ONNX Runtime'), ('openvino', 'OpenVINO')):
-        with pytest.raises(UserError, match='foreign.onnx: does not say how images become its input'):
+        with pytest.raises(UserError, match='foreign.onnx: its metadata does not describe the preprocessing'):
             Predictor(tmp_path / 'foreign.onnx', engine=engine)
         with pytest.raises(UserError, match=f'broken.onnx: {reader} cannot read it'):
             Predictor(tmp_path / 'broken.onnx', engine=engine)
     (tmp_path / 'w.pdparams').touch()
-    with pytest.raises(UserError, match='w.pdparams: weights need the config of their network, and there is no'):
+    with pytest.raises(UserError, match='w.pdparams: weights need the config of their network, but .* does not exist'):
         Predictor(tmp_path / 'w.pdparams')
 
 
@@ -342,7 +340,7 @@ def test_files_that_no_engine_runs(trained, exported, tmp_path):
     ('inference.pdiparams', None, 'inference.pdiparams: no such file'),
     ('inference.yml', 10, 'inference.yml: cannot be read'), ('inference.yml', None, 'inference.yml: cannot be read'),
     ('inference.yml', 0, 'inference.yml: cannot be read')])
-def test_files_of_paddle_inference_that_are_broken(name, length, message, exported, tmp_path):
+def test_broken_paddle_inference_files_are_refused(name, length, message, exported, tmp_path):
     for path in exported.glob('inference.*'):
         (tmp_path / path.name).write_bytes(path.read_bytes())
     if name == 'inference.json':
@@ -366,7 +364,7 @@ def test_class_names(tmp_path):
     assert find_class_names(str(tmp_path / 'w.pdparams'), 2) == ('a', 'b')
     with pytest.raises(UserError, match='class_names.txt: 2 lines, but the network has 1000 classes'):
         find_class_names(str(tmp_path / 'w.pdparams'), 1000)
-    (tmp_path / 'class_names.txt').write_bytes('Mäuse, graue\r\n"b"\r\n'.encode('utf-16'))  # Excel's Unicode text
+    (tmp_path / 'class_names.txt').write_bytes('Mäuse, graue\r\n"b"\r\n'.encode('utf-16'))  # Unicode text from Excel
     assert find_class_names(str(tmp_path / 'w.pdparams'), 2) == ('Mäuse, graue', '"b"')
     (tmp_path / 'class_names.txt').write_text('a\n\nb')
     with pytest.raises(UserError, match="class_names.txt:2: '' is no name"):
@@ -398,12 +396,12 @@ def test_predict_program(trained, exported, tmp_path):
     line = fails(*command, tmp_path / 'photos', '-engine', 'inference', '-device', 'gpu')
     assert 'finds no GPU: it is a build for CPUs' in line
     line = fails(*command, tmp_path / 'photos', '-engine', 'onnxruntime', '-device', 'cpu')
-    assert '-device is cpu, but the engine onnxruntime chooses by itself: leave it out' in line
+    assert '-device is cpu, but the engine onnxruntime chooses its own device: leave it out' in line
     assert '-top is 0, but must be at least 1' in fails(*command, tmp_path / 'photos', '-top', '0')
-    assert "-plot 'no/bars.png': cannot be a file" in fails(*command, tmp_path / 'photos', '-plot', 'no/bars.png')
+    assert "-plot 'no/bars.png': cannot be written" in fails(*command, tmp_path / 'photos', '-plot', 'no/bars.png')
     out = run(*command, tmp_path / 'photos', '-plot', tmp_path / 'bars.png').stdout.splitlines()
-    assert out[6:] == [f'{tmp_path}/bars.png: drawn: 2 of 2 images']
-    process = run(*command, tmp_path / '*o*', status=1)  # a folder and a file, of which the folder is left out
+    assert out[6:] == [f'{tmp_path}/bars.png: drew 2 of 2 images']
+    process = run(*command, tmp_path / '*o*', status=1)  # matches a folder, which is left out, and a file
     assert process.stdout == '' and len(process.stderr.splitlines()) == 1
     (tmp_path / 'empty').mkdir()
     assert 'no images in this folder' in fails(*command, tmp_path / 'empty')

@@ -1,4 +1,4 @@
-"""Int8 exports: scaling channels changes nothing, and keeps the answers of networks whose channels differ in scale."""
+"""Int8 exports: rescaling keeps a network's outputs, and int8 its predictions even if its channels differ in scale."""
 import dataclasses
 import gzip
 import os
@@ -28,7 +28,7 @@ SIZE, NAMES = 28, [f'class {number}' for number in range(10)]
 
 
 def demo_images(split, count):
-    """uint8 [count, 28, 28, 3] and int64 [count] of the demo set."""
+    """Return images, uint8 [count, 28, 28, 3], and labels, int64 [count], of the demo set."""
     def read(kind, start, shape):
         with gzip.open(ROOT / f'demo/{split}-{kind}-ubyte.gz') as file:
             return np.frombuffer(file.read()[start:], 'uint8')[:int(np.prod(shape))].reshape(shape)
@@ -38,7 +38,7 @@ def demo_images(split, count):
 
 @pytest.fixture(scope='module')
 def trained(tmp_path_factory):
-    """A folder as a training leaves it, after some seconds; the fused network with SE and its Spec."""
+    """The folder of a run trained for a few seconds, the fused network, which has SE, and its Spec."""
     folder = tmp_path_factory.mktemp('trained')
     config = get_config(str(ROOT / 'configs/demo.yaml'))
     config.DATA.IMAGE_SIZE, config.DATA.CROP_PCT = SIZE, 1.0
@@ -50,7 +50,7 @@ def trained(tmp_path_factory):
     pixels, labels = demo_images('train', 5000)
     normalize = Normalize(spec.mean, spec.std)
     optimizer = paddle.optimizer.AdamW(3e-3, parameters=model.parameters())
-    for step in range(300):  # until a rounding changes few answers
+    for step in range(300):  # enough that rounding changes few predictions
         start = 32 * step % 4992
         batch = slice(start, start + 32)
         optimizer.set_lr(3e-3 * (1 - step / 300))
@@ -64,7 +64,7 @@ def trained(tmp_path_factory):
 
 
 def rescaled(model):
-    """The same network, its channels ten times as large or as small."""
+    """Return an equivalent network with channels ten times larger or smaller."""
     rng = np.random.default_rng(0)
     model = model_convert(model)
     for link in int8.find_links(model):
@@ -84,8 +84,8 @@ def float_file(model, spec, folder):
 
 
 @pytest.mark.parametrize('use_se', [False, True])
-def test_equalization_changes_nothing(use_se):
-    """S0 and S4, narrower."""
+def test_equalization_keeps_the_outputs(use_se):
+    """For narrow versions of S0 and S4."""
     config = variant_config('s4' if use_se else 's0')
     config.MODEL.CHANNELS, config.MODEL.EXPANSIONS, config.DATA.IMAGE_SIZE = [8, 8, 16, 32, 32], [1.0] * 5, 64
     model, spec = build_mobileone(config), Spec.of_config(config, [])
@@ -104,7 +104,7 @@ def test_equalization_changes_nothing(use_se):
             assert found == pytest.approx(np.where(found == 0, 0, 1), rel=1e-3)
 
 
-def test_channels_of_different_scale(trained, tmp_path):
+def test_quantize_handles_channels_of_different_scale(trained, tmp_path):
     _, model, spec = trained
     pixels, _ = demo_images('t10k', 1000)
     shares = []
@@ -121,7 +121,7 @@ def test_channels_of_different_scale(trained, tmp_path):
 
 @pytest.fixture(scope='module')
 def exported(trained, fashion, tmp_path_factory):
-    """The network in int8, by a folder of class folders; and its lines."""
+    """The int8 export, calibrated on a folder of class folders, and the lines that the export prints."""
     output = tmp_path_factory.mktemp('exported') / 'int8'
     process = run(*export_command(trained, output), '-calibration', fashion / 'val', '-num_images', '64')
     assert process.stderr == ''
@@ -133,10 +133,10 @@ def export_command(trained, output):
             '-output', output, '-precision', 'int8']
 
 
-def test_what_is_exported(exported, trained, tmp_path):
+def test_int8_export(exported, trained, tmp_path):
     output, lines = exported
     assert os.listdir(output) == ['model.onnx']
-    start = next(number for number, line in enumerate(lines) if line.startswith('int8 from 48 images; on 16 others:'))
+    start = next(number for number, line in enumerate(lines) if line.startswith('int8 from 48 images; 16 held out:'))
     assert [line[:34].split() for line in lines[start + 1:]] == [
         ['plain'], ['weights', 'equalized'], ['activations', 'equalized'], ['model.onnx', 'onnxruntime'],
         ['model.onnx', 'openvino'], f'exported to {output}: model.onnx'[:34].split()]
@@ -152,7 +152,7 @@ def test_what_is_exported(exported, trained, tmp_path):
 
 
 @pytest.mark.parametrize('engine', ['onnxruntime', 'openvino'])
-def test_predictions_in_int8(engine, exported, trained, fashion):
+def test_int8_predictions_match_float32(engine, exported, trained, fashion):
     paths = sorted(fashion.glob('val/*/*.png'))[::10]
     found = Predictor(exported[0], engine=engine)(paths)
     expected = Predictor(trained[0] / 'best.pdparams')(paths)
@@ -163,7 +163,7 @@ def test_predictions_in_int8(engine, exported, trained, fashion):
 
 
 @pytest.mark.parametrize('options', [{'pixels': 'uint8', 'batch': 3}, {'pixels': 'unit', 'softmax': True}])
-def test_other_inputs_and_outputs(options, trained, tmp_path):
+def test_quantize_with_other_inputs_and_outputs(options, trained, tmp_path):
     _, model, spec = trained
     spec = dataclasses.replace(spec, **options)
     pixels, _ = demo_images('t10k', 100)
@@ -176,7 +176,7 @@ def test_other_inputs_and_outputs(options, trained, tmp_path):
         assert share >= 0.9 and decibels > 15
 
 
-def test_images_for_calibration(trained, fashion, tmp_path):
+def test_calibration_images(trained, fashion, tmp_path):
     spec = trained[2]
     pixels = read_calibration(str(fashion / 'val_list.txt'), 10, spec, 10)
     names = [line.rsplit(' ', 1)[0] for line in (fashion / 'val_list.txt').read_text().splitlines()]
@@ -193,16 +193,16 @@ def test_images_for_calibration(trained, fashion, tmp_path):
     assert len(pixels) == len(names) and pixels[1].tobytes() == predictor.pixels(names[1]).tobytes()
 
 
-def test_int8_mistakes(trained, fashion, tmp_path):
+def test_int8_errors(trained, fashion, tmp_path):
     output = tmp_path / 'x'
     command = export_command(trained, output)
     assert '-precision int8 needs -calibration: a list or a folder' in fails(*command)
     for flag, value in (('-calibration', fashion / 'val'), ('-num_images', '64')):
-        assert f'{flag} is for -precision int8' in fails(*command[:-2], flag, value)
+        assert f'{flag} works only with -precision int8' in fails(*command[:-2], flag, value)
     command.append('-calibration')
     for formats in (['paddle'], ['onnx', 'ncnn']):
         message = fails(*command, fashion / 'val', '-format', *formats)
-        assert f'for -format onnx alone, not {" ".join(formats)}' in message
+        assert f'works only with -format onnx, not {" ".join(formats)}' in message
     assert '-num_images is 7, but must be at least 8' in fails(*command, fashion / 'val', '-num_images', '7')
     assert 'no/list.txt: no such list or folder' in fails(*command, 'no/list.txt')
     (tmp_path / 'empty').mkdir()
@@ -217,12 +217,12 @@ def test_int8_mistakes(trained, fashion, tmp_path):
     assert f'{tmp_path}/image.png: cannot read the image' in fails(*command, few)
     few.write_text('\n'.join(8 * ['image.png']))
     assert "few.txt:1: 'image.png' is not \"path label\"" in fails(*command, few)
-    assert 'model.onnx' not in run(*command, few, status=2).stdout, 'found before anything is written'
+    assert 'model.onnx' not in run(*command, few, status=2).stdout, 'found only after files were written'
     assert sorted(os.listdir(tmp_path)) == ['empty', 'few.txt']
 
 
-def test_a_full_disk(trained, tmp_path, monkeypatch):
-    """Of which onnx's shape inference says nothing: what it writes is longer than the file that it reads."""
+def test_full_disk_while_quantizing(trained, tmp_path, monkeypatch):
+    """The shape inference of onnx does not report it. The file that it writes is longer than the file that it reads."""
     _, model, spec = trained
     path, pixels = float_file(model, spec, tmp_path), demo_images('t10k', 16)[0]
     limits = resource.getrlimit(resource.RLIMIT_FSIZE)
@@ -235,7 +235,7 @@ def test_a_full_disk(trained, tmp_path, monkeypatch):
     assert os.listdir(tmp_path) == ['model.onnx']
 
 
-def test_a_package_that_cannot_be_imported(trained, fashion, tmp_path):
+def test_package_that_cannot_be_imported(trained, fashion, tmp_path):
     (tmp_path / 'onnxruntime.py').write_text('raise ImportError("libcudart.so: no such file")')
     message = fails(*export_command(trained, tmp_path / 'x'), '-calibration', fashion / 'val',
                     env={'PYTHONPATH': str(tmp_path)})
@@ -243,11 +243,11 @@ def test_a_package_that_cannot_be_imported(trained, fashion, tmp_path):
     assert os.listdir(tmp_path) == ['onnxruntime.py']
 
 
-def test_int8_that_answers_otherwise_is_none(trained, fashion, tmp_path, monkeypatch):
-    monkeypatch.setattr(export_model, 'prepare_runtime', lambda: None)  # not in the tests' process
+def test_int8_with_different_predictions_is_discarded(trained, fashion, tmp_path, monkeypatch):
+    monkeypatch.setattr(export_model, 'prepare_runtime', lambda: None)  # not in the process of the tests
     monkeypatch.setattr(export_model, 'LEAST_ANSWERS', 1.01)
     monkeypatch.setattr(sys, 'argv', [*map(str, export_command(trained, tmp_path / 'x')[1:]), '-calibration',
                                       str(fashion / 'val'), '-num_images', '8'])
-    with pytest.raises(UserError, match="onnxruntime gives the network's answers for .*% of 2 images .*nothing was"):
+    with pytest.raises(UserError, match="onnxruntime keeps the network's top-1 prediction .* of 2 held-out images"):
         export_model.main()
     assert os.listdir(tmp_path) == []

@@ -252,7 +252,7 @@ def test_show_recipe(tmp_path):
                   'TRAIN.MODEL_EMA', 'False', 'TRAIN.DISTILLATION.TYPE', 'soft', 'TRAIN.DISTILLATION.TEACHER_CFG', 'a',
                   'TRAIN.DISTILLATION.TEACHER_WEIGHTS', 'b.pdparams', 'AMP', 'True']
     out = run(*args, *everything).stdout
-    for words in ('AdamW, betas [0.9, 0.999]', 'colour jitter 0.4', 'random erasing 0.25 (pixel)', 'mixup 0.2',
+    for words in ('AdamW, betas [0.9, 0.999]', 'color jitter 0.4', 'random erasing 0.25 (pixel)', 'mixup 0.2',
                   'CutMix', 'clipped at 5', 'AMP O1 float16', 'distillation soft from b.pdparams', ' off '):
         assert words in out
     out = run(*args, '-opts', 'EVAL', 'True', 'TRAIN.DISTILLATION.TYPE', 'hard', *everything[-6:-2]).stdout

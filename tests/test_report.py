@@ -1,4 +1,4 @@
-"""The report of an evaluation: its numbers, its page, one and several processes."""
+"""Evaluation reports: numbers, figures and page, with one and with several processes."""
 import csv
 import html.parser
 import re
@@ -15,12 +15,12 @@ from deploy.predictor import Predictor
 pytest.importorskip('matplotlib', reason='drawing is an optional extra')
 MAIN = 'main_multi_gpu.py'
 FILES = ['accuracy.png', 'calibration.png', 'confusion.png', 'images.csv', 'report.html', 'worst.png']
-# HTML, a formula, characters that fonts lack, control characters, commas and quotes
+# HTML, a formula, characters missing from fonts, control characters, commas and quotes
 NAMES = ['<script>alert(1)</script>', '$x_1$ & "y"', '猫', 'a\x07b\u202ec', 'one, "two"']
 
 
 def make_outcome(labels, predictions, probabilities, num_classes, class_names=()):
-    """An Outcome with the two best classes of each image; the second one is the next class."""
+    """Return an Outcome with two classes per image: the prediction, and the class with the next number."""
     labels, first = np.array(labels), np.array(predictions)
     probabilities = np.array(probabilities)
     best = np.stack([first, (first + 1) % num_classes], axis=1)
@@ -46,7 +46,7 @@ def test_classes_and_confusions(outcome):
 
 def test_calibration(outcome):
     error, bins = report.find_calibration(outcome)
-    # the bins' ends are 7/15, 8/15, ...: 0.5 | 0.6 (9/15) | 0.7 | 0.8, 0.8 (12/15) | 0.9
+    # the bin edges are 7/15, 8/15, ...: 0.5 | 0.6 (9/15) | 0.7 | 0.8, 0.8 (12/15) | 0.9
     assert bins[:, 0].tolist() == [0] * 7 + [1, 1, 0, 1, 2, 0, 1, 0]
     np.testing.assert_allclose(bins[11, 1:], [0.8, 0])
     assert error == pytest.approx((0.5 + 0.6 + 0.7 + 1.6 + 0.1) / 6)
@@ -54,7 +54,7 @@ def test_calibration(outcome):
     assert report.find_calibration(perfect)[0] == 0
 
 
-def test_the_worst_are_wrong_and_sure(outcome, monkeypatch):
+def test_worst_images_are_the_most_confident_mistakes(outcome, monkeypatch):
     assert report.find_worst(outcome) == [2, 4, 5, 1]
     monkeypatch.setattr(report, 'WORST', 2)
     assert report.find_worst(outcome) == [2, 4]
@@ -65,7 +65,10 @@ def test_the_worst_are_wrong_and_sure(outcome, monkeypatch):
     (40, {(0, 0): '1', (0, 1): '2', (1, 2): '1'}, ['5', '7', 'any other class']),
 ])
 def test_confusion_matrix(monkeypatch, num_classes, numbers, names):
-    """{(row, column): number}. Of many classes those of the most frequent mistakes, and a column for the others."""
+    """With many classes, it has those with the most frequent mistakes, and a column for all others.
+
+    numbers: {(row, column): count}.
+    """
     figures = []
     monkeypatch.setattr(report, 'SHOWN', 8 if num_classes == 8 else 2)
     monkeypatch.setattr(report, 'save_figure', lambda figure, path: figures.append(figure))
@@ -77,7 +80,7 @@ def test_confusion_matrix(monkeypatch, num_classes, numbers, names):
 
 
 class Page(html.parser.HTMLParser):
-    """What a browser would load, and the cells of all tables."""
+    """The links and tags of a page, and the cells of its tables."""
 
     def __init__(self, text):
         super().__init__()
@@ -100,7 +103,7 @@ class Page(html.parser.HTMLParser):
 
 
 @pytest.mark.parametrize('num_classes', [5, 40])
-def test_the_page_needs_nothing_else(tmp_path, num_classes):
+def test_report_page_is_self_contained(tmp_path, num_classes):
     rng = np.random.default_rng(0)
     names = tuple(NAMES + [f'class {number}' for number in range(5, num_classes)])
     labels = rng.integers(0, num_classes, 400)
@@ -120,8 +123,8 @@ def test_the_page_needs_nothing_else(tmp_path, num_classes):
         assert Image.open(path).convert('L').getextrema()[0] < 100, path
 
 
-def test_a_network_that_makes_no_mistakes(tmp_path):
-    (tmp_path / 'worst.png').write_text('of an earlier report')
+def test_report_without_mistakes(tmp_path):
+    (tmp_path / 'worst.png').write_text('from an earlier report')
     report.write_report(tmp_path, '', {}, make_outcome([0, 1], [0, 1], [0.9, 1.0], 40), None)
     assert sorted(path.name for path in tmp_path.iterdir()) == FILES[:-1]
     assert (tmp_path / 'report.html').read_text('utf-8').count('<p>None.</p>') == 2
@@ -129,15 +132,15 @@ def test_a_network_that_makes_no_mistakes(tmp_path):
 
 @pytest.fixture(scope='module')
 def trained(fashion, tmp_path_factory):
-    """Options of evaluations of a network after an epoch, in the folder of its run."""
+    """The folder of a run of one epoch, and the options that evaluate it."""
     folder = tmp_path_factory.mktemp('runs') / 'first'
     run(MAIN, '-output', folder, *options(fashion, 'TRAIN.NUM_EPOCHS', '1', 'TRAIN.BASE_LR', '0.05'))
     return folder, ['-eval', '-pretrained', folder / 'best.pdparams', *options(fashion, 'DATA.BATCH_SIZE_EVAL', '4')]
 
 
 @pytest.mark.parametrize('images', [35, 2])
-def test_processes_make_no_difference(trained, fashion, tmp_path, images):
-    """With two images, the third process has none."""
+def test_report_is_the_same_for_any_number_of_processes(trained, fashion, tmp_path, images):
+    """With two images, the third process has no image."""
     lines = (fashion / 'val_list.txt').read_text().splitlines()[:images]
     data = with_lists(fashion, tmp_path / 'data', val=lines)
     files = []
@@ -170,10 +173,10 @@ def test_names_and_facts_of_a_report(trained, fashion, tmp_path):
     row = next(csv.DictReader((tmp_path / 'deep/report/images.csv').read_text().splitlines()))
     assert row['label_name'] == names[int(row['label'])] and row['prediction_name'] == names[int(row['prediction'])]
     assert re.search(rf'loss</td><td>{records(tmp_path / "run")[0]["loss"]:.4f}<', text)
-    assert get_config(str(tmp_path / 'run/config.yaml')).REPORT == ''  # a config for other runs, too
+    assert get_config(str(tmp_path / 'run/config.yaml')).REPORT == ''  # so that other runs can use the config
 
 
-def test_names_are_the_data_sets_before_the_weights(tmp_path):
+def test_class_names_of_the_data_set_take_precedence(tmp_path):
     for folder, names in (('data', 'a\nb'), ('run', 'c\nd')):
         (tmp_path / folder).mkdir()
         (tmp_path / folder / 'class_names.txt').write_text(names)
@@ -182,8 +185,8 @@ def test_names_are_the_data_sets_before_the_weights(tmp_path):
     assert report.find_names(str(tmp_path), weights, 2) == ('c', 'd')
 
 
-def test_mistakes(trained, fashion, tmp_path):
-    """All are said before the evaluation, in a line."""
+def test_report_errors(trained, fashion, tmp_path):
+    """Each error is one line, reported before the evaluation."""
     output = ['-output', tmp_path / 'run', '-report', tmp_path / 'report']
     line = fails(MAIN, *options(fashion), *output)
     assert 'REPORT is ' in line and 'but only an evaluation writes a report: add -eval or drop -report' in line
@@ -200,9 +203,9 @@ def test_mistakes(trained, fashion, tmp_path):
 
 
 @pytest.mark.parametrize('name', sorted({*FILES} - {'report.html'}))
-def test_files_of_no_report_are_not_replaced(tmp_path, name):
+def test_files_from_outside_a_report_are_not_replaced(tmp_path, name):
     (tmp_path / name).write_text("a user's")
-    with pytest.raises(report.UserError, match=f'{name}: would be replaced, but is of no report; choose another'):
+    with pytest.raises(report.UserError, match=f'{name}: would be replaced, but is not part of a report; choose'):
         report.prepare_folder(tmp_path)
     (tmp_path / 'report.html').write_text('an earlier report')
     report.prepare_folder(tmp_path)

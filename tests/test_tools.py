@@ -1,4 +1,4 @@
-"""The tools, and the three commands from own photographs to a fine-tuned model."""
+"""The tools, and the commands that lead from class folders to a fine-tuned model."""
 import fcntl
 import gzip
 import json
@@ -34,7 +34,7 @@ def test_help_is_complete(program):
     assert out.startswith(f'usage: {name}') and f'python {" ".join(program)}' in out
     flags = set(re.findall(r'(?<=[\[ ])-[a-z_]+', out.split('\n\n')[0])) - {'-h'}
     assert len(flags) == {'main_single_gpu.py': 17, 'main_multi_gpu.py': 18}.get(name, len(flags)) > 0
-    # every flag of the usage has an entry of its own: flag and placeholders, then words
+    # every flag in the usage line has its own entry: flag, placeholders, then words
     entries = re.split(r'\n  (?=-)', '\n  ' + re.split(r'\n(?:options|optional arguments):\n', out)[1].strip('\n'))
     placeholders = r'^\S+( \[?[A-Z][A-Z ]*(\.\.\.)?\]?)?'
     words = {entry.split()[0]: re.sub(placeholders, '', entry).split() for entry in entries[1:]}
@@ -47,7 +47,7 @@ def read(path):
     return path.read_text().splitlines()
 
 
-def test_make_list_of_two_folders(tmp_path):
+def test_make_list_with_two_folders(tmp_path):
     for split, count in (('training set', 3), ('val', 2)):
         for name in ('zebra', 'Ant', 'sea lion'):
             write_images(tmp_path / split / name, count)
@@ -64,10 +64,10 @@ def test_make_list_of_two_folders(tmp_path):
     assert len(read(tmp_path / 'val_list.txt')) == 6
     shutil.rmtree(tmp_path / 'val/zebra')
     line = fails('-m', 'tools.make_list', '-data_path', tmp_path, '-train', 'training set', '-val', 'val')
-    assert 'zebra is in only one of them' in line
+    assert 'only one of them has zebra' in line
 
 
-def test_make_list_says_what_it_leaves_out(tmp_path):
+def test_make_list_reports_what_it_leaves_out(tmp_path):
     for name in ('photos/cat', 'photos/dog', 'photos/cat/.ipynb_checkpoints', 'photos/.Trash-0', 'more dogs'):
         write_images(tmp_path / name, 2)
     Image.new('RGB', (5, 5)).save(tmp_path / 'photos/cat/x.ppm')
@@ -88,7 +88,7 @@ def test_make_list_says_what_it_leaves_out(tmp_path):
     assert sorted(out[:7]) == [
         f'{folder} 1, folders already searched: dog/more',
         f'{folder} 1, images already listed under another path: dog/link.jpg',
-        f'{folder} 1, images in no class folder: photo.jpg',
+        f'{folder} 1, images outside the class folders: photo.jpg',
         f'{folder} 1, links to a parent folder: dog/all',
         f'{folder} 2, .heic files, which Pillow does not read: cat/IMG_1.heic; cat/IMG_2.HEIC',
         f'{folder} 2, folders of runs or reports: output/run; report',
@@ -102,8 +102,8 @@ def test_make_list_says_what_it_leaves_out(tmp_path):
         f'val/{name}/photo 0.jpg {label}' for label, name in enumerate(['bird', 'cat', 'dog'])]
 
 
-def test_make_list_of_links(tmp_path):
-    """To images elsewhere, or beside the class folders."""
+def test_make_list_follows_links(tmp_path):
+    """Also to images outside the data set, or next to the class folders."""
     for folder, target in (('train/a', '..'), ('train/b', '../../x'), ('val/a', '../../y'), ('val/b', '../../z')):
         write_images((tmp_path / folder / target).resolve(), 2)
         (tmp_path / folder).mkdir(parents=True)
@@ -123,8 +123,8 @@ def test_make_list_writes_all_lists_or_none(tmp_path):
     assert sorted(os.listdir(tmp_path)) == ['train', 'val']
 
 
-def test_make_list_of_numbers(tmp_path):
-    """Which sort as text otherwise, and it says so."""
+def test_make_list_with_numeric_class_folders(tmp_path):
+    """Without -numeric they are sorted as text, and the program warns."""
     for name in ('0', '1', '10', '2'):
         write_images(tmp_path / name, 2)
     command = ['-m', 'tools.make_list', '-data_path', tmp_path, '-train', '.', '-val_share', '0.5']
@@ -137,7 +137,7 @@ def test_make_list_of_numbers(tmp_path):
     (tmp_path / '10').rename(tmp_path / '9')
     assert 'sorted as text' not in run(*command).stdout
     (tmp_path / '9').rename(tmp_path / 'nine')
-    assert f'-numeric: {tmp_path}/nine is no number; leave out -numeric' in fails(*command, '-numeric')
+    assert f'-numeric: {tmp_path}/nine is not a number; leave out -numeric' in fails(*command, '-numeric')
 
 
 def test_make_list_with_a_split(tmp_path):
@@ -159,9 +159,9 @@ def test_make_list_with_a_split(tmp_path):
 
 @pytest.mark.parametrize('args, message', [
     (['-train', 'gone', '-val_share', '0.2'], 'gone: no such folder'),
-    (['-train', 'empty', '-val_share', '0.2'], 'empty: holds no class folders'),
-    (['-train', 'odd', '-val_share', '0.2'], 'x: holds no images'),
-    (['-train', 'one', '-val_share', '0.2'], 'class x has one image'),
+    (['-train', 'empty', '-val_share', '0.2'], 'empty: contains no class folders'),
+    (['-train', 'odd', '-val_share', '0.2'], 'x: contains no images'),
+    (['-train', 'one', '-val_share', '0.2'], 'class x has only one image'),
     (['-train', 'one', '-val_share', '1.5'], '-val_share is 1.5'),
     (['-train', 'one', '-val_share', '0.5', '-seed', '-1'], '-seed is -1'),
     (['-train', 'one'], 'one of the arguments -val -val_share is required'),
@@ -189,7 +189,7 @@ def test_make_fashion_mnist(tmp_path):
     idx(tmp_path, 'train', images, labels)
     idx(tmp_path, 't10k', images[:2], labels[:2])
     out = tmp_path / 'out'
-    for _ in range(2):  # run twice, it works twice
+    for _ in range(2):  # a second run works too
         run('-m', 'tools.make_fashion_mnist', '-source', tmp_path, '-output', out)
     assert read(out / 'train_list.txt') == ['train/Ankle_boot/00000.png 9', 'train/T-shirt_top/00001.png 0',
                                             'train/T-shirt_top/00002.png 0', 'train/Dress/00003.png 3']
@@ -204,9 +204,9 @@ def test_make_fashion_mnist_errors(tmp_path):
     command = ['-m', 'tools.make_fashion_mnist', '-source', tmp_path, '-output', tmp_path / 'out']
     assert 'train-images-idx3-ubyte.gz: no such file' in fails(*command)
     idx(tmp_path, 'train', np.zeros((3, 28, 28), 'uint8'), np.zeros(2, 'uint8'))
-    assert 'do not belong together' in fails(*command)
+    assert 'do not match; copy the four files again' in fails(*command)
     idx(tmp_path, 'train', np.zeros((0, 28, 28), 'uint8'), np.zeros(0, 'uint8'))
-    assert 'do not belong together' in fails(*command)
+    assert 'do not match; copy the four files again' in fails(*command)
     path = tmp_path / 'train-images-idx3-ubyte.gz'
     whole = (ROOT / 'demo/t10k-images-idx3-ubyte.gz').read_bytes()
     for content in (b'x', whole[:5000], whole[:10] + b'\xff' * 2000 + whole[2010:]):
@@ -215,7 +215,7 @@ def test_make_fashion_mnist_errors(tmp_path):
     assert '/dev/null/x' in fails('-m', 'tools.make_fashion_mnist', '-source', 'demo', '-output', '/dev/null/x')
 
 
-def test_demo_set_is_whole_and_small(tmp_path):
+def test_demo_set_is_complete_and_small(tmp_path):
     files = list((ROOT / 'demo').glob('*.gz'))
     assert len(files) == 4 and sum(file.stat().st_size for file in files) < 3e6
     assert 'MIT' in (ROOT / 'demo/LICENSE').read_text()
@@ -225,8 +225,8 @@ def test_demo_set_is_whole_and_small(tmp_path):
         assert len(labels) == count and min(np.bincount(labels, minlength=10)) > 0.08 * count
 
 
-def test_from_own_folders_to_a_fine_tuned_model(fashion, tmp_path):
-    """The README's commands, with narrow weights of another number of classes and few steps."""
+def test_from_class_folders_to_a_fine_tuned_model(fashion, tmp_path):
+    """The commands of the README, with a narrow pretrained network of 10 classes and few steps."""
     photos, start, runs = tmp_path / 'my photos', tmp_path / 'start', tmp_path / 'run'
     for name in ('Bag', 'Sneaker'):
         shutil.copytree(fashion / 'train' / name, photos / name)
@@ -237,13 +237,13 @@ def test_from_own_folders_to_a_fine_tuned_model(fashion, tmp_path):
         'MODEL.NUM_CLASSES', '10')
     run('-m', 'tools.make_list', '-data_path', photos, '-train', '.', '-val_share', '0.25')
     assert len(check_dataset(photos, '-opts', 'MODEL.NUM_CLASSES', '0', status=0)) == 4
-    # without weights it would be no fine-tuning
+    # fine-tuning needs pretrained weights
     command = ['main_single_gpu.py', '-cfg', 'configs/finetune.yaml', '-data_path', photos, '-output', runs, *narrow,
                'TRAIN.NUM_EPOCHS', '4']
     assert 'mobileone_s0.pdparams' in fails(*command)
     run(*command, 'MODEL.PRETRAINED', start / 'best.pdparams')
     rows = records(runs)
-    # the start, and then the only batch, smaller than BATCH_SIZE, which is kept
+    # the evaluation at the start, then the only batch, which is kept although it is smaller than BATCH_SIZE
     assert [row['n'] for row in rows[:4]] == [6, 18, 6, 6] and [row['epoch'] for row in rows[:2]] == [0, 1]
     out = run('-m', 'tools.fuse', '-cfg', runs / 'config.yaml', '-pretrained', runs / 'best.pdparams', '-save',
               runs / 'fused.pdparams').stdout
@@ -254,7 +254,7 @@ def test_from_own_folders_to_a_fine_tuned_model(fashion, tmp_path):
     run('-m', 'tools.export_model', *evaluation, '-output', tmp_path / 'int8', '-precision', 'int8', '-calibration',
         photos / 'train_list.txt', '-num_images', '8')
     assert all((runs / name).exists() for name in ('curves.png', 'report/report.html', 'run-eval.json'))
-    # the names of the classes travel along, where the config still says 0 too
+    # class names are passed along, even if NUM_CLASSES is still 0 in the config
     command = ['-m', 'tools.predict', next((photos / 'Bag').iterdir()), '-model']
     (tmp_path / 'exported').mkdir()
     narrow_file = tmp_path / 'narrow.yaml'
@@ -265,13 +265,13 @@ def test_from_own_folders_to_a_fine_tuned_model(fashion, tmp_path):
                   [runs / 'best.pdparams', '-cfg', narrow_file]):
         shown = run(*command, *model).stdout
         assert re.search(r'%  0 Bag$', shown, re.M) and re.search(r'%  1 Sneaker$', shown, re.M)
-    # and to a new folder, but do not replace others
+    # fuse copies them to a new folder, but does not replace different ones
     command = ['-m', 'tools.fuse', '-no_data', '-cfg', runs / 'config.yaml', '-pretrained', runs / 'best.pdparams']
     run(*command, '-save', tmp_path / 'new/fused.pdparams')
     assert read(tmp_path / 'new/class_names.txt') == ['Bag', 'Sneaker']
     (tmp_path / 'class_names.txt').write_text('cat\ndog\n')
     line = fails(*command, '-save', tmp_path / 'fused.pdparams')
-    assert f'{tmp_path}/class_names.txt: names other classes than {runs}/class_names.txt' in line
+    assert f'{tmp_path}/class_names.txt: names different classes than {runs}/class_names.txt' in line
     assert not (tmp_path / 'fused.pdparams').exists()
     (runs / 'class_names.txt').unlink()
     line = fails(*command, '-save', tmp_path / 'new/again.pdparams')
@@ -279,7 +279,7 @@ def test_from_own_folders_to_a_fine_tuned_model(fashion, tmp_path):
     assert not (tmp_path / 'new/again.pdparams').exists()
 
 
-def test_picture(tmp_path):
+def test_draw_block(tmp_path):
     (tmp_path / 'matplotlib.py').write_text('raise ImportError("none here")')
     assert 'pip install matplotlib' in fails('-m', 'tools.draw_block', env={'PYTHONPATH': str(tmp_path)})
     pytest.importorskip('matplotlib', reason='drawing is an optional extra')
@@ -302,16 +302,16 @@ def test_plot_log(fashion, tmp_path):
             fashion, 'TRAIN.NUM_EPOCHS', epochs, 'TRAIN.WEIGHT_DECAY', decay, 'TRAIN.CURRICULUM', stages))
     out = run('-m', 'tools.plot_log', *folders, '-save', tmp_path / 'x.png').stdout.splitlines()
     assert out[:3] == [f'{folder}: {epochs} epochs' for folder, epochs in zip(folders, (3, 4, 4))]
-    assert out[3].startswith(f'{tmp_path}/x.png: drawn: training loss, training top-1 (%), ')
+    assert out[3].startswith(f'{tmp_path}/x.png: drew training loss, training top-1 (%), ')
     lower = Image.open(tmp_path / 'x.png').size
-    assert f'{folders[0]}/curves.png: drawn' in run('-m', 'tools.plot_log', *folders[:2]).stdout
-    assert lower[0] == 1560 and lower[1] > Image.open(folders[0] / 'curves.png').size[1]  # for a longer legend
+    assert f'{folders[0]}/curves.png: drew' in run('-m', 'tools.plot_log', *folders[:2]).stdout
+    assert lower[0] == 1560 and lower[1] > Image.open(folders[0] / 'curves.png').size[1]  # the legend is longer
 
     assert plot_log.label_runs(folders[:2]) == (['TRAIN.NUM_EPOCHS 3\nTRAIN.WEIGHT_DECAY 0.0001',
                                                 'TRAIN.NUM_EPOCHS 4\nTRAIN.WEIGHT_DECAY 0.01'], '')
     assert plot_log.label_runs(folders[1:]) == ([str(folder) for folder in folders[1:]], '')
     assert plot_log.label_runs(folders)[0][1] == f'{folders[1]}\nTRAIN.NUM_EPOCHS 4\nTRAIN.WEIGHT_DECAY 0.01'
-    # as right after a resume: the last line is not whole yet, and an evaluation alone has no epoch
+    # as right after a resume: the last line is incomplete, and a separate evaluation has epoch 0
     log = folders[1] / 'log.jsonl'
     rows = records(folders[1])
     log.write_text(json.dumps({**rows[-1], 'epoch': 0}) + '\n' + log.read_text() + '{"epoch": 5, "st')
@@ -337,19 +337,19 @@ def test_plot_log(fashion, tmp_path):
     colors = {line.get_label(): line.get_color() for axis in axes for line in axis.lines}
     assert set(colors) == {'first', 'second'} and colors['first'] != colors['second']
     pyplot.close('all')
-    plot_log.draw([(r'a$\foo$b', rows)], tmp_path / 'z.png')  # no formula
+    plot_log.draw([(r'a$\foo$b', rows)], tmp_path / 'z.png')  # not a formula
     for line in ('x', '{"epoch": 1}', '[]'):
         log.write_text(f'{json.dumps(rows[0])}\n{line}\n')
-        assert 'log.jsonl:2: is not the record of an epoch' in fails('-m', 'tools.plot_log', folders[1])
+        assert 'log.jsonl:2: is not an epoch record' in fails('-m', 'tools.plot_log', folders[1])
     log.write_text('')
-    assert 'holds no epoch of training yet' in fails('-m', 'tools.plot_log', folders[1])
+    assert 'contains no training epoch yet' in fails('-m', 'tools.plot_log', folders[1])
     assert 'nowhere/log.jsonl: cannot read the log (No such file or directory); give the folder of a run' in fails(
         '-m', 'tools.plot_log', tmp_path / 'nowhere')
     assert '/dev/null/x.png' in fails('-m', 'tools.plot_log', folders[0], '-save', '/dev/null/x.png')
 
 
-def test_a_table_of_what_many_keys_differ_in(tmp_path):
-    """Beyond a few keys. The picture grows with it, so that it covers no curve."""
+def test_plot_log_lists_many_differing_keys_in_a_table(tmp_path):
+    """The figure grows with the table, so that no curve is covered."""
     pytest.importorskip('matplotlib', reason='drawing is an optional extra')
     from matplotlib import pyplot
 
@@ -412,7 +412,7 @@ def test_ablations(fashion, tmp_path, call_main):
     logs = {arm: records(out / f'{arm}-0') for arm in ('paper', 'constant_decay')}
     assert {row['weight_decay'] for row in logs['constant_decay']} == {0.02}
     assert [row['weight_decay'] for row in logs['paper'] if row['split'] == 'train'] == pytest.approx([0.02, 0.011])
-    assert call_main(ablations, *args[2:])[10:] == lines[10:]  # nothing is left to train
+    assert call_main(ablations, *args[2:])[10:] == lines[10:]  # no run is missing
     configs = [get_config(str(out / f'paper-{seed}/config.yaml')) for seed in (0, 1)]
     assert [config.SEED for config in configs] == [0, 1]
     for more in (['-seeds', '0'], ['-epochs', '1']):
@@ -420,18 +420,18 @@ def test_ablations(fashion, tmp_path, call_main):
     assert '-train_images is 61, but' in fails(*args, '-train_images', '61')
     with_lists(fashion, tmp_path / 'other', train=(fashion / 'train_list.txt').read_text().splitlines()[1:])
     other = [tmp_path / 'other' if argument == fashion else argument for argument in args]
-    assert 'the runs there are on other images; choose another -output' in fails(*other)
-    assert '-data_path is what tools.make_fashion_mnist wrote' in fails(
+    assert 'the runs in this folder use different images; choose another -output' in fails(*other)
+    assert 'set -data_path to a folder written by tools.make_fashion_mnist' in fails(
         '-m', 'tools.ablations', '-data_path', tmp_path, '-output', tmp_path / 'y')
     for name in ('latest', 'best'):
         (out / f'paper-0/{name}.pdparams').write_bytes(b'')
-    process = run(*args, '-jobs', '1', status=2)  # in a process of its own
-    assert re.search(r'/paper-0: ended with status 2: .*error: .*paper-0', process.stderr)
-    assert len(process.stdout.splitlines()) <= 1  # at most the run that began meanwhile: the others are not started
+    process = run(*args, '-jobs', '1', status=2)  # in a separate process
+    assert re.search(r'/paper-0: exited with status 2: .*error: .*paper-0', process.stderr)
+    assert len(process.stdout.splitlines()) <= 1  # at most one run that had started meanwhile; no others are started
 
 
 def check_dataset(folder, *more, status):
-    """Lines that the tool prints, nothing being on stderr."""
+    """Run the tool, which must print nothing on stderr, and return its lines."""
     process = run('-m', 'tools.check_dataset', '-data_path', folder, *more, status=status)
     assert process.stderr == ''
     return process.stdout.splitlines()
@@ -465,7 +465,7 @@ def test_check_dataset_lists_every_bad_line(fashion, tmp_path):
 
     assert read(tmp_path / 'good/train_list.txt') == [
         f'{data}/{line}' for number, line in enumerate(lines, 1) if number not in bad]
-    # what is written is usable as it is, with the names
+    # the saved lists can be used directly, with the class names
     assert read(tmp_path / 'good/class_names.txt') == read(fashion / 'class_names.txt')
     assert check_dataset(tmp_path / 'good', '-opts', 'MODEL.NUM_CLASSES', '10', status=0)[3].startswith(
         f'{tmp_path}/good/val_list.txt: 37 lines, 0 bad')
@@ -475,8 +475,8 @@ def test_check_dataset_lists_every_bad_line(fashion, tmp_path):
         '-m', 'tools.check_dataset', '-data_path', data, '-save', tmp_path / 'good')
 
 
-def test_check_dataset_finds_images_again(tmp_path):
-    """By their pixels, whatever the file; -unique leaves them out of the train list alone."""
+def test_check_dataset_finds_duplicate_images(tmp_path):
+    """By their pixels, in any file format. -unique removes them only from the train list."""
     write_images(tmp_path / 'x', 4)
     for number in (0, 2):
         Image.open(tmp_path / f'x/photo {number}.jpg').save(tmp_path / f'x/{number}.png')
@@ -489,12 +489,12 @@ def test_check_dataset_finds_images_again(tmp_path):
     out = check_dataset(tmp_path, '-save', tmp_path / 'good', '-unique', status=1)
     path, val = tmp_path / 'train_list.txt', tmp_path / 'val_list.txt'
     assert out[:2] == [f'{path}:3: x/0.png is the same image as {path}:1, x/photo 0.jpg',
-                       f'{path}:4: x/photo 1.jpg is the same image as {path}:2, x/photo 1.jpg, but of label 2, not 1']
+                       f'{path}:4: x/photo 1.jpg is the same image as {path}:2, x/photo 1.jpg, but with label 2, not 1']
     assert out[2] == f'{path}: 9 lines, 0 bad, 3 repeated' and out[3].startswith(f'{val}:2: {tmp_path}/x/gone.png: ')
     assert out[4:6] == [f'{val}:1: x/2.png is the same image as {path}:5, x/photo 2.jpg',
                         f'{val}: 2 lines, 1 bad, 1 of the images also in train_list.txt']
     assert read(tmp_path / 'good/train_list.txt') == [f'{tmp_path}/x/{train[index]}' for index in (0, 5, 7, 8)]
-    assert f'{path}: no images are left of the labels 1; 2' in out
+    assert f'{path}: no images are left for labels 1; 2' in out
     assert read(tmp_path / 'good/val_list.txt') == [f'{tmp_path}/x/2.png 1']
     assert '-unique is for the lists that -save writes: add -save' in fails(
         '-m', 'tools.check_dataset', '-data_path', tmp_path, '-unique')
@@ -503,17 +503,17 @@ def test_check_dataset_finds_images_again(tmp_path):
 @pytest.mark.parametrize('train, val, num_classes, lines', [
     ([0, 0, 0, 1, 2, 2], [0, 1, 2, 2], 3, ['train_list.txt: 3 classes; the smallest is 1 with 1 images, the largest is '
                                            '0 with 3', 'val_list.txt: 3 classes; the smallest is ']),
-    ([0, 7, 7, 9], [0], 1000, ['train_list.txt: 3 classes', 'val_list.txt: no images of 2 classes of '
+    ([0, 7, 7, 9], [0], 1000, ['train_list.txt: 3 classes', 'val_list.txt: no images for 2 classes of '
                                'train_list.txt: 7; 9']),
-    ([0], [0, 3], 4, ['val_list.txt: 2 classes', 'train_list.txt: no images of 1 classes of val_list.txt: 3']),
+    ([0], [0, 3], 4, ['val_list.txt: 2 classes', 'train_list.txt: no images for 1 classes of val_list.txt: 3']),
     ([1, 2], [1, 2], 9, ['train_list.txt: 2', 'val_list.txt: 2', 'no image has label 0, and the largest is 2: labels '
                          'count from 0, so if these start at 1, subtract 1 from each']),
     ([2, 4], [2], 4, ['train_list.txt: 2', 'val_list.txt: no', 'no image has label 0, and the largest is 4']),
-    ([2, 4], [2, 4], 5, ['train_list.txt: 2', 'val_list.txt: 2']),  # a part of the classes
-    ([None, 0], [None], 1, ['val_list.txt: no images of 1 classes of train_list.txt: 0']),
+    ([2, 4], [2, 4], 5, ['train_list.txt: 2', 'val_list.txt: 2']),  # a subset of the classes
+    ([None, 0], [None], 1, ['val_list.txt: no images for 1 classes of train_list.txt: 0']),
 ])
 def test_check_dataset_describes_labels(train, val, num_classes, lines, capsys):
-    """None: of a line that is none."""
+    """None is the label of a bad line."""
     from tools.check_dataset import Checked, print_labels
     print_labels([Checked(name, [], labels, [label is not None and bytes([number])
                                              for number, label in enumerate(labels)])
@@ -522,7 +522,7 @@ def test_check_dataset_describes_labels(train, val, num_classes, lines, capsys):
     assert len(out) == len(lines) and all(map(str.startswith, out, lines))
 
 
-def test_check_dataset_of_a_list_of_windows(tmp_path):
+def test_check_dataset_reads_a_windows_list(tmp_path):
     write_images(tmp_path / 'x', 2)
     (tmp_path / 'val_list.txt').write_bytes('x\\photo 0.jpg\t0\r\nx\\photo 1.jpg\t0\r\n'.encode('utf-16'))
     out = check_dataset(tmp_path, '-save', tmp_path / 'good', status=0)
@@ -531,8 +531,8 @@ def test_check_dataset_of_a_list_of_windows(tmp_path):
     assert read(tmp_path / 'good/val_list.txt') == [f'{tmp_path}/x/photo {number}.jpg 0' for number in (0, 1)]
 
 
-def test_check_dataset_of_one_list(tmp_path):
-    """Without a val list; no empty list is written; EXIF data are read when training reads them."""
+def test_check_dataset_with_one_list(tmp_path):
+    """No empty list is written, and EXIF data are read only if training reads them."""
     write_images(tmp_path / 'x', 1)
     Image.new('RGB', (5, 5)).save(tmp_path / 'x/exif.png', exif=b'Exif\0\0no TIFF')
     (tmp_path / 'train_list.txt').write_text('x/exif.png 0\n')
@@ -540,29 +540,30 @@ def test_check_dataset_of_one_list(tmp_path):
     out = check_dataset(tmp_path, '-opts', 'DATA.EXIF_TRANSPOSE', 'True', '-save', tmp_path / 'good', status=1)
     assert out[0].startswith(f'{tmp_path}/train_list.txt:1: {tmp_path}/x/exif.png: cannot read the image (')
     assert out[1:] == [f'{tmp_path}/train_list.txt: 1 lines, 1 bad',
-                       f'{tmp_path}/good/train_list.txt: not written, no line is left']
+                       f'{tmp_path}/good/train_list.txt: not written, because no lines are left']
     assert not list((tmp_path / 'good').iterdir())
 
 
 @pytest.mark.parametrize('largest, more, kind, lines', [
-    # of train_list.txt and val_list.txt
-    ((500, 4000), [], 'PNG', ['2 of 2 images of 16 bits use fewer and will be dark: their pixels are from 9 to 4000; '
-                              'if 12 bits are all they have, set DATA.BIT_DEPTH 12, or if they are colored, scale them '
-                              'in their files']),
-    ((500, 40000), [], 'PNG', ['1 of 2 images of 16 bits use fewer and will be dark: their pixels are from 9 to 500; '
-                               'if 9 bits are all they have, scale them in their files, for the others use all 16']),
+    # largest: the largest pixels of the images in train_list.txt and val_list.txt
+    ((500, 4000), [], 'PNG', ['2 of 2 images with 16 bits use fewer and will be dark: their pixels are from 9 to '
+                              '4000; if they have only 12 bits, set DATA.BIT_DEPTH 12 or, for color images, rescale '
+                              'the files']),
+    ((500, 40000), [], 'PNG', ['1 of 2 images with 16 bits use fewer and will be dark: their pixels are from 9 to '
+                               '500; if they have only 9 bits, rescale their files, because the other images use all '
+                               '16 bits']),
     ((40000, 32768), [], 'TIFF', []),
     ((500, 4000), ['-opts', 'DATA.BIT_DEPTH', '12'], 'TIFF', []),
-    ((500, 4000), ['-opts', 'DATA.BIT_DEPTH', '16'], 'PNG', []),  # so they are dark
+    ((500, 4000), ['-opts', 'DATA.BIT_DEPTH', '16'], 'PNG', []),  # the user knows that they are dark
 ])
-def test_check_dataset_says_which_bits_are_used(largest, more, kind, lines, tmp_path):
+def test_check_dataset_reports_unused_bits(largest, more, kind, lines, tmp_path):
     for split, value in zip(('train', 'val'), largest):
         Image.fromarray(np.array([[9, value]], 'uint16')).save(tmp_path / split, kind)
         (tmp_path / f'{split}_list.txt').write_text(f'{split} 0\n')
     assert check_dataset(tmp_path, *more, status=0)[2:] == lines
 
 
-def test_check_dataset_takes_the_bit_depth(tmp_path):
+def test_check_dataset_applies_the_bit_depth(tmp_path):
     Image.fromarray(np.array([[9, 4096]], 'uint16')).save(tmp_path / 'x', 'PNG')
     (tmp_path / 'val_list.txt').write_text('x 0\n')
     out = check_dataset(tmp_path, '-opts', 'DATA.BIT_DEPTH', '12', status=1)
@@ -571,7 +572,7 @@ def test_check_dataset_takes_the_bit_depth(tmp_path):
 
 def test_check_dataset_errors(tmp_path):
     command = ['-m', 'tools.check_dataset', '-data_path', tmp_path]
-    assert f'{tmp_path}: holds neither train_list.txt nor val_list.txt' in fails(*command)
+    assert f'{tmp_path}: contains neither train_list.txt nor val_list.txt' in fails(*command)
     (tmp_path / 'val_list.txt').write_text('')
     assert 'val_list.txt: the list is empty' in fails(*command)
     for name in ('val_list.txt', 'class_names.txt'):
@@ -581,14 +582,14 @@ def test_check_dataset_errors(tmp_path):
 
 
 def resize_dataset(folder, output, *more, status=0):
-    """Lines that the tool prints, nothing being on stderr."""
+    """Run the tool, which must print nothing on stderr, and return its lines."""
     process = run('-m', 'tools.resize_dataset', '-data_path', folder, '-output', output, *more, status=status)
     assert process.stderr == ''
     return process.stdout.splitlines()
 
 
 def photos(folder):
-    """A data set of large and small images of several kinds, with both lists. Returns: the paths of train_list.txt."""
+    """Write a data set of large and small images in several formats, with both lists. Returns: its image paths."""
     (folder / 'a b').mkdir(parents=True)
     pixels = np.random.default_rng(0).integers(0, 256, (3, 4, 3), dtype='uint8')
     image, exif = Image.fromarray(pixels).resize((80, 60), Image.Resampling.BICUBIC), Image.Exif()
@@ -621,7 +622,7 @@ def test_resize_dataset(tmp_path):
         with Image.open(output / name) as image:
             is_jpeg = name in ('a b/turned.JPEG', 'a b/cmyk.jpg')
             assert image.format == ('JPEG' if is_jpeg else 'PNG') and image.mode == 'RGB'
-        # the same image, whether or not it is rotated as its EXIF data say
+        # the same image, with and without its EXIF rotation
         for exif_transpose in (False, True):
             large, small = (read_image(str(folder / name), exif_transpose, 12) for folder in (source, output))
             assert sorted(small.size) == [40, 53] and (large.width > large.height) == (small.width > small.height)
@@ -630,7 +631,7 @@ def test_resize_dataset(tmp_path):
     assert read_image(str(output / 'a b/turned.JPEG'), True).size == (40, 53)
 
 
-def test_resize_dataset_goes_on_and_names_bad_images(tmp_path):
+def test_resize_dataset_resumes_and_names_bad_images(tmp_path):
     source, output = tmp_path / 'source', tmp_path / 'small'
     names = photos(source)
     (source / 'a b/cut.jpg').write_bytes((source / 'a b/turned.JPEG').read_bytes()[:1000])
@@ -644,18 +645,18 @@ def test_resize_dataset_goes_on_and_names_bad_images(tmp_path):
     lines = resize_dataset(source, output, *command, status=1)
     assert [line.split(' (')[0] for line in lines] == [
         f'{source}/a b/cut.jpg: cannot read the image',
-        '../outside.jpg: leads out of -data_path, and its copy out of -output; use a path inside',
+        '../outside.jpg: is outside -data_path, its copy would be outside -output; use a path inside',
         f'{source}/a b/gone.jpg: cannot read the image', f'{source}/a b/exif.png: cannot read the EXIF data',
         f'{output}: 4 resized, 1 copied, 1 skipped, 4 bad', f'{output}/train_list.txt: 7 lines written',
         f'{output}/val_list.txt: 1 lines written']
     assert read(output / 'val_list.txt') == [f'{names[0]} 0'] and (output / names[0]).read_text() == 'as it was'
-    # what an interruption leaves
+    # as after an interruption
     (output / names[0]).rename(output / f'{names[0]}.partial')
     (source / 'val_list.txt').write_text(f'{bad[0]} 0\n')
     lines = resize_dataset(source, output, *command, status=1)
     assert lines[1:] == [
         f'{output}: 1 resized, 0 copied, 5 skipped, 1 bad', f'{output}/train_list.txt: 7 lines written',
-        f'{output}/val_list.txt: not written, no line is left']
+        f'{output}/val_list.txt: not written, because no lines are left']
     assert len(list((output / 'a b').iterdir())) == len(names)
     size = (output / 'a b/turned.JPEG').stat().st_size
     (output / 'a b/turned.JPEG').unlink()
@@ -664,7 +665,7 @@ def test_resize_dataset_goes_on_and_names_bad_images(tmp_path):
 
 
 @pytest.mark.parametrize('args, message', [
-    (['-output', '.'], '-output {}: is the folder of the images themselves; choose another'),
+    (['-output', '.'], '-output {}: is the same folder as -data_path; choose another'),
     (['-shorter', '0'], '-shorter and -workers must be at least 1'),
     (['-workers', '0'], '-shorter and -workers must be at least 1'),
     (['-quality', '101'], '-quality is 101, but must be from 1 to 100'),
@@ -681,7 +682,7 @@ def test_resize_dataset_errors(tmp_path, args, message):
     assert not (tmp_path / 'full/a b/12 bits.png').exists()
 
 
-# tools.check_dataset where an image takes for ever; that one reads it is seen by the file path.read
+# tools.check_dataset where reading an image takes forever; the file path.read shows that a worker has started to do so
 STUCK = '''
 import pathlib, runpy, time
 from runtime.program import prepare_runtime
@@ -698,7 +699,7 @@ runpy.run_module('tools.check_dataset', run_name='__main__', alter_sys=True)
 
 
 def workers_of(process, mark):
-    """The processes that a program has started, once one of them has made a file."""
+    """Wait for the file `mark`, which one of the processes of a program makes, and return the ids of all of them."""
     deadline = time.monotonic() + 60
     while not mark.exists():
         assert process.poll() is None and time.monotonic() < deadline
@@ -708,17 +709,17 @@ def workers_of(process, mark):
 
 
 @pytest.mark.parametrize('victim, number, status, message', [
-    ('all', signal.SIGINT, 130, 'interrupted'),  # as a terminal's Ctrl-C
+    ('all', signal.SIGINT, 130, 'interrupted'),  # like Ctrl-C in a terminal
     ('program', signal.SIGINT, 130, 'interrupted'),
     ('worker', signal.SIGKILL, 2, 'a process that reads images was killed'),
     ('program', signal.SIGKILL, -signal.SIGKILL, ''),
 ])
-def test_check_dataset_ends_with_its_workers(tmp_path, victim, number, status, message):
-    (tmp_path / 'val_list.txt').write_text('x 0\n')  # with several cores, one worker reads and the others idle
+def test_check_dataset_ends_together_with_its_workers(tmp_path, victim, number, status, message):
+    (tmp_path / 'val_list.txt').write_text('x 0\n')  # with several cores, one worker reads and the others are idle
     process = forked.Program(['-c', STUCK, '-data_path', tmp_path], start_new_session=True)
     workers = workers_of(process, tmp_path / 'x.read')
     assert workers
-    # a negative number is that of a group
+    # a negative number addresses the process group
     os.kill({'all': -process.pid, 'program': process.pid, 'worker': workers[0]}[victim], number)
     error = process.communicate(timeout=60)[1]
     assert process.returncode == status and len(error.splitlines()) == bool(message) and message in error
@@ -728,7 +729,7 @@ def test_check_dataset_ends_with_its_workers(tmp_path, victim, number, status, m
         time.sleep(0.05)
 
 
-def test_check_dataset_shows_a_bar_on_a_terminal(tmp_path):
+def test_check_dataset_shows_a_progress_bar_on_a_terminal(tmp_path):
     write_images(tmp_path / 'x', 1)
     (tmp_path / 'val_list.txt').write_text('x/photo 0.jpg 0\n' * 50)
     controller, terminal = os.openpty()

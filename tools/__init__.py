@@ -1,8 +1,8 @@
-"""Programs for users: `python -m tools.NAME -h` explains each."""
+"""Command-line programs; `python -m tools.NAME -h` explains each one."""
 
 
 def import_pyplot():
-    """matplotlib.pyplot, which draws without a screen. Raises: UserError without matplotlib, an optional extra."""
+    """Return matplotlib.pyplot with a backend that needs no display. Raises: UserError if matplotlib is missing."""
     from deploy.report import import_figure
     import_figure()
     import matplotlib

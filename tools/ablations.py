@@ -1,10 +1,11 @@
-"""Compare parts of the paper's recipe on a narrow network: a run for each arm and seed, then a table of means.
+"""Ablate the paper's recipe on a narrow network: train every arm with every seed, then print a table of means.
 
   python -m tools.make_fashion_mnist -source /usr/share/datasets/fashion-mnist -output data/fashion_mnist
   python -m tools.ablations -data_path data/fashion_mnist -output output/ablations
 
-Arms differ from configs/ablations.yaml in one thing. All have the same data, epochs and seeds; each run computes on one
-thread, -jobs of them at a time. Run again, it goes on with the runs that are missing and prints the table.
+The first arm is configs/ablations.yaml; the others differ from it in one thing, the last in two. All arms share data,
+epochs and seeds. Each run uses one thread, and -jobs of them run at a time. After an interruption, run the same command
+again: it finishes the missing runs and prints the table.
 """
 import concurrent.futures
 import os
@@ -26,7 +27,7 @@ BASE = get_config(os.path.join(ROOT, 'configs', 'ablations.yaml'))
 
 @dataclass
 class Arm:
-    """A recipe to compare. branches: k; end_decay: weight decay after the last step as a share of the first step's."""
+    """A recipe to compare. branches: k; end_decay: final weight decay as a share of the initial one."""
     description: str
     branches: int = 4
     skip_and_scale: bool = True
@@ -43,7 +44,7 @@ ARMS = {
 
 
 def remove_skip_and_scale():
-    """Let the networks of this process be built of k convolutions alone."""
+    """Make this process build networks from the k convolutions only, without skip and scale branches."""
     import mobileone
 
     class ConvolutionsOnly(mobileone.MobileOneBlock):
@@ -56,9 +57,10 @@ def remove_skip_and_scale():
 
 
 def write_lists(source, target, train_images):
-    """Lists with absolute paths: the first images of the training list, which is in random order, and all of the val.
+    """Write lists with absolute paths: the first `train_images` of the training list and the whole val list.
 
-    Raises: UserError for a folder without lists, for too few images, and when runs on other images are there.
+    The training list of Fashion-MNIST is in random order, so its first images are a random sample.
+    Raises: UserError for missing lists, for too few images, and if `target` has lists of different images.
     """
     os.makedirs(target, exist_ok=True)
     for name, count in (('train_list.txt', train_images), ('val_list.txt', None)):
@@ -67,8 +69,8 @@ def write_lists(source, target, train_images):
             with open(os.path.join(source, name), encoding='utf-8') as file:
                 lines = file.read().splitlines()[:count]
         except OSError as error:
-            raise UserError(f'{error.filename}: {error.strerror}; -data_path is what tools.make_fashion_mnist '
-                            'wrote') from None
+            raise UserError(f'{error.filename}: {error.strerror}; set -data_path to a folder written by '
+                            'tools.make_fashion_mnist') from None
         if count and len(lines) < count:
             raise UserError(f'-train_images is {count}, but {source} has {len(lines)}')
         text = ''.join(f'{os.path.abspath(source)}/{line}\n' for line in lines)
@@ -76,17 +78,17 @@ def write_lists(source, target, train_images):
         if os.path.exists(path):
             with open(path, encoding='utf-8') as file:
                 if file.read() != text:
-                    raise UserError(f'{path}: the runs there are on other images; choose another -output')
+                    raise UserError(f'{path}: the runs in this folder use different images; choose another -output')
         write_text(path, text)
 
 
 def halfway(epochs):
-    """The epoch that is evaluated beside the last."""
+    """Return the epoch that is evaluated in addition to the last one."""
     return -(-epochs // 2)
 
 
 def run_arm(args):
-    """Train one arm with one seed in this process, or go on with what is there of it."""
+    """Train one arm with one seed in this process, resuming an unfinished run."""
     prepare_runtime()
     import run
 
@@ -101,7 +103,7 @@ def run_arm(args):
 
 
 def start(arm, seed, args):
-    """`run_arm` in a process of its own. Raises: UserError with its last line if it fails."""
+    """Call `run_arm` in a separate process. Raises: UserError with its last line of output if it fails."""
     folder = os.path.join(args.output, f'{arm}-{seed}')
     process = subprocess.run(
         [sys.executable, '-m', 'tools.ablations', '-arm', arm, '-seed', str(seed), '-data_path',
@@ -110,19 +112,19 @@ def start(arm, seed, args):
         cwd=ROOT, capture_output=True, text=True, env={**os.environ, 'OMP_NUM_THREADS': '1'})
     if process.returncode:
         last = (process.stderr or process.stdout).rstrip().rpartition('\n')[2]
-        raise UserError(f'{folder}: ended with status {process.returncode}: {last}')
+        raise UserError(f'{folder}: exited with status {process.returncode}: {last}')
     print(f'{folder}: done', flush=True)
 
 
 def read_accuracies(folder):
-    """{(epoch, 'raw' or 'ema'): top-1 in percent} of a run's evaluations."""
+    """Return {(epoch, 'raw' or 'ema'): top-1 in percent} for the evaluations of a run."""
     return {(row['epoch'], row['weights']): row['acc1'] for row in read_log(folder) if row['split'] == 'val'}
 
 
 def table(output, seeds, epochs):
-    """Markdown: top-1 of every arm, halfway and at the end, raw and EMA: mean ± standard deviation over the seeds.
+    """Return a Markdown table of each arm's top-1, halfway and at the end, raw and EMA: mean ± std over the seeds.
 
-    Its last column has, for each seed, what the last EMA is above (+) or below (-) that of the first arm.
+    The last column is, for each seed, the difference in final EMA top-1 from the first arm.
     """
     columns = [(epoch, weights) for epoch in (halfway(epochs), epochs) for weights in ('raw', 'ema')]
     runs = {arm: [read_accuracies(os.path.join(output, f'{arm}-{seed}')) for seed in range(seeds)] for arm in ARMS}
@@ -142,25 +144,27 @@ def table(output, seeds, epochs):
 
 def main():
     parser = ArgumentParser(description=__doc__)
-    parser.add_argument('-data_path', metavar='DIR', required=True, help='what tools.make_fashion_mnist wrote')
-    parser.add_argument('-output', metavar='DIR', required=True, help='folder of the runs')
-    parser.add_argument('-seeds', metavar='N', type=int, default=3, help='runs of each arm (default: 3)')
-    parser.add_argument('-jobs', metavar='N', type=int, default=2, help='runs at a time (default: 2)')
+    parser.add_argument('-data_path', metavar='DIR', required=True, help='folder written by tools.make_fashion_mnist')
+    parser.add_argument('-output', metavar='DIR', required=True, help='folder for the runs')
+    parser.add_argument('-seeds', metavar='N', type=int, default=3,
+                        help='number of runs per arm, with seeds from 0 (default: 3)')
+    parser.add_argument('-jobs', metavar='N', type=int, default=2, help='number of runs at a time (default: 2)')
     parser.add_argument('-epochs', metavar='N', type=int, default=BASE.TRAIN.NUM_EPOCHS,
-                        help=f'epochs of a run (default: {BASE.TRAIN.NUM_EPOCHS})')
+                        help=f'epochs per run (default: {BASE.TRAIN.NUM_EPOCHS})')
     parser.add_argument('-train_images', metavar='N', type=int, default=8000,
-                        help='how many of the training images to use (default: 8000)')
+                        help='number of training images to use (default: 8000)')
     parser.add_argument('-weight_decay', metavar='X', type=float, default=BASE.TRAIN.WEIGHT_DECAY,
-                        help=f'at the first step; annealed to a tenth (default: {BASE.TRAIN.WEIGHT_DECAY:g})')
+                        help=f'weight decay of the first step, annealed to a tenth (default: '
+                             f'{BASE.TRAIN.WEIGHT_DECAY:g})')
     parser.add_argument('-arm', metavar='NAME', choices=ARMS,
-                        help=f'make one run only, into -output: {", ".join(ARMS)}')
-    parser.add_argument('-seed', metavar='N', type=int, default=0, help='the seed of that run (default: 0)')
+                        help=f'train only this arm, in -output: {", ".join(ARMS)}')
+    parser.add_argument('-seed', metavar='N', type=int, default=0, help='seed for -arm (default: 0)')
     args = parser.parse_args()
     if min(args.seeds, args.jobs, args.train_images) < 1 or args.epochs < 2 or args.weight_decay < 0:
         raise UserError('-seeds, -jobs and -train_images must be at least 1, -epochs 2, -weight_decay 0')
     if args.arm:
         return run_arm(args)
-    # of another budget or decay, they are other runs
+    # runs with a different budget or decay get their own folder
     args.output = os.path.join(os.path.abspath(args.output),
                                f'{args.epochs}_epochs_of_{args.train_images}_decay_{args.weight_decay:g}')
     write_lists(args.data_path, os.path.join(args.output, 'data'), args.train_images)
@@ -169,7 +173,7 @@ def main():
         for run in [pool.submit(start, arm, seed, args) for seed in range(args.seeds) for arm in ARMS]:
             run.result()
     finally:
-        pool.shutdown(cancel_futures=True)  # after an error or Ctrl-C, what waits is not started
+        pool.shutdown(cancel_futures=True)  # after an error or Ctrl-C, do not start the pending runs
     print(table(args.output, args.seeds, args.epochs))
 
 

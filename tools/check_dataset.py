@@ -1,15 +1,18 @@
-"""Check a data set: every line of its train_list.txt and val_list.txt, and that the image there can be read.
+"""Check a data set: every line of train_list.txt and val_list.txt, and that every image can be read.
 
   python -m tools.check_dataset -data_path /dataset/imagenet
   python -m tools.check_dataset -data_path photos -opts MODEL.NUM_CLASSES 2 -save photos_checked -unique
 
-Images are read as training reads them, on all cores. Each bad line is printed with its number and what is wrong, and
-each line whose image, pixel by pixel, stands before in its list or the train list. Then come a summary of each list and
-what its labels look like: the smallest and the largest class, classes that only one list has, labels that start at 1.
-At the end it says whether images are stored in 16 bits but use fewer, which makes them dark: see DATA.BIT_DEPTH. -save
-writes the lists without their bad lines, with absolute paths: -data_path photos_checked then trains on what is left.
-With -unique its train list has each image once, and none that is in the val list or has several labels. The exit status
-is 1 if a line is bad.
+Images are read as in training, on all cores. The program prints
+  - each bad line, with its number and the problem
+  - each line whose image has the same pixels as an earlier one in its list or in the train list
+  - a summary of each list, with its smallest and largest class
+  - classes that only one list has, and labels that seem to start at 1
+  - whether 16-bit images use fewer bits, which makes them dark (see DATA.BIT_DEPTH)
+
+-save writes lists without the bad lines and with absolute paths, so that training works with -data_path photos_checked.
+With -unique, the saved train list has each image once, and none that is also in the val list or has several labels. The
+exit status is 1 if any line is bad.
 """
 import collections
 import contextlib
@@ -35,29 +38,29 @@ LISTS = ('train_list.txt', 'val_list.txt')
 
 @dataclass
 class Checked:
-    """A list that was checked: of each line its label and a digest of the image's pixels, None where it has none."""
+    """A checked list, with the label of each line and a digest of its image's pixels (None if unknown)."""
     path: str
     lines: collections.abc.Sequence
     labels: list
     digests: list
 
     def __post_init__(self):
-        # {digest: index of the first line of such an image}, in order
+        # {digest: index of the first line with that image}, in the order of the list
         self.firsts = {}
         for index, digest in enumerate(self.digests):
             if digest:
                 self.firsts.setdefault(digest, index)
 
     def good(self):
-        """The indices of the lines that are not bad."""
+        """Return the indices of the lines that are not bad."""
         return [index for index, digest in enumerate(self.digests) if digest]
 
 
 def check_line(line, config):
-    """Read the image of a line of a list.
+    """Read the image named by a line of a list.
 
-    Returns: (what is wrong, '' if nothing; its label; a digest of its pixels; its range as `read_range` does), None for
-    what is not known; the range is not where DATA.BIT_DEPTH is set.
+    Returns: (problem or '', label, digest of the pixels, result of `images.read_range`). Unknown values are None; so is
+    the range if DATA.BIT_DEPTH is set.
     """
     from datasets import parse_line
     from images import read_image, read_range
@@ -76,7 +79,7 @@ def check_line(line, config):
 
 
 def check_lines(lines, config):
-    """What `check_line` returns, of each line."""
+    """Return the results of `check_line` for some lines."""
     return [check_line(line, config) for line in lines]
 
 
@@ -87,24 +90,28 @@ def _start_worker(parent):
 
 @contextlib.contextmanager
 def start_workers(count):
-    """A pool of `count` processes, which are ended at once when the block is left, however that happens."""
+    """Yield a pool of `count` processes. Leaving the block, normally or by an exception, terminates them at once.
+
+    Raises: UserError if the system cannot fork, and if a process is killed.
+    """
     if 'fork' not in multiprocessing.get_all_start_methods():
-        raise UserError(f'{program_name()} forks its processes, which this system cannot: run it on Linux or macOS')
-    # forked, they share the memory of what is imported; not multiprocessing.Pool, which waits for one that was killed
+        raise UserError(f'{program_name()} forks its processes, which this system does not support: run it on Linux or '
+                        'macOS')
+    # forked processes share the memory of imported modules; multiprocessing.Pool would wait forever for a killed one
     context = multiprocessing.get_context('fork')
     parent = os.getpid()
     workers = ProcessPoolExecutor(count, context, _start_worker, (parent,))
 
     def interrupt(number, frame):
-        # a terminal's Ctrl-C reaches all, workers that have hardly started too; they are ended below
+        # Ctrl-C in a terminal reaches the workers too, even while they start; they are terminated below
         if os.getpid() == parent:
             raise KeyboardInterrupt
     signal.signal(signal.SIGINT, interrupt)
     try:
         yield workers
     except BrokenProcessPool:
-        raise UserError('a process that reads images was killed, for lack of memory perhaps: run it again with fewer '
-                        'cores (taskset), or more memory') from None
+        raise UserError('a process that reads images was killed, perhaps for lack of memory: run again with fewer '
+                        'cores (taskset) or more memory') from None
     finally:
         for process in multiprocessing.active_children():
             process.terminate()
@@ -112,17 +119,20 @@ def start_workers(count):
 
 
 def map_parts(workers, function, items, *args):
-    """Iterate over the results of function(part of the items, *args), which returns one for each, in their order."""
-    # a task of several items costs less in passing it on, and several tasks a core keep all busy
+    """Iterate over the results of `function` for some items, in order, computed by a pool.
+
+    function(part of the items, *args) -> one result per item of that part.
+    """
+    # several items per task save overhead, and several tasks per core keep all of them busy
     size = min(32, 1 + len(items) // 100)
     rest = iter(items)
-    # not map(), which cancels what is left when it is interrupted: of this the executor (Python 3.11) makes tracebacks
+    # not map(), which cancels pending tasks on an interrupt; the executor of Python 3.11 then prints tracebacks
     tasks = [workers.submit(function, part, *args) for part in iter(lambda: list(itertools.islice(rest, size)), [])]
     return (result for task in tasks for result in task.result())
 
 
 def check_list(path, config, workers):
-    """Print the bad lines of a list. Returns: (`Checked`, the ranges of its images of 16 bits)."""
+    """Print the bad lines of a list. Returns: (`Checked`, the ranges of its 16-bit images)."""
     from datasets import read_lines
     lines = read_lines(path)
     results = map_parts(workers, check_lines, lines, config)
@@ -139,9 +149,9 @@ def check_list(path, config, workers):
 
 
 def print_copies(checked, others):
-    """Print which lines of a list have an image that stands before in it, or in one of the lists `others`.
+    """Print the lines of a list whose image occurs earlier in it, or in one of the lists `others`.
 
-    Not those that only repeat a line: some lists weight their images so.
+    Exact repetitions of a line are not printed, because some lists weight their images this way.
     """
     from datasets import parse_line
     for index in checked.good():
@@ -151,13 +161,13 @@ def print_copies(checked, others):
             if first is None or other is checked and other.lines[first] == line:
                 continue
             (name, label), known = parse_line(line), other.labels[first]
-            labels = f', but of label {label}, not {known}' if label != known else ''
+            labels = f', but with label {label}, not {known}' if label != known else ''
             print(f'{checked.path}:{index + 1}: {name} is the same image as {other.path}:{first + 1}, '
                   f'{parse_line(other.lines[first])[0]}{labels}')
 
 
 def print_summary(checked, others):
-    """Print how many lines of a list are bad or repeat an image, and how many images the lists `others` have too."""
+    """Print how many lines of a list are bad or repeat an image, and how many of its images the lists `others` have."""
     good = len(checked.good())
     summary = f'{checked.path}: {len(checked.lines)} lines, {len(checked.lines) - good} bad'
     if len(checked.firsts) < good:
@@ -169,7 +179,10 @@ def print_summary(checked, others):
 
 
 def choose_unique(train, others):
-    """The indices of a train list's lines, each image once, without those that another list has or with two labels."""
+    """Return the indices of a train list's lines with each image once.
+
+    Images that are also in one of the lists `others`, or that have several labels, are left out.
+    """
     left_out = {digest for other in others for digest in other.firsts}
     left_out |= {train.digests[index] for index in train.good()
                  if train.labels[index] != train.labels[train.firsts[train.digests[index]]]}
@@ -177,7 +190,11 @@ def choose_unique(train, others):
 
 
 def print_labels(lists, num_classes):
-    """Print what the labels of the good lines of some `Checked` look like, and whether they seem to start at 1."""
+    """Describe the labels of the good lines of some `Checked`.
+
+    Print the smallest and the largest class of each list, the classes that only one list has, and whether the labels
+    seem to start at 1.
+    """
     counts = {checked.path: collections.Counter(checked.labels[index] for index in checked.good()) for checked in lists}
     for path, count in counts.items():
         if len(count) > 1:
@@ -188,7 +205,7 @@ def print_labels(lists, num_classes):
     for path, other in itertools.permutations(counts, 2):
         missing = [str(label) for label in sorted(counts[other].keys() - counts[path].keys())]
         if missing:
-            print(f'{path}: no images of {len(missing)} classes of {os.path.basename(other)}: {first_few(missing)}')
+            print(f'{path}: no images for {len(missing)} classes of {os.path.basename(other)}: {first_few(missing)}')
     used = {label for checked in lists for label in checked.labels if label is not None}
     if used and 0 not in used and (max(used) == num_classes or used == set(range(1, max(used) + 1))):
         print(f'no image has label 0, and the largest is {max(used)}: labels count from 0, so if these start at 1, '
@@ -196,31 +213,37 @@ def print_labels(lists, num_classes):
 
 
 def describe_ranges(ranges):
-    """A line on the images of 16 bits that use fewer; '' where none does. ranges: (smallest, largest pixel) of each."""
+    """Describe the 16-bit images that use fewer bits, in a line; '' if none do.
+
+    ranges: (smallest, largest pixel) of each 16-bit image.
+    """
     fewer = [extrema for extrema in ranges if extrema[1] < 2 ** 15]
     if not fewer:
         return ''
     low, high = min(low for low, _ in fewer), max(high for _, high in fewer)
     bits = max(1, high.bit_length())
     if len(fewer) == len(ranges):
-        remedy = f'set DATA.BIT_DEPTH {bits}, or if they are colored, scale them in their files'
+        remedy = f'set DATA.BIT_DEPTH {bits} or, for color images, rescale the files'
     else:
-        remedy = 'scale them in their files, for the others use all 16'
-    return (f'{len(fewer)} of {len(ranges)} images of 16 bits use fewer and will be dark: their pixels are from {low} '
-            f'to {high}; if {bits} bits are all they have, {remedy}')
+        remedy = 'rescale their files, because the other images use all 16 bits'
+    return (f'{len(fewer)} of {len(ranges)} images with 16 bits use fewer and will be dark: their pixels are from '
+            f'{low} to {high}; if they have only {bits} bits, {remedy}')
 
 
 def save_list(path, good):
-    """Write a list, unless it would be empty, and say so. good: pairs of path and label."""
+    """Write a list unless it would be empty, and print the outcome. good: pairs of path and label."""
     if not good:
-        print(f'{path}: not written, no line is left')
+        print(f'{path}: not written, because no lines are left')
         return
     write_text(path, ''.join(f'{name} {label}\n' for name, label in good))
     print(f'{path}: {len(good)} lines written')
 
 
 def save_checked(lists, args):
-    """Write some `Checked` without their bad lines to the folder args.save; args.unique: as `choose_unique` does."""
+    """Write some `Checked` without their bad lines to the folder args.save.
+
+    args.unique: reduce the train list to the lines that `choose_unique` chooses.
+    """
     from datasets import parse_line
     for checked in lists:
         folder, name = os.path.split(checked.path)
@@ -229,25 +252,25 @@ def save_checked(lists, args):
         images = [parse_line(checked.lines[index]) for index in indices]
         lost = sorted({checked.labels[index] for index in checked.good()} - {label for _, label in images})
         if lost:
-            print(f'{checked.path}: no images are left of the labels {first_few([str(label) for label in lost])}')
+            print(f'{checked.path}: no images are left for labels {first_few([str(label) for label in lost])}')
         save_list(os.path.join(args.save, name),
                   [(os.path.abspath(os.path.join(folder, image)), label) for image, label in images])
 
 
 def find_lists(data_path):
-    """The names of the lists that a folder holds. Raises: UserError if it holds none."""
+    """Return the names of the lists in a folder. Raises: UserError if there are none."""
     found = [name for name in LISTS if os.path.lexists(os.path.join(data_path, name))]
     if not found:
-        raise UserError(f'{data_path}: holds neither {" nor ".join(LISTS)}; -data_path is the folder of the lists, '
-                        'python -m tools.make_list writes them')
+        raise UserError(f'{data_path}: contains neither {" nor ".join(LISTS)}; set -data_path to the folder of the '
+                        'lists, or write them with python -m tools.make_list')
     return found
 
 
 def main():
     parser = get_parser(__doc__, ['data_path'])
-    parser.add_argument('-save', metavar='DIR', help='write the lists without their bad lines to this folder')
-    parser.add_argument('-unique', action='store_true', help='leave images out of the train list that -save writes '
-                        'which are in the val list too, repeated, or have several labels')
+    parser.add_argument('-save', metavar='DIR', help='write the lists, without bad lines, to this folder')
+    parser.add_argument('-unique', action='store_true', help='with -save: drop images from the train list that are '
+                        'repeated, also in the val list, or have several labels')
     args = parser.parse_args()
     config = resolve_config(update_config(get_config(), args))
     data_path = config.DATA.DATA_PATH
@@ -258,7 +281,7 @@ def main():
         for name in (*LISTS, 'class_names.txt'):
             if os.path.lexists(os.path.join(args.save, name)):
                 raise UserError(f'{os.path.join(args.save, name)}: would be replaced; choose another -save folder, or '
-                                'remove it')
+                                'remove the file')
         os.makedirs(args.save, exist_ok=True)
     prepare_runtime()
     setup_logger()

@@ -1,4 +1,4 @@
-"""Draw mobileone.png: a block of MobileOne as it trains and as it is used.
+"""Draw mobileone.png: a MobileOne block in training and fused.
 
   python -m tools.draw_block -save mobileone.png
 
@@ -14,7 +14,7 @@ from tools import import_pyplot
 CONV, NORM, FUSED, PLAIN = '#cfe2f3', '#fff2cc', '#d9ead3', '#eeeeee'
 LINE, ACCENT = '#444444', '#a02020'
 BATCH_NORM = ('batch norm', NORM)
-# a block's layers: name of a branch -> its operations
+# the layers of a block: name of a branch -> its operations
 DEPTHWISE = [('skip', [BATCH_NORM]), ('scale', [('1×1 depthwise', CONV), BATCH_NORM]),
              ('branch 1', [('3×3 depthwise', CONV), BATCH_NORM]), ('branch k', [('3×3 depthwise', CONV), BATCH_NORM])]
 POINTWISE = [('skip', [BATCH_NORM]), ('branch 1', [('1×1', CONV), BATCH_NORM]),
@@ -28,7 +28,7 @@ def box(axes, x, y, text, color, width=1.7):
 
 
 def line(axes, *points, arrow=True):
-    """A line through points, by default ending in an arrow."""
+    """Draw a line through points, by default with an arrow at its end."""
     axes.plot(*zip(*points), color=LINE, lw=1.1, zorder=1)
     if arrow:
         axes.annotate('', points[-1], points[-2], arrowprops={'arrowstyle': '-|>', 'color': LINE, 'shrinkA': 0,
@@ -36,7 +36,7 @@ def line(axes, *points, arrow=True):
 
 
 def training_layer(axes, x, top, branches):
-    """Input at `top`, the branches, their sum and the activation, LAYER_HEIGHT in all."""
+    """Draw a layer below y = `top`: its branches, their sum and the activation, LAYER_HEIGHT in total."""
     total = top - 2.75
     for index, (name, operations) in enumerate(branches):
         bx = x + SPREAD * (index - (len(branches) - 1) / 2)
@@ -53,7 +53,7 @@ def training_layer(axes, x, top, branches):
 
 
 def fused_layer(axes, x, top, text):
-    """The same layer in use."""
+    """Draw the same layer after fusion."""
     line(axes, (x, top), (x, top - 1.38))
     box(axes, x, top - 1.65, text, FUSED, width=2.4)
     line(axes, (x, top - 1.92), (x, top - 3.2))
@@ -61,7 +61,7 @@ def fused_layer(axes, x, top, text):
 
 
 def draw(path):
-    """Write the picture to `path`."""
+    """Write the figure to `path`, in the format of its extension."""
     figure, axes = import_pyplot().subplots(figsize=(10, 6.6), dpi=110)
     training_layer(axes, 0, 0, DEPTHWISE)
     training_layer(axes, 0, -LAYER_HEIGHT, POINTWISE)
@@ -83,7 +83,8 @@ def draw(path):
 
 def main():
     parser = ArgumentParser(description=__doc__)
-    parser.add_argument('-save', metavar='FILE', default='mobileone.png', help='picture to write (mobileone.png)')
+    parser.add_argument('-save', metavar='FILE', default='mobileone.png',
+                        help='image file to write (default: mobileone.png)')
     draw(parser.parse_args().save)
 
 

@@ -1,16 +1,20 @@
-"""Export trained weights to the formats that other engines run, and show that these give the same answers.
+"""Export trained weights for other inference engines, and verify that the outputs are unchanged.
 
   python -m tools.export_model -cfg configs/mobileone_s0.yaml -pretrained mobileone_s0.pdparams -output exported
   python -m tools.export_model -cfg output/demo/config.yaml -pretrained output/demo/best.pdparams -output exported
   python -m tools.export_model -cfg configs/mobileone_s0.yaml -pretrained mobileone_s0.pdparams -output exported \\
     -precision int8 -calibration data/train_list.txt
 
--pretrained is a weight file, fused or not, or a training checkpoint (its EMA weights, if it has some). -output becomes
-a folder of model.onnx (ONNX Runtime, OpenVINO and others) and of inference.pdmodel, on PaddlePaddle 3 inference.json
-too (Paddle Inference), with inference.yml; tools.predict takes it. Each file is loaded again by its engine and compared
-with the given network, on random images and on those of the val list, if there is one. With -precision int8, model.onnx
-alone is written, and made int8 with the images of -calibration. -format ncnn mnn is for phones. docs/deployment.md has
-more.
+-pretrained is a weight file, fused or not, or a training checkpoint (its EMA weights, if it has any). tools.predict
+reads the -output folder, which contains
+
+  model.onnx         for ONNX Runtime, OpenVINO and others
+  inference.pdmodel  for Paddle Inference; on PaddlePaddle 3 also inference.json
+  inference.yml      the preprocessing and the class names
+
+Each file is loaded by its engine and compared with the network, on random images and, if there is a val list, on images
+from it. With -precision int8 only model.onnx is written, calibrated on the images of -calibration. -format ncnn mnn
+exports for phones. See docs/deployment.md for details.
 """
 import contextlib
 import dataclasses
@@ -28,20 +32,20 @@ from runtime.files import sync
 from runtime.program import prepare_runtime, remedy, run_program
 from utils import UserError, describe_error, setup_logger
 
-# share of the largest output by which an exported network may differ, and what changes no probability
+# largest allowed difference of an export: relative to the largest output, and absolute (too small to matter)
 TOLERANCE, NEGLIGIBLE = 3e-4, 1e-5
 RANDOM_IMAGES, VAL_IMAGES = 8, 16
-# images of -calibration that int8 needs at least, and the share of the network's answers that it must give
+# smallest number of calibration images for int8, and smallest share of held-out images whose top-1 must not change
 LEAST_IMAGES, LEAST_ANSWERS = 8, 0.8
 
 
 def sample_images(config, needs_data):
-    """{what they are: uint8 [N, size, size, 3]}: random ones, and some of the val list, if there is one.
+    """Return {kind: uint8 [N, size, size, 3]}: random images and, if there is a val list, images from it.
 
-    needs_data: whether its absence is an error.
+    needs_data: whether a missing val list is an error.
     """
     data, rng = config.DATA, np.random.default_rng(config.SEED)
-    # pixels as those of photographs: some networks are chaotic beyond them
+    # distributed like the pixels of photographs: some networks are chaotic on other inputs
     pixels = rng.normal(255 * np.array(data.IMAGENET_MEAN), 255 * np.array(data.IMAGENET_STD),
                         [RANDOM_IMAGES, data.IMAGE_SIZE, data.IMAGE_SIZE, 3])
     images = {'random images': pixels.clip(0, 255).astype('uint8')}
@@ -51,12 +55,15 @@ def sample_images(config, needs_data):
         chosen = np.unique(np.linspace(0, len(dataset) - 1, VAL_IMAGES).astype(int))
         images['val images'] = np.stack([dataset[int(index)][0] for index in chosen])
     else:
-        print(f'no val_list.txt in {data.DATA_PATH}: compared on random images only; -data_path names a data set')
+        print(f'no val_list.txt in {data.DATA_PATH}: comparing on random images only; set -data_path to use a data set')
     return images
 
 
 def write(model, spec, folder, formats):
-    """Write a fused network to a folder. Returns: the file of each artefact and an engine that reads it, as pairs."""
+    """Write a fused network to a folder.
+
+    Returns: pairs of a file name and an installed engine that can load it.
+    """
     written = []
     if formats != ['paddle']:
         import onnx
@@ -80,14 +87,17 @@ def write(model, spec, folder, formats):
 
 
 def load(path, engine):
-    """run(input) of an artefact."""
+    """Return run(images) for an exported file."""
     if engine == 'inference':
         return load_program(path)
     return phone.LOADERS[engine](path) if engine in phone.LOADERS else LOADERS[engine](path, None, None)[1]
 
 
 def compare(path, engine, spec, images, expected):
-    """Print how far an artefact is from the logits of each kind of images. Raises: UserError if it is too far."""
+    """Print how far the outputs of an exported file are from the network's, for each kind of images.
+
+    Raises: UserError if the difference is too large.
+    """
     name, run = os.path.basename(path), load(path, engine)
     for kind, pixels in images.items():
         outputs = softmax(expected[kind]) if spec.softmax else expected[kind]
@@ -100,9 +110,10 @@ def compare(path, engine, spec, images, expected):
 
 
 def read_calibration(path, count, spec, num_classes):
-    """uint8 [N, size, size, 3], as in evaluation, of at most `count` images of a list or folder, evenly spread over it.
+    """Read up to `count` evenly spaced images of a list or folder, preprocessed as in evaluation.
 
-    A folder's own folders are searched too, linked ones as well. Raises: UserError, also for fewer than LEAST_IMAGES.
+    Subfolders and linked folders are searched too. Returns: uint8 [N, size, size, 3].
+    Raises: UserError for fewer than LEAST_IMAGES images, and for a list or an image that cannot be read.
     """
     from datasets import read_list
     if not os.path.exists(path):
@@ -112,8 +123,8 @@ def read_calibration(path, count, spec, num_classes):
     else:
         paths = [os.path.join(os.path.dirname(path), name) for name in read_list(path, num_classes)[0]]
     if len(paths) < LEAST_IMAGES:
-        raise UserError(f'-calibration {path}: {len(paths)} images, but int8 needs at least {LEAST_IMAGES}, better '
-                        'hundreds: add images such as the network will see')
+        raise UserError(f'-calibration {path}: {len(paths)} images, but int8 needs at least {LEAST_IMAGES}, '
+                        'preferably hundreds: add images like those the network will see')
     if not os.path.isdir(path) and not os.path.exists(paths[0]):
         raise UserError(f'-calibration {path}: its first image, {paths[0]}, does not exist; the paths of a list are '
                         'relative to its folder')
@@ -123,27 +134,29 @@ def read_calibration(path, count, spec, num_classes):
 
 
 def make_int8(model, spec, path, pixels, source):
-    """Make the ONNX file of a fused network int8, and print how many of its answers are unchanged, with each engine.
+    """Quantize the ONNX file of a fused network to int8, and print how well each engine reproduces its outputs.
 
-    pixels: uint8 [N, size, size, 3], images from `source`. Raises: UserError if too few are.
+    pixels: uint8 [N, size, size, 3], images from `source`.
+    Raises: UserError if the top-1 prediction changes for too many images.
     """
     from deploy.quantize import compare_outputs, find_outputs, quantize
     scores, best, held_out, expected = quantize(model, spec, pixels, path)
-    print(f'int8 from {len(pixels) - len(held_out)} images; on {len(held_out)} others:{"same answers":>14}{"SNR":>10}')
+    title = f'int8 from {len(pixels) - len(held_out)} images; {len(held_out)} held out:'
+    print(f'{title:36}{"same top-1":>14}{"SNR":>10}')
     for way, (share, decibels) in scores.items():
         print(f'{way:34}{share:16.1%}{decibels:7.1f} dB{" (kept)" * (way == best)}')
     for engine in filter(find_spec, ONNX_ENGINES):
         share, decibels = compare_outputs(find_outputs(path, engine, spec, held_out), expected)
         print(f'{os.path.basename(path):20}{engine:14}{share:16.1%}{decibels:7.1f} dB')
         if not share >= LEAST_ANSWERS:
-            raise UserError(f"-precision int8: {engine} gives the network's answers for {share:.1%} of {len(held_out)} "
-                            f'images of {source} that it was not calibrated with, less than '
-                            f'{LEAST_ANSWERS:.0%}; nothing was exported: give more images of the kind that the network '
-                            'was trained on, or leave it in floating point')
+            raise UserError(f"-precision int8: {engine} keeps the network's top-1 prediction for {share:.1%} of "
+                            f'{len(held_out)} held-out images of {source}, less than {LEAST_ANSWERS:.0%}; nothing was '
+                            'exported: give more images like those the network was trained on, or use -precision '
+                            'float32')
 
 
 def parse_batch(text):
-    """-batch as a number; None if it is 'dynamic'. Raises: UserError."""
+    """Return -batch as a number, or None for 'dynamic'. Raises: UserError for any other text."""
     if text == 'dynamic':
         return None
     if not (text.isascii() and text.isdigit() and 1 <= int(text) <= 65536):
@@ -152,7 +165,10 @@ def parse_batch(text):
 
 
 def check_formats(formats, pixels, batch):
-    """Raises: UserError for packages that a format needs, or its check, and for what it cannot take."""
+    """Check that the formats can be written, verified, and combined with the other flags.
+
+    Raises: UserError for a missing package, and for flags that a format does not support.
+    """
     missing = [] if find_spec('onnx') else ['onnx']
     missing += [] if 'onnx' not in formats or any(map(find_spec, ONNX_ENGINES)) else ['onnxruntime']
     if formats != ['paddle'] and missing:
@@ -162,33 +178,39 @@ def check_formats(formats, pixels, batch):
         if name in formats and not phone.find_converter(name):
             raise UserError(f'-format {name} needs its converter: {phone.FORMATS[name][1]}')
         if name in formats and (pixels == 'uint8' or batch not in (None, 1)):
-            raise UserError(f'-format {name} takes one image of floats at a time: leave out -batch, and -normalize '
-                            'uint8 for -normalize unit')
+            raise UserError(f'-format {name} takes one floating-point image at a time: leave out -batch, and use '
+                            '-normalize unit instead of uint8')
 
 
 def check_int8(args):
-    """Raises: UserError for flags that -precision int8 needs or excludes, and for its package."""
+    """Check the flags of -precision int8, and set the default of -num_images.
+
+    Raises: UserError for a missing flag or package, and for flags that do not go together.
+    """
     if args.precision != 'int8':
         for flag in ('calibration', 'num_images'):
             if getattr(args, flag) is not None:
-                raise UserError(f'-{flag} is for -precision int8: add that, or leave it out')
+                raise UserError(f'-{flag} works only with -precision int8: add it, or leave out -{flag}')
         return
     if not args.calibration:
-        raise UserError('-precision int8 needs -calibration: a list or a folder of images of the kind that the network '
-                        'will see')
+        raise UserError('-precision int8 needs -calibration: a list or a folder of images like those the network will '
+                        'see')
     if set(args.format) != {'onnx'}:
-        raise UserError(f'-precision int8 is for -format onnx alone, not {" ".join(args.format)}: leave the rest out, '
-                        'or export it to another folder')
+        raise UserError(f'-precision int8 works only with -format onnx, not {" ".join(args.format)}: leave out the '
+                        'other formats, or export them to another folder')
     args.num_images = 256 if args.num_images is None else args.num_images
     if args.num_images < LEAST_IMAGES:
-        raise UserError(f'-num_images is {args.num_images}, but must be at least {LEAST_IMAGES}, better hundreds')
+        raise UserError(f'-num_images is {args.num_images}, but must be at least {LEAST_IMAGES}, preferably hundreds')
     if not find_spec('onnxruntime'):
         raise UserError('-precision int8 needs onnxruntime: pip install -r requirements-deploy.txt')
 
 
 @contextlib.contextmanager
 def new_folder(path):
-    """A folder to fill, which becomes `path` at the end, whole or not at all. Raises: UserError where it cannot."""
+    """Yield a temporary folder to fill, which is renamed to `path` at the end if nothing has failed.
+
+    Raises: UserError if `path` is not empty or cannot be written.
+    """
     target = os.path.realpath(path)
     if not path or os.path.lexists(target) and (not os.path.isdir(target) or os.listdir(target)):
         raise UserError(f'-output {path!r} already exists and is not an empty folder; remove it, or choose another')
@@ -207,21 +229,21 @@ def new_folder(path):
 
 def main():
     parser = get_parser(__doc__, ['data_path', 'image_size', 'pretrained'])
-    parser.add_argument('-output', metavar='DIR', required=True, help='folder to make; it must be empty or not exist')
+    parser.add_argument('-output', metavar='DIR', required=True, help='folder to write; it must be empty or not exist')
     parser.add_argument('-format', nargs='+', choices=['paddle', 'onnx', *phone.FORMATS],
-                        help='formats to write (default: paddle onnx; of int8: onnx)')
-    parser.add_argument('-softmax', action='store_true', help='let the network give probabilities, not logits')
-    parser.add_argument('-normalize', choices=['uint8', 'unit'], help='let the network normalize its images: it takes '
-                        'uint8 pixels, or floats from 0 to 1')
-    parser.add_argument('-batch', metavar='N', default='dynamic', help='images at a time, and the image size fixed '
-                        '(default: dynamic)')
+                        help='formats to write (default: paddle onnx; with int8: onnx)')
+    parser.add_argument('-softmax', action='store_true', help='output probabilities instead of logits')
+    parser.add_argument('-normalize', choices=['uint8', 'unit'], help='include normalization in the network, which '
+                        'then takes uint8 pixels or floats from 0 to 1')
+    parser.add_argument('-batch', metavar='N', default='dynamic', help='fix the number of images per call, and '
+                        'with it the image size (default: dynamic)')
     parser.add_argument('-precision', choices=['float32', 'int8'], default='float32',
-                        help='of weights and activations (default: float32)')
-    parser.add_argument('-calibration', metavar='PATH', help='images for int8: a list file like those of training, '
-                        'or a folder')
-    parser.add_argument('-num_images', metavar='N', type=int, help='images of -calibration to use, a '
-                        'quarter of them to compare on (default: 256)')
-    parser.add_argument('-raw', action='store_true', help="a checkpoint's raw weights, not its EMA")
+                        help='precision of weights and activations (default: float32)')
+    parser.add_argument('-calibration', metavar='PATH', help='calibration images for int8: a list file like '
+                        'train_list.txt, or a folder')
+    parser.add_argument('-num_images', metavar='N', type=int, help='number of -calibration images to use; '
+                        'a quarter of them is held out for the comparison (default: 256)')
+    parser.add_argument('-raw', action='store_true', help="export a checkpoint's raw weights, not its EMA weights")
     args = parser.parse_args()
     batch = parse_batch(args.batch)
     args.format = args.format or (['onnx'] if args.precision == 'int8' else ['paddle', 'onnx'])
@@ -243,7 +265,7 @@ def main():
 
 
 def export(config, args, batch, folder):
-    """Write the network to a folder as the flags say, and compare what is there with it."""
+    """Write the network to a folder as the flags request, and compare each file with it."""
     import paddle
 
     from mobileone import model_convert
@@ -263,11 +285,11 @@ def export(config, args, batch, folder):
     with paddle.no_grad():
         expected = {kind: model(normalize(paddle.to_tensor(pixels))).numpy() for kind, pixels in images.items()}
     if not all(np.isfinite(logits).all() for logits in expected.values()):
-        raise UserError(f'{config.MODEL.PRETRAINED}: gives numbers that are not finite; choose other weights')
+        raise UserError(f'{config.MODEL.PRETRAINED}: the outputs are not finite; choose other weights')
     fused = model_convert(model)
-    artefacts = write(fused, spec, folder, args.format)
+    exported = write(fused, spec, folder, args.format)
     print(f'{"file":20}{"engine":14}{"compared on":20}{"difference":>12}{"relative":>12}')
-    for name, engine in artefacts:
+    for name, engine in exported:
         compare(os.path.join(folder, name), engine, spec, images, expected)
     if args.precision == 'int8':
         make_int8(fused, spec, os.path.join(folder, ONNX), calibration, args.calibration)

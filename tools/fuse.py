@@ -1,11 +1,11 @@
-"""Fuse trained weights into the plain network, show that it gives the same answers, and write its weights.
+"""Fuse trained weights into the plain network, verify that its outputs are the same, and save the fused weights.
 
   python -m tools.fuse -cfg configs/demo.yaml -pretrained output/demo/best.pdparams -save output/demo/fused.pdparams
 
--pretrained is an unfused weight file or a training checkpoint (its EMA weights, if it has some). The val list of the
-config (DATA.DATA_PATH, or -data_path) gives the accuracy of both networks and the largest difference between their
-logits; parameters and latency are counted and measured here. With -no_data random images take the val list's place
-and no accuracy is shown. The written file works with `-eval -pretrained`.
+-pretrained is an unfused weight file or a training checkpoint (its EMA weights, if it has any). Both networks are run
+on the val list of DATA.DATA_PATH or -data_path; the table compares their accuracy, parameters and latency on this
+machine, and the last line reports the largest difference between their logits. With -no_data, random images replace the
+val list, and no accuracy is shown. The saved file works with `-eval -pretrained`.
 """
 import filecmp
 import os
@@ -21,12 +21,12 @@ from utils import UserError, setup_logger
 
 
 def count_parameters(model):
-    """Trainable parameters: batch-norm statistics do not count."""
+    """Return the number of trainable parameters; batch-norm statistics do not count."""
     return sum(p.size for p in model.parameters() if not p.stop_gradient)
 
 
 def latencies(models, size, batch, repeats=20):
-    """Median seconds of a forward pass per image for each model, on the current device, measured in turn."""
+    """Return each model's median seconds per image of a forward pass, measured alternately on the current device."""
     import paddle
     images = paddle.randn([batch, 3, size, size])
     seconds = [[] for _ in models]
@@ -35,14 +35,15 @@ def latencies(models, size, batch, repeats=20):
             for model, times in zip(models, seconds):
                 start = time.perf_counter()
                 model(images).numpy()  # waits for the device
-                if repeat >= 3:  # the first ones warm up
+                if repeat >= 3:  # the first three warm up
                     times.append(time.perf_counter() - start)
     return [float(np.median(times)) / batch for times in seconds]
 
 
 def largest_difference(models, batches, normalize):
-    """Of the logits of two models, over batches of uint8 images: the largest absolute difference, and the largest
-    absolute logit of the first.
+    """Compare the logits of two models over batches of uint8 images [N, H, W, 3].
+
+    Returns: (largest absolute difference, largest absolute logit of the first model).
     """
     import paddle
     largest = np.zeros(2)
@@ -54,7 +55,9 @@ def largest_difference(models, batches, normalize):
 
 
 def compare(models, loader, config):
-    """Print a table on an unfused and a fused network, and how far their logits differ. loader: None for random images.
+    """Print a table comparing an unfused and a fused network, and the largest difference of their logits.
+
+    loader: the val images; None: random images.
     """
     import paddle
 
@@ -85,26 +88,29 @@ def compare(models, loader, config):
 
 
 def check_class_names(source, target):
-    """Raises: UserError if `target` is there and is no copy of `source`: predictions would take its names."""
+    """Check that no foreign class_names.txt lies next to the fused weights: predictions would use its names.
+
+    Raises: UserError if `target` exists and is not a copy of `source`.
+    """
     if os.path.lexists(target) and not os.path.isfile(source):
         raise UserError(f'{target}: names classes, but {source} is missing; choose another folder for -save')
     if os.path.lexists(target) and not filecmp.cmp(source, target, shallow=False):
-        raise UserError(f'{target}: names other classes than {source}; choose another folder for -save')
+        raise UserError(f'{target}: names different classes than {source}; choose another folder for -save')
 
 
 def main():
     parser = get_parser(__doc__, ['data_path', 'image_size', 'pretrained'])
     parser.add_argument('-save', metavar='FILE', help='write the fused weights to this .pdparams or .safetensors')
-    parser.add_argument('-no_data', action='store_true', help='compare on random images, without a data set')
+    parser.add_argument('-no_data', action='store_true', help='compare on random images instead of a data set')
     add_device_flag(parser)
     args = parser.parse_args()
-    if not args.pretrained:  # a run's config may name the weights that the run started from
+    if not args.pretrained:  # not from the config, which may name the weights that a run started from
         raise UserError('-pretrained is needed: the weights to fuse')
     config = update_config(get_config(), args)
     config.EVAL, config.MODEL.DEPLOY = True, False
     config = resolve_config(config)
     if args.save and os.path.realpath(args.save) == os.path.realpath(config.MODEL.PRETRAINED):
-        raise UserError(f'-save {args.save} would replace the unfused weights, and nothing brings them back: choose '
+        raise UserError(f'-save {args.save} would replace the unfused weights, which cannot be recovered: choose '
                         'another name')
     prepare_runtime(args.device)
     from datasets import get_dataloader, get_dataset
@@ -117,7 +123,7 @@ def main():
     setup_logger()
     model, _ = load_model(config, config.MODEL.PRETRAINED)
     if is_fused(model.state_dict()):
-        raise UserError(f'{config.MODEL.PRETRAINED}: is fused already; give the unfused weights')
+        raise UserError(f'{config.MODEL.PRETRAINED}: already fused; give the unfused weights')
     model.eval()
     fused = model_convert(model)
     if args.save:

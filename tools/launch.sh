@@ -1,10 +1,10 @@
 #!/bin/sh
-# Start main_multi_gpu.py on the GPUs of this machine, or of several; what run_train_multi.sh and run_eval_multi.sh share.
+# Start main_multi_gpu.py on the GPUs of one or more machines, for run_train_multi.sh and run_eval_multi.sh.
 #
 #   sh tools/launch.sh OUTPUT [flags of main_multi_gpu.py]
 #
-# Reads the variables GPUS, NNODES, MASTER, RANK and PYTHON, which those explain, and PADDLE_NPROC_PER_NODE. On several
-# machines Paddle's launcher starts the processes and logs to OUTPUT/launch-RANK.
+# Reads the variables GPUS, NNODES, MASTER, RANK and PYTHON, which those scripts explain, and PADDLE_NPROC_PER_NODE. On
+# several machines Paddle's launcher starts the processes and logs to OUTPUT/launch-RANK.
 set -eu
 cd "$(dirname "$0")/.."
 case ${1:-} in -h | --help)

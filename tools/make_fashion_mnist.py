@@ -1,12 +1,12 @@
-"""Write Fashion-MNIST as image files in the ImageNet list layout.
+"""Write Fashion-MNIST as image files with ImageNet-style lists.
 
   python -m tools.make_fashion_mnist -source demo -output data/fashion_mnist_demo
   python -m tools.make_fashion_mnist -source /usr/share/datasets/fashion-mnist -output data/fashion_mnist
 
-The source folder holds the four files of the set (github.com/zalandoresearch/fashion-mnist, MIT licence):
+-source must contain the four files of the data set (github.com/zalandoresearch/fashion-mnist, MIT license):
 train-images-idx3-ubyte.gz, train-labels-idx1-ubyte.gz, t10k-images-idx3-ubyte.gz, t10k-labels-idx1-ubyte.gz.
-`demo` in this repository holds the first images of each; Debian's package dataset-fashion-mnist brings them all.
-The t10k images become the val list. Run again, it writes the same files again.
+The folder `demo` of this repository has the first images of each; Debian's package dataset-fashion-mnist has them all.
+The t10k images become the val list. Running the command again rewrites the same files.
 """
 import gzip
 import os
@@ -27,7 +27,7 @@ SPLITS = {'train': 'train', 'val': 't10k'}
 
 
 def read_idx(path):
-    """The uint8 array in a gzipped IDX file. Raises: UserError that names a missing or broken file."""
+    """Return the uint8 array in a gzipped IDX file. Raises: UserError for a missing or broken file."""
     try:
         with gzip.open(path, 'rb') as file:
             content = file.read()
@@ -37,13 +37,13 @@ def read_idx(path):
             raise ValueError('not an IDX file of bytes')
         return np.frombuffer(content, dtype='uint8', offset=4 + 4 * dims).reshape(shape)
     except FileNotFoundError:
-        raise UserError(f'{path}: no such file; -source is the folder of the four files (-h explains)') from None
+        raise UserError(f'{path}: no such file; -source must contain the four files that -h lists') from None
     except (OSError, EOFError, ValueError, struct.error, zlib.error) as error:
         raise UserError(f'{path}: cannot be read ({error}); copy it again') from None
 
 
 def write_split(images, labels, folder, split, extension):
-    """Write one split's images below folder/split and its list file."""
+    """Write the images of a split to folder/split, and its list file."""
     for name in CLASSES:
         os.makedirs(os.path.join(folder, split, name), exist_ok=True)
     options = {'quality': 95} if extension == 'jpg' else {}
@@ -57,16 +57,16 @@ def write_split(images, labels, folder, split, extension):
 
 def main():
     parser = ArgumentParser(description=__doc__)
-    parser.add_argument('-source', metavar='DIR', required=True, help='folder of the four .gz files')
-    parser.add_argument('-output', metavar='DIR', required=True, help='folder to write the images and lists to')
+    parser.add_argument('-source', metavar='DIR', required=True, help='folder with the four .gz files')
+    parser.add_argument('-output', metavar='DIR', required=True, help='folder for the images and lists')
     parser.add_argument('-format', choices=['png', 'jpg'], default='png', help='image format (default: png, lossless)')
     args = parser.parse_args()
     for split, prefix in SPLITS.items():
         images, labels = (read_idx(os.path.join(args.source, f'{prefix}-{kind}-ubyte.gz'))
                           for kind in ('images-idx3', 'labels-idx1'))
         if images.ndim != 3 or labels.shape != images.shape[:1] or not len(labels) or labels.max() >= len(CLASSES):
-            raise UserError(f'{args.source}: images {images.shape} and labels {labels.shape} of {prefix} do not belong '
-                            'together; copy the four files again')
+            raise UserError(f'{args.source}: images {images.shape} and labels {labels.shape} of {prefix} do not match; '
+                            'copy the four files again')
         write_split(images, labels, args.output, split, args.format)
         print(f'{args.output}/{split}_list.txt: {len(labels)} images')
     write_text(os.path.join(args.output, 'class_names.txt'), ''.join(f'{name}\n' for name in CLASSES))

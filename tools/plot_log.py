@@ -1,9 +1,9 @@
-"""Draw the curves of one or several runs into one PNG: loss, accuracy, learning rate, weight decay, image size.
+"""Plot the curves of one or more runs into one PNG file: loss, accuracy, learning rate, weight decay, image size.
 
   python -m tools.plot_log output/s0                               # writes output/s0/curves.png
   python -m tools.plot_log output/a output/b -save compare.png
 
-The legend says what the runs' configs differ in. Needs matplotlib (pip install matplotlib).
+The legend shows how the runs' configs differ. Needs matplotlib (pip install matplotlib).
 """
 import json
 import os
@@ -16,7 +16,7 @@ from runtime.settings import ArgumentParser, leaves
 from tools import import_pyplot
 from utils import UserError
 
-# title of a panel -> (field of the records, which of them: (split, weights))
+# panel title -> (field of the records, [(split, weights) of each curve])
 PANELS = {
     'training loss': ('loss', [('train', 'raw')]),
     'training top-1 (%)': ('acc1', [('train', 'raw')]),
@@ -26,15 +26,15 @@ PANELS = {
     'weight decay': ('weight_decay', [('train', 'raw')]),
     'training image size (pixels)': ('image_size', [('train', 'raw')]),
 }
-# keys whose values fit into a legend
+# most keys whose values are shown in the legend
 FEW = 4
 FIELDS = {'epoch', 'split', 'weights', *(field for field, _ in PANELS.values())}
 
 
 def read_log(folder):
-    """The records of a run's epochs; evaluations alone, which have none, are left out.
+    """Return the records of a run's training epochs, without those of separate evaluations (epoch 0).
 
-    Raises: UserError for a log that cannot be read or that holds none.
+    Raises: UserError for a log that cannot be read or has no such record.
     """
     path = os.path.join(folder, 'log.jsonl')
     try:
@@ -44,23 +44,24 @@ def read_log(folder):
         raise UserError(f'{path}: cannot read the log ({error.strerror}); give the folder of a run') from None
     rows = []
     for number, line in enumerate(lines, 1):
-        if not line.endswith('\n'):  # the run is writing it, or was ended while it was
+        if not line.endswith('\n'):  # the run is writing this line, or was killed while writing it
             break
         try:
             row = json.loads(line)
             rows += [{field: row[field] for field in FIELDS}] if row['epoch'] > 0 else []
         except (ValueError, TypeError, KeyError):
-            raise UserError(f'{path}:{number}: is not the record of an epoch: {line.strip()[:80]!r}; remove the '
-                            'line') from None
+            raise UserError(f'{path}:{number}: is not an epoch record: {line.strip()[:80]!r}; remove '
+                            'it') from None
     if not rows:
-        raise UserError(f'{path}: holds no epoch of training yet')
+        raise UserError(f'{path}: contains no training epoch yet')
     return rows
 
 
 def label_runs(folders):
-    """A label per run, and a table of what the runs' configs differ in.
+    """Return a label per run, and a table of the keys in which the runs' configs differ.
 
-    Of up to FEW keys the values are the labels, and the table is ''; else, or if not unique, the folders are.
+    With up to FEW keys, the labels are their values, with the folder added to a label that is not unique, and the table
+    is ''. With more, the labels are the folders.
     """
     configs = [dict(leaves(get_config(os.path.join(folder, 'config.yaml')))) for folder in folders]
     keys = [key for key, value in configs[0].items()
@@ -74,14 +75,14 @@ def label_runs(folders):
 
 
 def tabulate(rows):
-    """Rows of texts as lines with columns; a text beyond 30 characters keeps its end, a name's most telling part."""
+    """Align rows of texts in columns. Texts over 30 characters keep their end, the most telling part of a path."""
     rows = [[text if len(text) <= 30 else f'...{text[-27:]}' for text in row] for row in rows]
     widths = [max(map(len, column)) for column in zip(*rows)]
     return '\n'.join('  '.join(text.ljust(width) for text, width in zip(row, widths)) for row in rows)
 
 
 def draw(runs, path, table=''):
-    """Draw the PANELS into a PNG, as large as the legend and the table need. runs: (label, records) of each."""
+    """Draw the PANELS into a PNG file, sized to fit the legend and the table. runs: pairs of (label, records)."""
     pyplot = import_pyplot()
     lines = table.splitlines()
     widths = [8 + len(line) for line in '\n'.join(label for label, _ in runs).split('\n')]
@@ -91,7 +92,7 @@ def draw(runs, path, table=''):
     size = max(13, 0.08 * max(map(len, lines), default=0), 0.08 * max(widths)), 5.5 + 0.15 * height
     figure, axes = pyplot.subplots(2, 4, figsize=size, layout='constrained')
     axes.flat[-1].set_axis_off()
-    runs = [(label.replace('$', r'\$'), rows) for label, rows in runs]  # which begins a formula otherwise
+    runs = [(label.replace('$', r'\$'), rows) for label, rows in runs]  # $ would start a formula
     for axis, (title, (field, curves)) in zip(axes.flat, PANELS.items()):
         for number, (label, rows) in enumerate(runs):
             for split, weights in curves:
@@ -118,7 +119,7 @@ def draw(runs, path, table=''):
 def main():
     parser = ArgumentParser(description=__doc__)
     parser.add_argument('folders', metavar='RUN', nargs='+', help='folder of a run, with log.jsonl and config.yaml')
-    parser.add_argument('-save', metavar='FILE', help='the PNG (default: curves.png in the first RUN)')
+    parser.add_argument('-save', metavar='FILE', help='PNG file to write (default: curves.png in the first RUN)')
     args = parser.parse_args()
     path = args.save or os.path.join(args.folders[0], 'curves.png')
     logs = [read_log(folder) for folder in args.folders]
@@ -126,7 +127,7 @@ def main():
     draw(list(zip(labels, logs)), path, table)
     for folder, rows in zip(args.folders, logs):
         print(f'{folder}: {rows[-1]["epoch"]} epochs')
-    print(f'{path}: drawn: {", ".join(PANELS)}')
+    print(f'{path}: drew {", ".join(PANELS)}')
 
 
 if __name__ == '__main__':

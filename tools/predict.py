@@ -3,9 +3,9 @@
   python -m tools.predict photo.jpg -model exported
   python -m tools.predict photos/ 'more/*.png' -model mobileone_s0.pdparams -cfg configs/mobileone_s0.yaml -json
 
--model is a folder that tools.export_model has written, its .onnx file alone, or weights, whose config is -cfg or the
-config.yaml beside them. IMAGE is a file, a folder or a pattern. A file that cannot be read is reported, the rest goes
-on, and the exit status is 1. docs/deployment.md has more.
+-model is a folder written by tools.export_model, an .onnx file from it, or weights with their config: -cfg, or the
+config.yaml next to them. IMAGE is a file, a folder or a glob pattern. A file that cannot be read is reported and
+skipped, and the exit status is then 1. See docs/deployment.md for details.
 """
 import glob
 import json
@@ -20,28 +20,31 @@ from runtime.program import prepare_runtime, run_program, use_device
 from runtime.settings import ArgumentParser, add_device_flag
 from utils import UserError, one_line, program_name
 
-# images in a picture of -plot
+# images drawn by -plot
 DRAWN = 20
 
 
 def find_images(names):
-    """The files that are meant by files, folders and patterns, in order. Raises: UserError for a folder of none."""
+    """Expand files, folders and glob patterns to a list of files, in order.
+
+    Raises: UserError for a folder without images.
+    """
     paths = []
     for name in names:
         if os.path.isdir(name):
             found = [os.path.join(name, file) for file in sorted(os.listdir(name)) if is_image(file)]
             if not found:
-                raise UserError(f'{name}: no images in this folder (its own folders are not searched: give them too)')
+                raise UserError(f'{name}: no images in this folder (subfolders are not searched: name them too)')
             paths += found
         else:
-            # a file that is called like a pattern is that file
+            # an existing file whose name looks like a pattern is not expanded
             paths += [name] if os.path.lexists(name) else [
                 path for path in sorted(glob.glob(name, recursive=True)) if not os.path.isdir(path)] or [name]
     return paths
 
 
 def predict(predictor, paths, top):
-    """Yields (path, Prediction, or the UserError for a file that cannot be read)."""
+    """Yield pairs of a path and its Prediction, or the UserError for a file that cannot be read."""
     for path in paths:
         try:
             yield path, predictor(path, top)[0]
@@ -50,7 +53,7 @@ def predict(predictor, paths, top):
 
 
 def show(path, result):
-    """Print a result of `predict` as lines of the table; an error to stderr."""
+    """Print a result of `predict` as text; print an error to stderr."""
     if isinstance(result, UserError):
         sys.stdout.flush()
         print(f'{program_name()}: error: {result}', file=sys.stderr)
@@ -70,7 +73,7 @@ def show_json(path, result):
 
 
 def plot(results, spec, path):
-    """Draw images with bars of their classes. results: [(path, Prediction)]."""
+    """Draw images next to bars for their classes into a PNG file. results: [(path, Prediction)]."""
     drawn = []
     for name, result in results:
         image = read_image(name, spec.exif_transpose, spec.bit_depth)
@@ -81,23 +84,23 @@ def plot(results, spec, path):
 
 def main():
     parser = ArgumentParser(description=__doc__)
-    parser.add_argument('images', metavar='IMAGE', nargs='+', help='files, folders, patterns')
-    parser.add_argument('-model', metavar='PATH', required=True, help='exported folder, .onnx file, or weights')
-    parser.add_argument('-cfg', metavar='FILE', help="config of the weights' network")
-    parser.add_argument('-top', metavar='N', type=int, default=5, help='classes per image (default: 5)')
-    parser.add_argument('-json', action='store_true', help='print a JSON object per line and image')
+    parser.add_argument('images', metavar='IMAGE', nargs='+', help='files, folders or glob patterns')
+    parser.add_argument('-model', metavar='PATH', required=True, help='exported folder, .onnx file or weights')
+    parser.add_argument('-cfg', metavar='FILE', help='config of the weights (default: config.yaml next to them)')
+    parser.add_argument('-top', metavar='N', type=int, default=5, help='number of classes per image (default: 5)')
+    parser.add_argument('-json', action='store_true', help='print one JSON object per image and line')
     parser.add_argument('-engine', default='auto', choices=['auto', *ENGINES],
-                        help='(default: the fastest that is installed and runs the model)')
+                        help='inference engine (default: the fastest installed one that can run the model)')
     add_device_flag(parser)
-    parser.add_argument('-threads', metavar='N', type=int, help="threads of a CPU (default: the engine's choice)")
-    parser.add_argument('-plot', metavar='FILE', help=f'draw the first {DRAWN} images with their classes into this PNG')
+    parser.add_argument('-threads', metavar='N', type=int, help="CPU threads (default: the engine's choice)")
+    parser.add_argument('-plot', metavar='FILE', help=f'draw the first {DRAWN} images and their classes into this PNG')
     args = parser.parse_args()
     if args.top < 1:
         raise UserError(f'-top is {args.top}, but must be at least 1')
     if args.plot is not None:
         import_figure()
         if not os.path.isdir(os.path.dirname(args.plot) or '.') or os.path.isdir(args.plot):
-            raise UserError(f'-plot {args.plot!r}: cannot be a file; name a PNG in a folder that exists')
+            raise UserError(f'-plot {args.plot!r}: cannot be written; name a PNG file in an existing folder')
     paths = find_images(args.images)
     engine = find_engine(args.model, args.engine)
     if ENGINES[engine][0] == 'paddle':
@@ -106,8 +109,8 @@ def main():
         prepare_runtime(args.device)
         use_device(args.device)
     elif args.device:
-        raise UserError(f'-device is {args.device}, but the engine {engine} chooses by itself: leave it out, or give '
-                        'weights or -engine inference')
+        raise UserError(f'-device is {args.device}, but the engine {engine} chooses its own device: leave it out, or '
+                        'use weights or -engine inference')
     predictor = Predictor(args.model, get_config(args.cfg) if args.cfg else None, args.engine, args.threads)
     drawn, count, failed = [], 0, False
     for path, result in predict(predictor, paths, args.top):
@@ -119,7 +122,7 @@ def main():
     if args.plot is not None and drawn:
         plot(drawn, predictor.spec, args.plot)
         if not args.json:
-            print(f'{args.plot}: drawn: {len(drawn)} of {count} images')
+            print(f'{args.plot}: drew {len(drawn)} of {count} images')
     sys.exit(int(failed))
 
 

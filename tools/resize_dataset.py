@@ -1,12 +1,13 @@
-"""Write a smaller copy of a data set, for machines with too few cores to read large images as fast as they train.
+"""Write a smaller copy of a data set, for machines whose cores cannot read large images as fast as they train.
 
   python -m tools.resize_dataset -data_path /dataset/imagenet -output /dataset/imagenet_400 -shorter 400
 
-Images are resized, by Pillow's bicubic filter, to a shorter side of -shorter pixels. Those whose shorter side is not
-longer are copied as they are. The copy has the same relative paths, train_list.txt, val_list.txt and class_names.txt.
-JPEG images stay JPEG. All others become PNG, without loss, in a file of the same name. The EXIF orientation is kept,
-and pixels of more than 8 bits become 8 by DATA.BIT_DEPTH. Files that are in -output already are skipped: after an
-interruption, run the same command again. Bad images are named and left out of the lists; the exit status is then 1.
+Images are resized with Pillow's bicubic filter, so that their shorter side is -shorter pixels. Images that are already
+that small are copied unchanged. The copy has the same relative paths, train_list.txt, val_list.txt and class_names.txt.
+JPEG images stay JPEG. All others become lossless PNG, without a change of the file name. The EXIF orientation is kept,
+and pixels with more than 8 bits are reduced to 8 according to DATA.BIT_DEPTH. Files that already exist in -output are
+skipped: after an interruption, run the same command again. Bad images are named and left out of the lists, and the exit
+status is then 1.
 """
 import collections
 import functools
@@ -25,8 +26,7 @@ from utils import UserError, describe_error, one_line
 
 
 def read_oriented(path, bit_depth):
-    """(image as `read_image` gives it, its EXIF orientation). Raises: UserError for an image or EXIF data that are bad.
-    """
+    """Return (image from `read_image`, its EXIF orientation). Raises: UserError for a bad image or bad EXIF data."""
     image = read_image(path, bit_depth=bit_depth)
     try:
         return image, image.getexif().get(ORIENTATION, 1)
@@ -35,7 +35,7 @@ def read_oriented(path, bit_depth):
 
 
 def resize(image, shorter):
-    """An image whose shorter side is `shorter` pixels, without what its file said besides the pixels."""
+    """Resize an image so that its shorter side is `shorter` pixels, and drop its metadata."""
     scale = shorter / min(image.size)
     resized = image.resize([round(scale * side) for side in image.size], Image.Resampling.BICUBIC)
     resized.info.clear()
@@ -43,14 +43,14 @@ def resize(image, shorter):
 
 
 def copy_image(name, data, args):
-    """Write the image of a list to args.output, smaller if it is too large. data: the config's DATA.
+    """Write an image of a list to args.output, resized if it is larger than args.shorter. data: the config's DATA.
 
-    Returns: (what was done: resized, copied, skipped or bad; what is bad about it, or '').
-    Raises: UserError, OSError if it cannot be written.
+    Returns: ('resized', 'copied', 'skipped' or 'bad', and the problem or '').
+    Raises: UserError, OSError if the image cannot be written.
     """
     source, target = os.path.join(data.DATA_PATH, name), os.path.join(args.output, name)
     if os.path.isabs(name) or '..' in name.split('/'):
-        return 'bad', f'{one_line(name)}: leads out of -data_path, and its copy out of -output; use a path inside'
+        return 'bad', f'{one_line(name)}: is outside -data_path, its copy would be outside -output; use a path inside'
     if os.path.exists(target):
         return 'skipped', ''
     try:
@@ -71,20 +71,20 @@ def copy_image(name, data, args):
 
 
 def copy_images(names, data, args):
-    """What `copy_image` returns, of each name."""
+    """Return the results of `copy_image` for some names."""
     return [copy_image(name, data, args) for name in names]
 
 
 def parse_args():
-    """The command line. Raises: UserError for values that cannot be."""
+    """Parse the command line. Raises: UserError for values out of range."""
     parser = get_parser(__doc__, ['data_path'])
-    parser.add_argument('-output', metavar='DIR', required=True, help='folder of the copy')
+    parser.add_argument('-output', metavar='DIR', required=True, help='folder for the copy')
     parser.add_argument('-shorter', metavar='N', type=int, default=400,
-                        help='longest shorter side of an image, in pixels (default: 400)')
+                        help='largest shorter side of an image, in pixels (default: 400)')
     parser.add_argument('-quality', metavar='N', type=int, default=90,
-                        help='quality of resized JPEG images, 1 to 100 (default: 90)')
+                        help='JPEG quality of resized images, 1 to 100 (default: 90)')
     parser.add_argument('-workers', metavar='N', type=int, default=usable_cores(),
-                        help='processes that resize images (default: as many as cores)')
+                        help='number of processes (default: one per core)')
     args = parser.parse_args()
     if min(args.shorter, args.workers) < 1:
         raise UserError('-shorter and -workers must be at least 1')
@@ -98,10 +98,10 @@ def main():
     config = resolve_config(update_config(get_config(), args))
     data = config.DATA
     if os.path.realpath(args.output) == os.path.realpath(data.DATA_PATH):
-        raise UserError(f'-output {args.output}: is the folder of the images themselves; choose another')
+        raise UserError(f'-output {args.output}: is the same folder as -data_path; choose another')
     prepare_runtime()
     from datasets import read_list
-    # whatever the number of classes
+    # accept any number of classes
     lists = {name: read_list(os.path.join(data.DATA_PATH, name), sys.maxsize) for name in find_lists(data.DATA_PATH)}
     names = list(dict.fromkeys(name for paths, _ in lists.values() for name in paths))
     os.makedirs(args.output, exist_ok=True)

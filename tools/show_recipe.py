@@ -1,10 +1,10 @@
-"""Show what a training will do in each of its epochs, without data.
+"""Show what a training run will do in each epoch, without needing any data.
 
   python -m tools.show_recipe -cfg configs/mobileone_s2.yaml
   python -m tools.show_recipe -cfg configs/mobileone_s2.yaml -plot recipe.png -json recipe.json
   python -m tools.show_recipe -cfg configs/demo.yaml -num_images 5000 -world_size 1
 
-The values are those of an epoch's first step, from the functions that training calls.
+The values are those of the first step of each epoch, computed by the functions that training uses.
 """
 import json
 
@@ -14,15 +14,15 @@ from runtime.program import prepare_runtime, run_program
 from tools import import_pyplot
 from utils import UserError
 
-# values that are drawn -> titles
+# fields that are plotted -> titles
 TITLES = {'lr': 'learning rate', 'weight_decay': 'weight decay', 'image_size': 'image size (pixels)',
           'auto_augment_strength': 'AutoAugment strength', 'ema_decay': 'EMA decay'}
 
 
 def get_recipe(config, num_images, world_size):
-    """A record per epoch: {epoch, lr, weight_decay, image_size, auto_augment_strength, ema_decay, steps}.
+    """Return a record per epoch: {epoch, lr, weight_decay, image_size, auto_augment_strength, ema_decay, steps}.
 
-    ema_decay: None without an EMA; steps: optimizer steps of the epoch.
+    ema_decay: None without an EMA; steps: number of optimizer steps in the epoch.
     """
     from datasets import TrainSampler, get_stage
     from optim import build_schedule
@@ -39,7 +39,7 @@ def get_recipe(config, num_images, world_size):
 
 
 def describe(config, num_images, world_size):
-    """Lines on what is the same in all epochs."""
+    """Return lines that describe what is the same in all epochs."""
     data, train = config.DATA, config.TRAIN
     options, distillation = train.OPTIMIZER, train.DISTILLATION
     if options.NAME.lower() == 'sgd':
@@ -53,13 +53,13 @@ def describe(config, num_images, world_size):
         f'random crops of {data.CROP_SCALE[0]:g} to {data.CROP_SCALE[1]:g} of the area, flips': True,
         'AutoAugment': train.AUTO_AUGMENT,
         f'RandAugment ({train.RAND_AUGMENT_LAYERS} at {train.RAND_AUGMENT_MAGNITUDE})': train.RAND_AUGMENT,
-        f'colour jitter {train.COLOR_JITTER:g}': train.COLOR_JITTER,
+        f'color jitter {train.COLOR_JITTER:g}': train.COLOR_JITTER,
         f'random erasing {train.RANDOM_ERASE_PROB:g} ({train.RANDOM_ERASE_MODE})': train.RANDOM_ERASE_PROB,
         f'mixup {train.MIXUP_ALPHA:g}': train.MIXUP_ALPHA * train.MIXUP_PROB,
         'CutMix': max(train.CUTMIX_ALPHA, *train.CUTMIX_MINMAX) * train.MIXUP_PROB,
     }
     return [
-        f'{config.MODEL.NAME}: {train.NUM_EPOCHS} epochs of {num_images:,} images, a step {world_size} processes x '
+        f'{config.MODEL.NAME}: {train.NUM_EPOCHS} epochs of {num_images:,} images, each step {world_size} processes x '
         f'DATA.BATCH_SIZE {data.BATCH_SIZE} x TRAIN.ACCUM_ITER {train.ACCUM_ITER}',
         f'optimizer: {optimizer}, no weight decay on batch norm and biases; gradients '
         f'{f"clipped at {train.GRAD_CLIP:g}" if train.GRAD_CLIP else "not clipped"}; '
@@ -72,7 +72,7 @@ def describe(config, num_images, world_size):
 
 
 def plot(rows, title, path):
-    """Draw the values of a recipe over the epochs into a PNG."""
+    """Plot the values of a recipe over its epochs into a PNG file."""
     pyplot = import_pyplot()
     names = [name for name in TITLES if rows[0][name] is not None]
     figure, axes = pyplot.subplots(1, len(names), figsize=(3.2 * len(names), 2.8), layout='constrained')
@@ -87,10 +87,10 @@ def plot(rows, title, path):
 def main():
     parser = get_parser(__doc__, ('batch_size', 'image_size', 'accum_iter', 'amp'))
     parser.add_argument('-num_images', metavar='N', type=int, default=1281167,
-                        help="training images (default: ImageNet's 1281167)")
-    parser.add_argument('-world_size', metavar='N', type=int, default=8, help='processes (default: 8)')
-    parser.add_argument('-json', metavar='FILE', help='write the records to this file, as a list')
-    parser.add_argument('-plot', metavar='FILE', help='draw them into this PNG (needs matplotlib)')
+                        help="number of training images (default: ImageNet's 1281167)")
+    parser.add_argument('-world_size', metavar='N', type=int, default=8, help='number of processes (default: 8)')
+    parser.add_argument('-json', metavar='FILE', help='write a list with one record per epoch to this file')
+    parser.add_argument('-plot', metavar='FILE', help='plot the values into this PNG (needs matplotlib)')
     args = parser.parse_args()
     config = resolve_config(with_values(update_config(get_config(), args), {'EVAL': False}))
     if min(args.num_images, args.world_size) < 1:

@@ -1,1 +1,1 @@
-"""What networks and training cost in time: a module per subcommand of `python -m tools.benchmark`."""
+"""Benchmarks of networks, training and data loading: one module per subcommand of `python -m tools.benchmark`."""

@@ -1,12 +1,12 @@
-"""Measure how fast networks, training and its loading of images are.
+"""Measure the speed of networks, of training, and of data loading.
 
   python -m tools.benchmark ddp -h
   python -m tools.benchmark latency -h
   python -m tools.benchmark loader -h
   python -m tools.benchmark train -h
 
-ddp: how training speeds up with processes. latency: how long a network takes, by every engine that is installed.
-loader: how many images a second are loaded for training. train: how fast a network trains.
+ddp: speedup of training with the number of processes. latency: time of a fused network in every installed engine.
+loader: images per second loaded for training. train: speed of a training step.
 """
 import importlib
 import sys
@@ -18,9 +18,9 @@ COMMANDS = ('ddp', 'latency', 'loader', 'train')
 
 
 def main():
-    sys.argv[0] = 'tools.benchmark'  # how the user called it, for help and errors
+    sys.argv[0] = 'tools.benchmark'  # the name shown in help and errors
     parser = ArgumentParser(description=__doc__)
-    parser.add_argument('command', choices=COMMANDS, help='what to measure; its own -h explains its flags')
+    parser.add_argument('command', choices=COMMANDS, help='what to measure; add -h for its flags')
     command = parser.parse_args(sys.argv[1:2]).command
     sys.argv[:2] = [f'tools.benchmark {command}']
     importlib.import_module(f'tools.benchmark.{command}').main()

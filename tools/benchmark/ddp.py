@@ -1,11 +1,12 @@
-"""Measure how training speeds up with processes: images per second of 1, 2, ... of them, each with the same batch.
+"""Measure how training speeds up with the number of processes, at a fixed batch size per process.
 
   python -m tools.benchmark ddp -cfg configs/demo.yaml -data_path data/fashion_mnist_demo
   python -m tools.benchmark ddp -cfg configs/mobileone_s0.yaml -data_path /dataset/imagenet -amp -nproc 1 2 4 8
 
-A run is two epochs of STEPS steps, of which the second counts. The numbers of processes take turns, REPEATS times;
-printed are medians, and the efficiency: images per second and process, relative to the first number. On a CPU each
-process computes on one thread and reads its images itself, so that it uses one core.
+A run has two epochs of -steps steps; only the second one counts. Runs with different numbers of processes alternate,
+-repeats times. The table shows medians and ranges of images per second, and the efficiency: images per second per
+process, relative to the first number of processes. On a CPU each process uses one core: it computes with one thread and
+reads its images itself.
 """
 import itertools
 import json
@@ -23,7 +24,7 @@ MAIN = os.path.abspath(os.path.join(os.path.dirname(__file__), '..', '..', 'main
 
 
 def write_run(folder, config, images, count, steps):
-    """Write lists for `steps` steps of `count` processes and the config of the run; images: (path, label)."""
+    """Write the config of a run, and lists for `steps` steps of `count` processes. images: pairs of path and label."""
     for split, length in (('train', count * config.DATA.BATCH_SIZE * steps), ('val', 1)):
         with open(os.path.join(folder, f'{split}_list.txt'), 'w', encoding='utf-8') as file:
             for path, label in itertools.islice(itertools.cycle(images), length):
@@ -36,7 +37,10 @@ def write_run(folder, config, images, count, steps):
 
 
 def images_per_second(config, images, count, steps):
-    """Of the second epoch of a run of `count` processes. Raises: UserError with the end of its output if it fails."""
+    """Return the images per second of a run of `count` processes in its second epoch.
+
+    Raises: UserError with the last line of its output if it fails.
+    """
     with tempfile.TemporaryDirectory() as folder:
         write_run(folder, config, images, count, steps)
         process = subprocess.run([sys.executable, MAIN, '-nproc', str(count), '-cfg',
@@ -51,9 +55,9 @@ def images_per_second(config, images, count, steps):
 def main():
     parser = get_parser(__doc__, ('data_path', 'batch_size', 'image_size', 'amp'))
     parser.add_argument('-nproc', metavar='N', type=int, nargs='+',
-                        help='numbers of processes (default: 1 and the number of GPUs, 1 and 2 without)')
+                        help='numbers of processes to compare (default: 1 and the number of GPUs; 1 and 2 on a CPU)')
     parser.add_argument('-steps', metavar='N', type=int, default=50, help='steps per epoch (default: 50)')
-    parser.add_argument('-repeats', metavar='N', type=int, default=5, help='runs of each number (default: 5)')
+    parser.add_argument('-repeats', metavar='N', type=int, default=5, help='runs per number of processes (default: 5)')
     args = parser.parse_args()
     config = update_config(get_config(), args)
     prepare_runtime()
@@ -80,7 +84,7 @@ def main():
           f'on {"GPUs" if gpus else "the CPU, one thread per process"}')
     print('processes  images/s                    efficiency')
     for count in counts:
-        # by turn, so that a slower moment of the machine weighs on both sides
+        # ratios within a turn, so that a slow moment of the machine affects both sides
         ratios = [speed / count / (first / counts[0]) for speed, first in zip(speeds[count], speeds[counts[0]])]
         low, high = min(speeds[count]), max(speeds[count])
         print(f'{count:9}  {statistics.median(speeds[count]):8.1f} ({low:.1f} to {high:.1f})'.ljust(39) +

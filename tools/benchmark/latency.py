@@ -1,22 +1,23 @@
-"""Measure how long a fused network takes on this CPU, by every engine that is installed.
+"""Measure the latency of fused networks on this CPU, in every installed engine.
 
   python -m tools.benchmark latency -cfg configs/mobileone_s0.yaml
   python -m tools.benchmark latency -cfg configs/mobileone_s*.yaml -threads 1 2 -batch 1 8 -plot latency.png
 
-A time is that of a call, from a NumPy array of images to one of logits: the median of TURNS turns, each the median of
-calls for SECONDS seconds, with the range of the turns. The ratio is to the float32 row of the smallest median, turn by
-turn, and its median. Each engine has a process of its own, for in one the waiting threads of an engine slow the next
-one down; they take turns with a pause. Engines that compute in bfloat16 do so where the CPU can; int8 is that of
-tools.export_model, calibrated with random images, which does not change its time. Engines:
+A latency is the time of a call, from a NumPy array of images to an array of logits. A turn measures the median of the
+calls in -seconds seconds; the table shows the median and the range of -turns turns. The ratio to the fastest float32
+row is the median of the ratios turn by turn. Each engine has its own process, because in a shared process the waiting
+threads of one engine slow down the next. The processes take turns, with pauses in between. Engines that support
+bfloat16 are also measured in bfloat16 if the CPU has it. int8 is that of tools.export_model, calibrated on random
+images, which does not affect its speed. Engines:
 
-  paddle              PaddlePaddle; paddle-unfused: with all branches, as in training
-  inference-openvino  Paddle Inference by the OpenVINO in PaddlePaddle 3, inference.pdmodel
-  inference-pdmodel   Paddle Inference by oneDNN; on PaddlePaddle 2 its biases are those of batch norms
-  inference-plain     (PaddlePaddle 2) the same without these batch norms
-  inference-json      (PaddlePaddle 3) the same, inference.json
+  paddle              PaddlePaddle; paddle-unfused: with all training branches
+  inference-openvino  Paddle Inference with the OpenVINO in PaddlePaddle 3, inference.pdmodel
+  inference-pdmodel   Paddle Inference with oneDNN; on PaddlePaddle 2, biases are exported as batch norms
+  inference-plain     (PaddlePaddle 2) the same, with plain biases
+  inference-json      (PaddlePaddle 3) Paddle Inference with oneDNN, inference.json
   onnxruntime         ONNX Runtime, model.onnx
   openvino            OpenVINO, model.onnx
-  timm                PyTorch: timm's network of that name, reparameterized, random weights
+  timm                PyTorch: timm's network of the same name, reparameterized, with random weights
 """
 import contextlib
 import importlib.util
@@ -37,7 +38,7 @@ from tools.benchmark.latency_worker import INT8
 from tools.benchmark.turns import compare, describe_cpu, find_versions, measure, with_range
 from utils import UserError
 
-# engine -> the packages that it needs; of Paddle perhaps a major version
+# engine -> the packages that it needs, for Paddle with an optional major version
 ENGINES = {
     'paddle': ('paddle',), 'paddle-unfused': ('paddle',), 'inference-openvino': ('paddle 3',),
     'inference-pdmodel': ('paddle',), 'inference-plain': ('paddle 2',), 'inference-json': ('paddle 3',),
@@ -45,13 +46,13 @@ ENGINES = {
 }
 DISTRIBUTIONS = ('paddlepaddle', 'paddlepaddle-gpu', 'onnxruntime', 'onnxruntime-gpu', 'openvino', 'torch', 'timm')
 PRECISIONS = {'bfloat16': ('inference-openvino', 'openvino'), 'int8': ('onnxruntime', 'openvino')}
-# top-1 accuracy at 224 pixels, of the README's table
+# top-1 accuracy at 224 pixels, from the table in README.md
 ACCURACY = {'mobileone_s0': 71.14, 'mobileone_s1': 75.65, 'mobileone_s2': 77.22, 'mobileone_s3': 77.74,
             'mobileone_s4': 79.07}
 
 
 def missing(engine):
-    """The packages that an engine needs and that are not here."""
+    """Return the packages that an engine needs and that are not installed."""
     import paddle
     major = '2' if paddle.__version__.startswith('2.') else '3'
     return [need for need in ENGINES[engine]
@@ -59,7 +60,7 @@ def missing(engine):
 
 
 def choose_engines(names):
-    """The engines of these names, or those that are here without any. Raises: UserError for one that is not."""
+    """Return the named engines, or all that are installed. Raises: UserError for one that is not installed."""
     for name in names or []:
         if missing(name):
             raise UserError(f'-engines {name}: needs {" and ".join(missing(name))}: install it, or leave it out')
@@ -67,16 +68,17 @@ def choose_engines(names):
 
 
 def read_config(path, weights):
-    """The config of a network with these weights, or with random ones."""
+    """Return the config of a network with these weights, or with random ones if `weights` is empty."""
     return resolve_config(with_values(get_config(path), {
         'EVAL': bool(weights), 'MODEL.DEPLOY': False, 'MODEL.PRETRAINED': weights, 'MODEL.RESUME': ''}))
 
 
 def export(config, folder, onnx):
-    """Write a network to a folder in all forms that engines read. onnx: whether model.onnx is one of them.
+    """Write a network to a folder in every format that the engines read.
 
-    These are config.yaml with fused.pdparams and, if the weights are not fused, unfused.pdparams; what
-    tools.export_model writes; int8.onnx; and on PaddlePaddle 2 plain/, the program without batch norms.
+    The files are config.yaml, fused.pdparams and, if the weights are not fused, unfused.pdparams; the files of
+    tools.export_model; int8.onnx; and on PaddlePaddle 2 plain/, the program with plain biases.
+    onnx: whether to write the ONNX files.
     """
     import paddle
 
@@ -106,13 +108,13 @@ def export(config, folder, onnx):
 
 
 def fastest(rows):
-    """The float32 row of the smallest median; None without one."""
+    """Return the float32 row with the smallest median, or None if no float32 row was measured."""
     return min((row for row in rows if row['precision'] == 'float32' and 'milliseconds' in row),
                key=lambda row: row['milliseconds'], default=None)
 
 
 def show(row, as_json):
-    """Print a row as JSON, or as a line of the table."""
+    """Print a row as JSON or as a line of the table."""
     if as_json:
         text = json.dumps(row)
     else:
@@ -127,9 +129,9 @@ def describe_times(row):
 
 
 def plot(rows, configs, path):
-    """Draw accuracy against the latency of the best float32 row, as the paper's figure 1 does, into a PNG.
+    """Plot accuracy against the latency of the fastest float32 row into a PNG file, like figure 1 of the paper.
 
-    Of networks whose accuracy was not published, all of them have FLOPs instead.
+    If the accuracy of a network was not published, the FLOPs of all networks are plotted instead.
     """
     pyplot = import_pyplot()
     known = all(config.MODEL.NAME in ACCURACY and config.DATA.IMAGE_SIZE == 224 for config in configs)
@@ -146,14 +148,14 @@ def plot(rows, configs, path):
             axis.annotate(name, (x, y), xytext=(5, -10), textcoords='offset points', fontsize='small')
     axis.set(xlabel='latency of the fastest float32 engine (ms)',
              ylabel='published top-1 accuracy (%)' if known else 'FLOPs, fused (millions of multiply-adds)')
-    axis.margins(0.15)  # for the names
+    axis.margins(0.15)  # room for the names
     axis.grid(alpha=0.3)
     axis.legend()
     replace(path, lambda partial: figure.savefig(partial, dpi=120, format='png'))
 
 
 def count_flops(config):
-    """Multiply-adds of the fused network for an image."""
+    """Return the multiply-adds of the fused network per image."""
     import paddle
 
     from weights import build_network
@@ -163,26 +165,27 @@ def count_flops(config):
 
 
 def parse_args():
-    """The command line. Raises: UserError for values that cannot be."""
+    """Parse the command line. Raises: UserError for values out of range."""
     parser = ArgumentParser(description=__doc__)
-    parser.add_argument('-cfg', metavar='FILE', nargs='+', required=True, help='configs of the networks, see configs/')
-    parser.add_argument('-pretrained', metavar='FILE', nargs='+', help='weights, a file for each config (default: '
-                        'random ones)')
+    parser.add_argument('-cfg', metavar='FILE', nargs='+', required=True, help='configs of the networks (see configs/)')
+    parser.add_argument('-pretrained', metavar='FILE', nargs='+', help='weight files, one per config (default: random '
+                        'weights)')
     parser.add_argument('-engines', metavar='NAME', nargs='+', choices=ENGINES, help='engines to measure (default: all '
                         'that are installed)')
     parser.add_argument('-threads', metavar='N', nargs='+', type=int, default=[usable_cores()],
-                        help='numbers of threads (default: as many as cores)')
-    parser.add_argument('-batch', metavar='N', nargs='+', type=int, default=[1], help='images per call (default: 1)')
-    parser.add_argument('-turns', metavar='N', type=int, default=5, help='turns of each engine (default: 5)')
-    parser.add_argument('-seconds', metavar='S', type=float, default=1, help='length of a turn (default: 1)')
+                        help='numbers of threads to measure (default: one per core)')
+    parser.add_argument('-batch', metavar='N', nargs='+', type=int, default=[1],
+                        help='batch sizes to measure (default: 1)')
+    parser.add_argument('-turns', metavar='N', type=int, default=5, help='turns per engine (default: 5)')
+    parser.add_argument('-seconds', metavar='S', type=float, default=1, help='length of a turn in seconds (default: 1)')
     parser.add_argument('-json', action='store_true', help='print a JSON object per row instead of the table')
-    parser.add_argument('-plot', metavar='FILE', help='draw accuracy or FLOPs against latency into this PNG')
+    parser.add_argument('-plot', metavar='FILE', help='plot accuracy or FLOPs against latency into this PNG')
     args = parser.parse_args()
     if min(*args.threads, *args.batch, args.turns) < 1 or not 0 < args.seconds < float('inf'):
         raise UserError('-threads, -batch and -turns must be at least 1, and -seconds above 0')
     args.weights = args.pretrained or [''] * len(args.cfg)
     if len(args.weights) != len(args.cfg):
-        raise UserError(f'-pretrained has {len(args.weights)} files for {len(args.cfg)} configs: give one for each')
+        raise UserError(f'-pretrained has {len(args.weights)} files for {len(args.cfg)} configs: give one per config')
     if args.plot:
         import_pyplot()
     return args
@@ -191,11 +194,11 @@ def parse_args():
 def main():
     args = parse_args()
     configs = list(map(read_config, args.cfg, args.weights))
-    os.environ['CUDA_VISIBLE_DEVICES'] = ''  # the workers' too
+    os.environ['CUDA_VISIBLE_DEVICES'] = ''  # for the workers too
     prepare_runtime()
     engines = choose_engines(args.engines)
     (cpu, has_bfloat16), versions = describe_cpu(), find_versions(*DISTRIBUTIONS)
-    able = {'bfloat16': has_bfloat16, 'int8': not missing('onnxruntime')}  # which makes the int8 file
+    able = {'bfloat16': has_bfloat16, 'int8': not missing('onnxruntime')}  # it writes the int8 file
     precisions = [(engine, precision) for engine in engines for precision in ('float32', *PRECISIONS)
                   if precision == 'float32' or able[precision] and engine in PRECISIONS[precision]]
     kind = 'given weights' if args.pretrained else 'random weights'

@@ -1,4 +1,4 @@
-"""One engine of tools.benchmark.latency, in a process of its own."""
+"""The process that measures one row of tools.benchmark.latency."""
 import os
 import statistics
 import time
@@ -11,7 +11,7 @@ from runtime.program import prepare_runtime, run_program
 from tools.benchmark.turns import answer_turns
 from utils import UserError
 
-# engine -> its program, and what Paddle Inference runs it by
+# engine -> its program, and the engine inside Paddle Inference that runs it
 PROGRAMS = {
     'inference-openvino': ('inference.pdmodel', 'openvino'),
     'inference-pdmodel': ('inference.pdmodel', 'onednn'),
@@ -22,7 +22,10 @@ INT8 = 'int8.onnx'
 
 
 def load(engine, folder, config, threads, precision):
-    """run(images) of an engine: float32 [N, 3, H, W] -> float32 [N, classes]. folder: as `latency.export` writes it."""
+    """Return run(images) of an engine: float32 [N, 3, H, W] -> float32 [N, classes].
+
+    folder: written by `latency.export`. Raises: UserError if the engine needs unfused weights and there are none.
+    """
     if engine == 'timm':
         return load_timm(config.MODEL.NAME, config.MODEL.NUM_CLASSES, threads)
     path = os.path.join(folder, INT8) if precision == 'int8' else folder
@@ -42,7 +45,7 @@ def load(engine, folder, config, threads, precision):
 
 
 def load_timm(name, classes, threads):
-    """timm's network of this name, with random weights, reparameterized."""
+    """Return run(images) of timm's network of this name, reparameterized, with random weights."""
     import timm
     import torch
     from timm.utils import reparameterize_model
@@ -56,7 +59,10 @@ def load_timm(name, classes, threads):
 
 
 def milliseconds(run, images, seconds):
-    """Median of calls for some seconds, at least one. The first one, slow after a pause, does not count."""
+    """Return the median milliseconds of a call, over as many calls as fit into `seconds`, but at least one.
+
+    An extra first call, which is slow after a pause, does not count.
+    """
     run(images)
     times, end = [], time.perf_counter() + seconds
     while not times or time.perf_counter() < end:
@@ -67,7 +73,7 @@ def milliseconds(run, images, seconds):
 
 
 def start(row, folder):
-    """turn(seconds) -> milliseconds of a call of a row's engine. folder: as `latency.export` writes it."""
+    """Return turn(seconds) -> milliseconds of a call to a row's engine. folder: written by `latency.export`."""
     config = get_config(os.path.join(folder, 'config.yaml'))
     size = config.DATA.IMAGE_SIZE
     images = np.random.default_rng(0).standard_normal([row['batch'], 3, size, size], 'float32')

@@ -1,14 +1,14 @@
-"""Count the operators that a training step starts: on a GPU each costs the host time, however small its work is."""
+"""Count the operators that a training step launches: on a GPU each one costs host time, however small it is."""
 from paddle.profiler import Profiler, ProfilerTarget
 
 
 def count_launches(step):
-    """Operator launches of a call of step(), on all threads. Call step() once before: a first call does more.
+    """Return the number of operators that a call of step() launches, on all threads.
 
-    They are the profiler's events of the type DygraphKernelLaunch. PaddlePaddle 2.6.2 has no such type; there they are
-    the events called "<operator> compute".
+    Call step() once before, because the first call does additional work. Launches are the profiler's events of type
+    DygraphKernelLaunch or, on PaddlePaddle 2.6.2, which has no such type, those named "<operator> compute".
     """
-    # without a handler of its own the profiler writes files
+    # without this handler, the profiler would write files
     with Profiler(targets=[ProfilerTarget.CPU], on_trace_ready=lambda profiler: None) as profiler:
         step()
     return sum(map(_launches_below, profiler.profiler_result.get_data().values()))

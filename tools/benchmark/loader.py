@@ -1,26 +1,26 @@
-"""Measure how many images a second are loaded for training, beside torchvision if it is installed.
+"""Measure how many images per second are loaded for training, compared with torchvision if it is installed.
 
   python -m tools.benchmark loader -num_workers 1 2
   python -m tools.benchmark loader -cfg configs/mobileone_s2.yaml -data_path /dataset/imagenet -num_workers 4 8 16
 
-Without -data_path the images are photographs of scikit-image and scikit-learn, cropped to 500 x 375 pixels and saved as
-JPEG of quality 92; with it those of its train_list.txt. Rows of one process without data workers:
+The images are those in the train_list.txt of -data_path. Without -data_path, they are photographs from scikit-image and
+scikit-learn, cropped to 500 x 375 pixels and saved as JPEG with quality 92. Rows for one process without data workers:
 
-  decode      Pillow decodes a whole image
-  transform   an image of a batch is made from its file: crop, resize, flip, the config's augmentations
-  collate     a batch is put together from its images
+  decode      decode whole images with Pillow
+  transform   make images from their files: crop, resize, flip, and the config's augmentations
+  collate     assemble a batch from images in memory
 
 Rows for each number of data workers:
 
-  training            training's own loader, end to end
-  hand-over           the same with images that the workers have in memory: collating and passing a batch on
-  torchvision Pillow  PyTorch's loader with torchvision's crop, resize and flip of Pillow's images
-  torchvision v2      the same of uint8 tensors, with torchvision's decoder
+  training            the loader of training, end to end
+  hand-over           the same with images in the workers' memory: only collate and hand over batches
+  torchvision Pillow  PyTorch's loader, with torchvision's crop, resize and flip on Pillow images
+  torchvision v2      the same on uint8 tensors, with torchvision's decoder
 
-torchvision's rows have no augmentations. Each row has a process of its own; the rows of a number of workers take turns
-of BATCHES batches, with a pause in between. The first turn does not count, nor do a turn's first batch and two per data
-worker. Printed are medians of the turns, the range of the times of a batch, and the ratio of times, turn by turn, to
-torchvision v2, or without it to the first row with as many workers.
+The torchvision rows have no augmentations. Each row has its own process. Rows with the same number of workers take
+turns of -batches batches, with pauses in between. The first turn does not count, nor do the first 1 + 2 x workers
+batches of each turn. The table shows medians over the turns, the range of the time per batch, and the ratio of times,
+turn by turn, to torchvision v2 or, without it, to the first row with as many workers.
 """
 import importlib.util
 import json
@@ -36,7 +36,7 @@ from tools.benchmark.loader_worker import LOADERS, STAGES, TORCHVISION, config_o
 from tools.benchmark.turns import compare, describe_cpu, find_versions, measure, with_range
 from utils import UserError
 
-# package -> color photographs of at least SIZE that it ships
+# package -> the color photographs of at least SIZE that it ships
 PHOTOGRAPHS = {
     'skimage': ('data/astronaut.png', 'data/coffee.png', 'data/motorcycle_left.png', 'data/rocket.jpg'),
     'sklearn': ('datasets/images/china.jpg', 'datasets/images/flower.jpg'),
@@ -46,20 +46,20 @@ SIZE = 500, 375
 
 
 def find_photographs():
-    """The paths of PHOTOGRAPHS. Raises: UserError where they are not all here."""
+    """Return the paths of PHOTOGRAPHS. Raises: UserError if one of them is not installed."""
     paths = []
     for package, names in PHOTOGRAPHS.items():
         spec = importlib.util.find_spec(package)
         folder = spec.submodule_search_locations[0] if spec else ''
         paths += [os.path.join(folder, name) for name in names]
     if not all(map(os.path.isfile, paths)):
-        raise UserError('the photographs of scikit-image and scikit-learn are not here: pip install scikit-image '
+        raise UserError('the photographs of scikit-image and scikit-learn are missing: pip install scikit-image '
                         'scikit-learn, or give -data_path')
     return paths
 
 
 def write_photographs(folder, count):
-    """Write the photographs and a train_list.txt with `count` lines, which names them in turn. Returns: their bytes."""
+    """Write the photographs and a train_list.txt that cycles through them in `count` lines. Returns: their bytes."""
     names, paths = [], find_photographs()
     for path in paths:
         image = read_image(path)
@@ -72,12 +72,12 @@ def write_photographs(folder, count):
 
 
 def parse_args():
-    """The command line. Raises: UserError for values that cannot be."""
+    """Parse the command line. Raises: UserError for values out of range."""
     parser = get_parser(__doc__, ('data_path', 'batch_size', 'image_size'))
     parser.add_argument('-num_workers', metavar='N', nargs='+', type=int, dest='workers',
-                        help="numbers of data workers (default: the config's)")
-    parser.add_argument('-batches', metavar='N', type=int, default=20, help='batches of a turn (default: 20)')
-    parser.add_argument('-turns', metavar='N', type=int, default=5, help='turns of each row (default: 5)')
+                        help="numbers of data workers to measure (default: the config's)")
+    parser.add_argument('-batches', metavar='N', type=int, default=20, help='batches per turn (default: 20)')
+    parser.add_argument('-turns', metavar='N', type=int, default=5, help='turns per row (default: 5)')
     parser.add_argument('-json', action='store_true', help='print a JSON object per row instead of the table')
     args = parser.parse_args()
     if min(args.batches, args.turns) < 1 or min(args.workers or [0]) < 0:
@@ -86,19 +86,19 @@ def parse_args():
 
 
 def make_groups(workers, batch):
-    """The rows that take turns: those without workers, and those of each number of them."""
+    """Return the groups of rows that take turns: the stages without workers, and the loaders per number of workers."""
     names = [*LOADERS, *(TORCHVISION if importlib.util.find_spec('torchvision') else ())]
     return [[{'pipeline': name, 'workers': count, 'batch': batch, 'threads': 1} for name in group]
             for count, group in [(None, STAGES), *((count, names) for count in workers)]]
 
 
 def choose_base(rows):
-    """torchvision v2's row, or the first one; None without any."""
+    """Return the row of torchvision v2, or the first row; None if there are no rows."""
     return next((row for row in rows if row['pipeline'] == 'torchvision v2'), next(iter(rows), None))
 
 
 def describe(row):
-    """A row as a line of the table."""
+    """Return a row as a line of the table."""
     start = f'{row["pipeline"]:20}{"-" if row["workers"] is None else row["workers"]:>7}'
     if 'error' in row:
         return f'{start}  {row["error"]}'
@@ -108,7 +108,7 @@ def describe(row):
 def main():
     args = parse_args()
     config = resolve_config(with_values(update_config(get_config(), args), {'TRAIN.CURRICULUM': []}))
-    os.environ['CUDA_VISIBLE_DEVICES'] = ''  # the workers' too: batches stay in the host's memory
+    os.environ['CUDA_VISIBLE_DEVICES'] = ''  # for the workers too, so that batches stay in host memory
     prepare_runtime()
     from datasets import get_dataset
     from runtime.workers import default_workers
@@ -116,14 +116,14 @@ def main():
     workers = [default_workers() if count < 0 else count for count in workers]
     groups = make_groups(workers, batch)
     for row in (row for rows in groups for row in rows):
-        config_of(row, config)  # what cannot be is said at once
+        config_of(row, config)  # report invalid values before anything is measured
     count = batch * (1 + 2 * max(workers) + args.batches)
     with tempfile.TemporaryDirectory() as folder:
         if args.data_path:
             images = len(get_dataset(config))
             if images < count:
-                raise UserError(f'{config.DATA.DATA_PATH}/train_list.txt: {images} images are too few for a turn, '
-                                f'{count}: lower -batches, -batch_size or -num_workers')
+                raise UserError(f'{config.DATA.DATA_PATH}/train_list.txt: {images} images are too few for a '
+                                f'turn of {count}: lower -batches, -batch_size or -num_workers')
             source = f'{images} images of {config.DATA.DATA_PATH}'
         else:
             sizes = write_photographs(folder, count)

@@ -1,4 +1,4 @@
-"""One row of tools.benchmark.loader, in a process of its own."""
+"""The process that measures one row of tools.benchmark.loader."""
 import contextlib
 import functools
 import itertools
@@ -10,12 +10,12 @@ from images import read_image
 from runtime.program import prepare_runtime, run_program
 from tools.benchmark.turns import answer_turns
 
-# images that are kept in memory where reading them is not measured
+# images kept in memory when reading is not measured
 IN_MEMORY = 16
 
 
 def decode(loader):
-    """Yield after each batch of images that Pillow decodes whole."""
+    """Decode whole images with Pillow; yield after each batch."""
     for batch in loader.batch_sampler:
         for _, index in batch:
             read_image(loader.dataset.name_of(index))
@@ -23,7 +23,7 @@ def decode(loader):
 
 
 def transform(loader):
-    """Yield after each batch of images that this process reads, crops, resizes, flips and augments."""
+    """Read, crop, resize, flip and augment images in this process; yield after each batch."""
     for batch in loader.batch_sampler:
         for item in batch:
             loader.dataset[item]
@@ -31,7 +31,7 @@ def transform(loader):
 
 
 class Ready:
-    """A dataset that takes no time: it has a few items of another in memory."""
+    """A dataset that keeps a few items of another one in memory, so that reading takes no time."""
 
     def __init__(self, dataset):
         self.items = [dataset[index] for index in range(min(IN_MEMORY, len(dataset)))]
@@ -46,25 +46,25 @@ class Ready:
 
 
 def collate(loader):
-    """Yield after each batch of images in memory that is put together."""
+    """Collate images in memory; yield after each batch."""
     from runtime.workers import Workers
     for _ in Workers(Ready(loader.dataset), loader.batch_sampler.batch_size, 0).read(loader.batch_sampler):
         yield
 
 
 def hand_over(loader):
-    """Yield batches of images that data workers have in memory."""
+    """Return an iterator over batches of images that data workers keep in memory."""
     from runtime.loader import Loader
     return iter(Loader(Ready(loader.dataset), loader.batch_sampler, loader.num_workers))
 
 
-# name -> function of training's loader; a generator of batches, of which more than a turn has
+# name -> function of training's loader that returns an iterator with more batches than a turn needs
 STAGES = {'decode': decode, 'transform': transform, 'collate': collate}
 LOADERS = {'training': iter, 'hand-over': hand_over}
 
 
 def start_paddle(row, config):
-    """A function that starts a row's generator, in a new epoch each time."""
+    """Return a function that starts the iterator of a row, each time in a new epoch."""
     prepare_runtime()
     from run import build_loader
     loader, epochs = build_loader(config, True), itertools.count(1)
@@ -76,7 +76,7 @@ def start_paddle(row, config):
 
 
 class Files:
-    """load(path) of the images of a list, for PyTorch's loader."""
+    """A dataset for PyTorch's loader: load(path) applied to the images of train_list.txt."""
 
     def __init__(self, config, load):
         with open(os.path.join(config.DATA.DATA_PATH, 'train_list.txt'), encoding='utf-8-sig') as file:
@@ -92,7 +92,7 @@ class Files:
 
 
 def load_by_pillow(config):
-    """load(path) -> uint8 tensor [3, H, W], by torchvision on Pillow's images."""
+    """Return load(path) -> uint8 tensor [3, H, W], with torchvision's transforms on Pillow images."""
     from PIL import Image
     from torchvision import transforms
     data = config.DATA
@@ -108,7 +108,7 @@ def load_by_pillow(config):
 
 
 def load_by_v2(config):
-    """The same by torchvision's own decoder and its transforms of uint8 tensors."""
+    """Return the same with torchvision's decoder and its v2 transforms on uint8 tensors."""
     from torchvision import io
     from torchvision.transforms import InterpolationMode, v2
     data = config.DATA
@@ -123,19 +123,22 @@ TORCHVISION = {'torchvision Pillow': load_by_pillow, 'torchvision v2': load_by_v
 
 
 def start_torchvision(row, config):
-    """As `start_paddle`."""
+    """Do the same as `start_paddle` with PyTorch's loader."""
     import torch
     torch.set_num_threads(row['threads'])
     dataset = Files(config, TORCHVISION[row['pipeline']](config))
     loader = torch.utils.data.DataLoader(dataset, row['batch'], shuffle=True, num_workers=row['workers'])
 
     def start_epoch():
-        yield from loader  # whose workers end with this generator
+        yield from loader  # the workers end with this generator
     return start_epoch
 
 
 def turn(start_epoch, workers, batches):
-    """Milliseconds of a batch. The first batches of data workers, two of each, come all at once: they do not count."""
+    """Return the milliseconds per batch.
+
+    The first batch and two per data worker do not count, because the workers' first batches arrive all at once.
+    """
     with contextlib.closing(start_epoch()) as iterator:
         for _ in itertools.islice(iterator, 1 + 2 * workers):
             pass
@@ -146,13 +149,13 @@ def turn(start_epoch, workers, batches):
 
 
 def config_of(row, config):
-    """The config of a row. config: that of all rows. Raises: UserError for a value that cannot be."""
+    """Return the config of a row. config: shared by all rows. Raises: UserError for an invalid value."""
     return resolve_config(with_values(config, {
         'DATA.BATCH_SIZE': row['batch'], 'DATA.NUM_WORKERS': row['workers'] or 0}))
 
 
 def start(row, folder):
-    """turn(batches) of a row. folder: holds config.yaml, the config of all rows."""
+    """Return turn(batches) for a row. folder: contains config.yaml, shared by all rows."""
     config = config_of(row, get_config(os.path.join(folder, 'config.yaml')))
     start_epoch = (start_torchvision if row['pipeline'] in TORCHVISION else start_paddle)(row, config)
     return functools.partial(turn, start_epoch, row['workers'] or 0)

@@ -1,20 +1,20 @@
-"""Measure how fast a network trains on the device that is there, beside timm's if PyTorch and timm are installed.
+"""Measure how fast a network trains on the GPU, or else on the CPU, compared with timm's if timm is installed.
 
   python -m tools.benchmark train -cfg configs/mobileone_s0.yaml
   python -m tools.benchmark train -cfg configs/mobileone_s0.yaml -batch_size 32 128 -precision float32 O1 O2 -json
   python -m tools.benchmark train -cfg configs/mobileone_s0.yaml -data_path /dataset/imagenet -num_workers 4 8 16
 
-A step is the one that a run takes, with the config's EMA, loss, mixup and optimizer, on images of DATA.IMAGE_SIZE:
-without -data_path on one synthetic batch in memory, with it on batches from data workers. timm's network trains on a
-synthetic batch, with timm's optimizer, label smoothing and EMA, and with autocast in place of O1. Each row has a
-process of its own; the rows of a batch size take turns of STEPS steps, with a pause in between. The first turn and the
-first step after a pause do not count, nor do two steps per data worker. Printed are medians of the turns, and
+A step is the same as in a run, with the config's EMA, loss, mixup and optimizer, on images of DATA.IMAGE_SIZE: batches
+from data workers with -data_path, otherwise one synthetic batch in memory. timm's network trains on a synthetic batch,
+with timm's optimizer, label smoothing and EMA, and with autocast in place of O1. Each row has its own process. Rows
+with the same batch size take turns of -steps steps, with pauses in between. The first turn does not count, nor do the
+first 1 + 2 x workers steps of each turn. The table shows medians over the turns and
 
-  range     of the times of a step in the turns
-  launches  operators that a step starts, by PaddlePaddle's profiler
-  MiB       peak memory: on a GPU of tensors, on a CPU what the process grows by
+  range     of the time per step over the turns
+  launches  operators that a step launches, counted by PaddlePaddle's profiler
+  MiB       peak memory: of tensors on a GPU, growth of the process on a CPU
   waiting   share of the time that the host waits for images; - with a synthetic batch
-  ratio     of times, turn by turn, to timm's first row of the batch size, or without one to the first row
+  ratio     of times, turn by turn, to timm's first row with the batch size or, without timm, to the first row
 """
 import importlib.util
 import itertools
@@ -34,18 +34,18 @@ PRECISIONS = ('float32', 'O1', 'O2')
 
 
 def parse_args():
-    """The command line. Raises: UserError for values that cannot be."""
+    """Parse the command line. Raises: UserError for values out of range."""
     parser = get_parser(__doc__, ('data_path', 'image_size'))
     parser.add_argument('-batch_size', metavar='N', nargs='+', type=int, dest='batches',
-                        help="images per batch (default: the config's)")
+                        help="batch sizes to measure (default: the config's)")
     parser.add_argument('-num_workers', metavar='N', nargs='+', type=int, dest='workers',
-                        help="numbers of data workers, with -data_path (default: the config's)")
-    parser.add_argument('-precision', nargs='+', choices=PRECISIONS, help='on a GPU, float32 and levels of mixed '
-                        'precision (default: all of them)')
-    parser.add_argument('-dtype', choices=('float16', 'bfloat16'), help="of mixed precision (default: the config's)")
-    parser.add_argument('-threads', metavar='N', type=int, help='threads on a CPU (default: as many as cores)')
-    parser.add_argument('-steps', metavar='N', type=int, help='steps of a turn (default: 30 on a GPU, 2 on a CPU)')
-    parser.add_argument('-turns', metavar='N', type=int, default=5, help='turns of each row (default: 5)')
+                        help="with -data_path: numbers of data workers to measure (default: the config's)")
+    parser.add_argument('-precision', nargs='+', choices=PRECISIONS, help='on a GPU: float32 and levels of mixed '
+                        'precision to measure (default: all)')
+    parser.add_argument('-dtype', choices=('float16', 'bfloat16'), help="mixed-precision dtype (default: the config's)")
+    parser.add_argument('-threads', metavar='N', type=int, help='threads on a CPU (default: one per core)')
+    parser.add_argument('-steps', metavar='N', type=int, help='steps per turn (default: 30 on a GPU, 2 on a CPU)')
+    parser.add_argument('-turns', metavar='N', type=int, default=5, help='turns per row (default: 5)')
     parser.add_argument('-json', action='store_true', help='print a JSON object per row instead of the table')
     args = parser.parse_args()
     numbers = [args.turns, *(number for number in (args.steps, args.threads) if number is not None)]
@@ -57,7 +57,7 @@ def parse_args():
 
 
 def make_rows(args, config, on_gpu, batch):
-    """The rows of a batch size, timm's last."""
+    """Return the rows for a batch size, those of timm last."""
     precisions = args.precision or (PRECISIONS if on_gpu else PRECISIONS[:1])
     workers = (args.workers or [config.DATA.NUM_WORKERS]) if args.data_path else [None]
     common = {'network': config.MODEL.NAME, 'image_size': config.DATA.IMAGE_SIZE, 'batch': batch,
@@ -72,11 +72,11 @@ def make_rows(args, config, on_gpu, batch):
 
 
 def summarize(rows):
-    """Make numbers of a row out of what its turns have measured, and 'turns' their milliseconds; see `compare`."""
+    """Summarize the turns of each row: add the table's numbers, reduce 'turns' to milliseconds; see `compare`."""
     for row in rows:
         turns = row.get('turns')
         if turns:
-            row.update(turns[-1], turns=[turn['milliseconds'] for turn in turns])  # the memory's peak so far, launches
+            row.update(turns[-1], turns=[turn['milliseconds'] for turn in turns])  # peak memory so far, and launches
             row['images_per_second'] = statistics.median(turn['images_per_second'] for turn in turns)
             if row['waiting'] is not None:
                 row['waiting'] = statistics.median(turn['waiting'] for turn in turns)
@@ -84,12 +84,12 @@ def summarize(rows):
 
 
 def choose_base(rows):
-    """timm's first row, or the first row; None without any."""
+    """Return timm's first row, or the first row; None if there are no rows."""
     return next((row for row in rows if row['framework'] == 'timm'), next(iter(rows), None))
 
 
 def describe(row):
-    """A row as a line of the table."""
+    """Return a row as a line of the table."""
     workers = '-' if row['workers'] is None else row['workers']
     start = f'{row["framework"]:10}{row["precision"]:9}{row["batch"]:6}{workers:>9}'
     if 'error' in row:
@@ -115,7 +115,7 @@ def main():
         raise UserError('mixed precision (-precision O1 O2, -dtype) has no effect on a CPU: leave it out')
     groups = [make_rows(args, config, on_gpu, batch) for batch in args.batches or [config.DATA.BATCH_SIZE]]
     for row in itertools.chain(*groups):
-        config_of(row, config)  # what cannot be is said at once
+        config_of(row, config)  # report invalid values before anything is measured
     if args.data_path:
         get_dataset(config)
     machine = paddle.device.cuda.get_device_name() if on_gpu else describe_cpu()[0]

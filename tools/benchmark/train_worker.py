@@ -1,4 +1,4 @@
-"""One row of tools.benchmark.train, in a process of its own."""
+"""The process that measures one row of tools.benchmark.train."""
 import contextlib
 import itertools
 import os
@@ -13,36 +13,36 @@ from runtime.program import prepare_runtime, run_program, use_device
 from tools.benchmark.turns import answer_turns
 from utils import UserError
 
-# images of ImageNet's training set, for the schedules of a run on synthetic images
+# size of ImageNet's training set, for the schedules of a run on synthetic images
 IMAGENET = 1281167
 
 
 @dataclass
 class Trainer:
-    """What a turn measures: step(window) on windows(), a generator of lists of batches that does not end."""
+    """What a turn runs: step(window) for each window of windows(), an endless generator of lists of batches."""
     windows: Callable
     step: Callable
     # paddle.device.cuda or torch.cuda, whose functions have the same names; None on a CPU
     cuda: Optional[types.ModuleType]
-    # bytes of this process before the training was built
+    # resident bytes of this process before the training was built
     memory_before: Optional[int]
-    # None: the images are synthetic
+    # None for synthetic images
     loader: object = None
-    # operator launches of step(window); None: they are not counted
+    # count(window) -> operator launches of step(window); None: not counted
     count: Optional[Callable] = None
     launches: Optional[int] = None
 
 
 def turn(trainer, steps):
-    """Measure some steps. The host waits for the device only before the first and after the last of them.
+    """Measure some steps. The host waits for the device only before the first and after the last one.
 
-    Returns: {milliseconds: of a step, images_per_second, waiting: share of the time that the host waited for images,
-    workers: of the loader, launches: operators of a step, memory: peak in bytes, of the GPU's tensors or of what the
-    process has grown by}
+    Returns: {milliseconds: per step, images_per_second, waiting: share of the time that the host waited for images,
+    workers: of the loader, launches: operators per step, memory: peak in bytes, of tensors on a GPU, of the growth of
+    the process on a CPU}
     """
     wait, loader = trainer.cuda.synchronize if trainer.cuda else lambda: None, trainer.loader
     with contextlib.closing(trainer.windows()) as windows:
-        # the first step after a pause is slow; and the first batches of data workers, two of each, come all at once
+        # the first step after a pause is slow, and the workers' first batches, two each, arrive all at once
         for window in itertools.islice(windows, 1 + 2 * (loader.num_workers if loader else 0)):
             trainer.step(window)
         wait()
@@ -69,7 +69,7 @@ def peak_memory(trainer):
 
 
 def resident_memory(kind):
-    """Bytes of this process in memory, VmRSS: now, VmHWM: at most so far. None where the system does not say."""
+    """Return the resident bytes of this process: VmRSS now, VmHWM at the peak. None if the system has no /proc."""
     with contextlib.suppress(OSError), open('/proc/self/status', encoding='utf-8') as file:
         return 1024 * int(re.search(rf'{kind}:\s*(\d+)', file.read())[1])
 
@@ -80,7 +80,7 @@ def repeated(value):
 
 
 class SyntheticLoader:
-    """What a training needs of a loader, with one random batch on the device again and again."""
+    """The parts of a loader that training uses, repeating one random batch on the device."""
 
     def __init__(self, config):
         import paddle
@@ -96,7 +96,7 @@ class SyntheticLoader:
 
 
 def load_paddle(row, config):
-    """The Trainer of this project's training."""
+    """Return the Trainer for this project's training."""
     prepare_runtime()
     import paddle
 
@@ -117,7 +117,7 @@ def load_paddle(row, config):
     cuda = paddle.device.cuda if use_device().startswith('gpu') else None
     paddle.seed(config.SEED)
     memory, is_synthetic = resident_memory('VmRSS'), row['workers'] is None
-    # every turn has other images, which the system has not kept in memory
+    # every turn gets different images, which are not in the page cache yet
     numbers, epochs = itertools.count(), itertools.count(1)
     loader = SyntheticLoader(config) if is_synthetic else build_loader(config, True)
     training = build_training(config, build_mobileone(config), loader)
@@ -127,7 +127,10 @@ def load_paddle(row, config):
 
 
 def load_timm(row, config):
-    """The Trainer of timm's network of this name, trained by PyTorch with timm's optimizer, loss and EMA."""
+    """Return the Trainer for timm's network of the same name, with timm's optimizer, loss and EMA.
+
+    Raises: UserError if timm has no such network, or PyTorch finds no GPU.
+    """
     import timm
     import torch
     from timm.loss import LabelSmoothingCrossEntropy
@@ -165,14 +168,14 @@ def load_timm(row, config):
 
 
 def config_of(row, config):
-    """The config of a row. config: that of all rows. Raises: UserError for a value that cannot be."""
+    """Return the config of a row. config: shared by all rows. Raises: UserError for an invalid value."""
     return resolve_config(with_values(config, {
         'DATA.BATCH_SIZE': row['batch'], 'DATA.NUM_WORKERS': row['workers'] or 0, 'AMP': row['precision'] != 'float32',
         'AMP_LEVEL': 'O2' if row['precision'] == 'O2' else 'O1'}))
 
 
 def start(row, folder):
-    """turn(steps) of a row. folder: holds config.yaml, the config of all rows."""
+    """Return turn(steps) for a row. folder: contains config.yaml, shared by all rows."""
     config = config_of(row, get_config(os.path.join(folder, 'config.yaml')))
     trainer = (load_timm if row['framework'] == 'timm' else load_paddle)(row, config)
     return lambda steps: turn(trainer, steps)

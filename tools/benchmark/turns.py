@@ -1,7 +1,7 @@
-"""Rows of a benchmark that take turns, each in a process of its own, with a pause before each turn.
+"""Run the rows of a benchmark in turns, each row in its own process, with a pause before each turn.
 
-The processes live side by side, so that a slower moment of the machine weighs on all rows. `measure` runs them; a
-module with a process's part calls `answer_turns`.
+Taking turns spreads slow moments of the machine over all rows. `measure` runs the processes; the worker modules, which
+are their programs, call `answer_turns`.
 """
 import contextlib
 import importlib.metadata
@@ -19,12 +19,12 @@ import time
 from runtime.program import end_with_parent, shortage
 from utils import UserError, describe_error, one_line
 
-# seconds before a turn; threads of OpenMP go on waiting for 0.2 s after their work
+# seconds before a turn, because OpenMP threads keep spinning for 0.2 s after their work
 PAUSE = 0.3
 
 
 def describe_cpu():
-    """The CPU's name, and whether it computes in bfloat16."""
+    """Return the name of the CPU, and whether it supports bfloat16."""
     text = ''
     with contextlib.suppress(OSError), open('/proc/cpuinfo', encoding='utf-8') as file:
         text = file.read()
@@ -34,7 +34,7 @@ def describe_cpu():
 
 
 def find_versions(*packages):
-    """{package: version} of those that are installed."""
+    """Return {package: version} for the installed packages."""
     versions = {}
     for package in packages:
         with contextlib.suppress(importlib.metadata.PackageNotFoundError):
@@ -43,10 +43,10 @@ def find_versions(*packages):
 
 
 class Worker:
-    """A process of a module for a row, which ends with this `with`. The row says its threads."""
+    """A process that runs a worker module for a row, on row['threads'] threads, until the end of the `with` block."""
 
     def __init__(self, module, row, folder):
-        self.errors = tempfile.TemporaryFile()  # noqa: SIM115  open until the end
+        self.errors = tempfile.TemporaryFile()  # noqa: SIM115  open as long as the process
         self.process = subprocess.Popen(
             [sys.executable, '-m', module, json.dumps([row, folder, os.getpid()])], bufsize=0,
             stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=self.errors,
@@ -60,7 +60,7 @@ class Worker:
             pass
 
     def turn(self, length):
-        """What a turn of this length has measured. Raises: UserError that says why the process has ended."""
+        """Run a turn of this length and return its measurement. Raises: UserError that says why the process ended."""
         with contextlib.suppress(BrokenPipeError):
             self.process.stdin.write(f'{json.dumps(length)}\n'.encode())
         line = self.process.stdout.readline()
@@ -70,32 +70,35 @@ class Worker:
         self.errors.seek(0)
         last = one_line(self.errors.read().decode(errors='replace').strip().rpartition('\n')[2])
         if status == -signal.SIGKILL:
-            last = f'(killed: memory may not suffice) {last}'
-        # its own words, unless it has crashed or was killed
+            last = f'(killed, perhaps for lack of memory) {last}'
+        # the process's own error message, unless it crashed or was killed
         raise UserError(last.partition(': error: ')[2] or f'its process ended with status {status} {last}'.strip())
 
 
 def answer_turns(load):
-    """In a Worker's process: answer each line on stdin, the length of a turn, with a line of what it has measured.
+    """Serve a Worker: for each line on stdin, the length of a turn, run the turn and print its measurement in JSON.
 
-    load(row, folder) -> turn(length) -> what JSON can hold.
+    load(row, folder) -> turn; turn(length) -> a value that JSON can represent.
     """
     row, folder, parent = json.loads(sys.argv[1])
     end_with_parent(parent)
     answers = os.fdopen(os.dup(1), 'w', buffering=1)
-    os.dup2(2, 1)  # what an engine prints is no answer
+    os.dup2(2, 1)  # keep the output of engines apart from the measurements
     try:
         turn = load(row, folder)
         for line in sys.stdin:
             print(json.dumps(turn(json.loads(line))), file=answers)
     except UserError:
         raise
-    except Exception as error:  # of an engine, of its own types
+    except Exception as error:  # engines raise their own types
         raise UserError(shortage(error) or describe_error(error)) from None
 
 
 def measure(module, rows, folder, turns, length):
-    """Add 'turns' to each row, what its turns of this length have measured, or 'error', what it cannot do."""
+    """Run `turns` turns of this length for each row, after one turn to warm up.
+
+    Adds to each row 'turns', the list of measurements, or 'error', the reason why there are none.
+    """
     answers = [[] for _ in rows]
     with contextlib.ExitStack() as stack:
         workers = [stack.enter_context(Worker(module, row, folder)) for row in rows]
@@ -109,13 +112,13 @@ def measure(module, rows, folder, turns, length):
                         row['error'] = str(error)
     for row, measured in zip(rows, answers):
         if 'error' not in row:
-            row['turns'] = measured[1:]  # the first one warms up
+            row['turns'] = measured[1:]  # without the warm-up
 
 
 def compare(rows, choose):
-    """Add the median 'milliseconds' of its turns to each row that has some, and the 'ratio' to one of these rows.
+    """Add to each measured row the median 'milliseconds' of its turns and the 'ratio' of its times to a base row's.
 
-    choose(rows): that row, or None. The ratio is the median of those within a turn; None where no row is chosen.
+    The ratio is the median of the ratios turn by turn. choose(rows): returns the base row, or None for no ratios.
     """
     measured = [row for row in rows if 'turns' in row]
     for row in measured:
@@ -126,5 +129,5 @@ def compare(rows, choose):
 
 
 def with_range(values, digits):
-    """The median of some numbers, aligned, and their range."""
+    """Format the median of some numbers, right-aligned, and their range."""
     return f'{statistics.median(values):10.{digits}f} ({min(values):.{digits}f} to {max(values):.{digits}f})'

@@ -14,14 +14,13 @@ import numpy as np
 from paddle.io import Dataset
 
 from images import find_backend, open_image, read_image
-from runtime.files import check_regular, read_names, to_plain
+from runtime.files import CLASS_NAMES, check_regular, read_names, to_plain
 from runtime.loader import Loader
 from transforms import AutoAugment, ColorJitter, EvalTransform, RandAugment, TrainTransform
 from utils import LOG, UserError
 
 # bytes and lines of a list that are parsed at once: parsing takes little memory on top of the list
 BLOCK_BYTES, BLOCK_LINES = 2 ** 22, 2 ** 16
-CLASS_NAMES = 'class_names.txt'
 
 
 class Lines(Sequence):

@@ -1,7 +1,7 @@
-"""ImageNet in list files, the samplers that decide which image comes when, and the curriculum.
+"""ImageNet-style list files, the samplers that choose the images of each batch, and the training curriculum.
 
-A sample's index is a pair (epoch, index). Whatever is random about it is a function of (SEED, epoch, index), so workers
-hold no state: any number of them gives the same batches.
+A sample is indexed by a pair (epoch, index), and its randomness is a function of (SEED, epoch, index). Data workers
+keep no state, so any number of them gives the same batches.
 """
 import functools
 import os
@@ -14,28 +14,27 @@ import numpy as np
 from paddle.io import Dataset
 
 from images import find_backend, open_image, read_image
-from runtime.files import check_regular, read_names, to_plain
+from runtime.files import CLASS_NAMES, check_regular, read_names, to_plain
 from runtime.loader import Loader
 from transforms import AutoAugment, ColorJitter, EvalTransform, RandAugment, TrainTransform
 from utils import LOG, UserError
 
-# bytes and lines of a list that are parsed at a time: its parsing takes little memory besides the list
+# bytes and lines of a list that are parsed at once: parsing takes little memory on top of the list
 BLOCK_BYTES, BLOCK_LINES = 2 ** 22, 2 ** 16
-CLASS_NAMES = 'class_names.txt'
 
 
 class Lines(Sequence):
-    """The lines of a list file, each decoded when it is asked for; bytes that are not UTF-8 are surrogates in it.
+    """The lines of a list file, decoded on access. Bytes that are not UTF-8 become surrogates.
 
-    They are kept in one piece: strings would take twice the memory, and a data worker, which writes to every string
-    that it reads (its count of references), would copy them all.
+    The content stays one bytearray. Strings would take twice the memory, and each data worker would end up with a copy
+    of them all, because reading a string writes its reference count.
     """
 
     def __init__(self, content):
-        """content: the lines as a bytearray, with a line feed after each."""
+        """content: the lines as a bytearray, each followed by a line feed."""
         self.content = content
         self.bytes = np.frombuffer(content, 'uint8')
-        # of each line, and where the next one would start
+        # one per line, and where a further line would start
         self.starts = np.concatenate([[0], *(
             start + 1 + np.flatnonzero(self.bytes[start:start + BLOCK_BYTES] == ord('\n'))
             for start in range(0, len(content), BLOCK_BYTES))])
@@ -49,25 +48,25 @@ class Lines(Sequence):
 
 
 def _with_slashes(content, path):
-    """The bytes of a list file with slashes for backslashes, unless the first path with one exists as it is."""
+    """Replace backslashes in a list file's bytes with slashes, unless the first path with one exists as written."""
     at = content.find(b'\\')
     if at < 0:
         return content
     line = content[content.rfind(b'\n', 0, at) + 1:content.find(b'\n', at)].decode(errors='surrogateescape')
     name = line.rsplit(maxsplit=1)[0]
-    # UTF-16 without its mark, and paths on another computer, are errors of their lines
+    # UTF-16 without a byte-order mark and network paths stay as they are: `parse_line` refuses them
     if '\0' in line or content.startswith(b'\\\\') or b'\n\\\\' in content:
         return content
     if os.path.lexists(os.path.join(os.path.dirname(path), name)):
         return content
-    LOG.info(f'{path}: backslashes in its paths are read as slashes, for there is no file {name!r}')
+    LOG.info(f'{path}: backslashes in paths are read as slashes, because {name!r} does not exist')
     return content.replace(b'\\', b'/')
 
 
 def read_lines(path):
-    """The `Lines` of a list file but empty ones at its end, whatever system wrote it: see `to_plain`, `_with_slashes`.
+    """Read the `Lines` of a list written on any system (`to_plain`, `_with_slashes`), without trailing empty lines.
 
-    Raises: UserError for a missing or an empty list, and for what is no regular file, or broken UTF-16.
+    Raises: UserError for a list that is missing, empty, unreadable, broken UTF-16, or not a regular file.
     """
     check_regular(path)
     try:
@@ -76,48 +75,48 @@ def read_lines(path):
             del content[file.readinto(content):]
     except (OSError, ValueError) as error:  # ValueError: a NUL in the path
         reason = getattr(error, 'strerror', error)
-        raise UserError(f'{path}: cannot read the list ({reason}); DATA.DATA_PATH is the folder that holds it, see '
-                        'README.md or python -m tools.make_list -h') from None
+        raise UserError(f'{path}: cannot read the list ({reason}); set DATA.DATA_PATH to the folder that contains it, '
+                        'see README.md or python -m tools.make_list -h') from None
     content = to_plain(content, path)
     while content[-1:].isspace():
         del content[-1]
     if not content:
-        raise UserError(f'{path}: the list is empty; write a line "path label" per image')
+        raise UserError(f'{path}: the list is empty; write one line "path label" per image')
     content += b'\n'
     return Lines(_with_slashes(content, path))
 
 
 def parse_line(line):
-    """(path, label) of a list's line: the path, a blank, the label. The path may hold blanks. Raises: UserError."""
+    """Split a line "path label" into (path, label); the path may contain whitespace. Raises: UserError."""
     try:
         line.encode()
     except UnicodeEncodeError:
-        raise UserError(f'{line!r} is not UTF-8 text; save the list as UTF-8: where it is GBK, by iconv -f GBK -t '
-                        'UTF-8') from None
+        raise UserError(f'{line!r} is not UTF-8 text; save the list as UTF-8 (if it is GBK: iconv -f GBK -t UTF-8)') \
+            from None
     name, label = (line.rsplit(maxsplit=1) + ['', ''])[:2]
     if not (label.isascii() and label.isdigit() and len(label) < 19):
-        raise UserError(f'{line!r} holds null characters, perhaps UTF-16 text without its mark; save the list as UTF-8'
-                        if '\0' in line else f'{line!r} is not "path label", the label a whole number from 0')
+        raise UserError(f'{line!r} contains null characters (UTF-16 without a byte-order mark?); save the list as UTF-8'
+                        if '\0' in line else f'{line!r} is not "path label" with an integer label from 0')
     if re.match(r'[A-Za-z]:|\\\\', name) and os.name != 'nt':
-        raise UserError(f"{line!r} is on a drive of Windows; write paths relative to the list's folder")
+        raise UserError(f"{line!r} is on a Windows drive or share; write paths relative to the list's folder")
     return name, int(label)
 
 
 def parse_plain_lines(lines, first, last):
-    """Parse at once the `Lines` first to last - 1 that end in a visible ASCII character, a space or tab, and digits.
+    """Parse `Lines` first to last - 1 at once if they end in a visible ASCII character, a space or tab, and digits.
 
-    Returns: (their labels, int64, whether each is such a line: the label of any other is not known).
+    Returns: (int64 labels, bool array that is True for such lines; the labels of other lines are undefined).
     """
     starts = lines.starts[first:last + 1]
     ends = starts[1:] - 1
     labels, at, is_digit = np.zeros(len(ends), 'int64'), ends - 1, np.ones(len(ends), bool)
-    for place in range(18):  # from the last digit on, as many as an int64 can hold
+    for place in range(18):  # from the last digit backward; an int64 holds any 18 digits
         digits = lines.bytes[at].astype('int64') - ord('0')
         is_digit &= (digits >= 0) & (digits <= 9)
         if not is_digit.any():
             break
         labels += np.where(is_digit, digits * 10 ** place, 0)
-        at -= is_digit  # not beyond the line feed before the line; before the first line that is the content's last
+        at -= is_digit  # stops at the line feed before the line; before the first line, the last byte (-1) is one
     blank, letter = lines.bytes[at], lines.bytes[at - 1]
     is_plain = (at < ends - 1) & ((blank == ord(' ')) | (blank == ord('\t'))) & (letter > ord(' ')) & (letter < 127)
     is_plain &= (lines.bytes[starts[:-1] + 1] != ord(':')) & (lines.bytes[starts[:-1]] != ord('\\'))  # C:/x, \\nas\x
@@ -129,7 +128,7 @@ def parse_plain_lines(lines, first, last):
 
 
 class Paths(Sequence):
-    """The paths in the `Lines` of a list."""
+    """The paths in the `Lines` of a list, parsed on access."""
 
     def __init__(self, lines):
         self.lines = lines
@@ -142,10 +141,10 @@ class Paths(Sequence):
 
 
 def read_list(path, num_classes):
-    """Read a list file, a line per image as in `parse_line`.
+    """Read a list file with one line "path label" per image.
 
-    Returns: (`Paths`, relative ones, int64 array of labels).
-    Raises: UserError, naming file and line, for a missing list, a malformed line or a label outside num_classes.
+    Returns: (`Paths` relative to the list's folder, int64 array of labels).
+    Raises: UserError as `read_lines`, and for a malformed line or a label >= num_classes, with its line number.
     """
     lines = read_lines(path)
     labels = np.empty(len(lines), 'int64')
@@ -159,22 +158,22 @@ def read_list(path, num_classes):
                     from None
     outside = np.flatnonzero(labels >= num_classes)
     if len(outside) and labels.min() == 1 and labels.max() == num_classes:
-        raise UserError(f'{path}:{outside[0] + 1}: labels are 1 to MODEL.NUM_CLASSES {num_classes}, but count from 0: '
-                        'subtract 1 from each')
+        raise UserError(f'{path}:{outside[0] + 1}: labels run from 1 to MODEL.NUM_CLASSES {num_classes}, but must '
+                        'count from 0: subtract 1 from each')
     if len(outside):
         names = os.path.join(os.path.dirname(path), CLASS_NAMES)
         has_names = os.path.isfile(names) and len(read_names(names)) == num_classes
-        raise UserError(f'{path}:{outside[0] + 1}: label {labels[outside[0]]} is outside MODEL.NUM_CLASSES '
-                        f'{num_classes}; {labels.max() + 1} would fit this list'
-                        + (f', but {names} has {num_classes} names: add the others' if has_names else ''))
+        raise UserError(f'{path}:{outside[0] + 1}: label {labels[outside[0]]} is out of range for MODEL.NUM_CLASSES '
+                        f'{num_classes}; this list needs {labels.max() + 1}'
+                        + (f', but {names} has {num_classes} names: add the missing ones' if has_names else ''))
     return Paths(lines), labels
 
 
 def count_classes(data_path):
-    """How many classes a data set has: the lines of its class_names.txt, or else by the largest label of its lists.
+    """Count the classes of a data set: the lines of its class_names.txt, or else the largest label in its lists + 1.
 
-    Returns: (the number, the file that says it).
-    Raises: UserError for a data set without lists, and as `read_names` and `read_list`.
+    Returns: (number, path of the file that determines it).
+    Raises: UserError as `read_names` and `read_list`.
     """
     names, *lists = (os.path.join(data_path, name) for name in (CLASS_NAMES, 'train_list.txt', 'val_list.txt'))
     if os.path.isfile(names):
@@ -188,8 +187,8 @@ class ImageNet2012Dataset(Dataset):
     """The images of a list file. Item (epoch, index), or index for epoch 0 -> (uint8 [H, W, 3], label).
 
     read: callable path -> image.
-    transform: callable (image, NumPy generator) -> uint8 array [H, W, 3], whose sides are its `size`.
-    seed: with epoch and index, the seed of an item's generator.
+    transform: callable (image, NumPy generator) -> uint8 [size, size, 3], with an attribute `size`.
+    seed: together with epoch and index, seeds the generator of an item.
     """
 
     def __init__(self, data_path, list_name, num_classes, read, transform, seed=0):
@@ -206,7 +205,7 @@ class ImageNet2012Dataset(Dataset):
         return len(self.paths)
 
     def name_of(self, index):
-        """The path of an image."""
+        """Return the path of an image."""
         return os.path.join(self.data_path, self.paths[index])
 
     def __getitem__(self, item):
@@ -216,25 +215,27 @@ class ImageNet2012Dataset(Dataset):
 
 
 class TrainSampler:
-    """Batches of (epoch, index) in an order that depends on (seed, epoch) alone, and every rank's share of them.
+    """One rank's batches of (epoch, index), in an order that depends only on (seed, epoch).
 
-    A step takes batch_size * world_size images of the order, rank r the r-th part: two ranks with batch b see what
-    one with 2b sees. The last partial step is dropped, unless it is the only one.
+    Each step takes the next batch_size * world_size images and gives rank r the r-th part: two ranks with batch size b
+    train on the same images as one rank with 2b. The last partial step is dropped, unless it is the only one.
+
+    Raises: UserError for fewer images than ranks.
     """
 
     def __init__(self, length, batch_size, seed, rank=0, world_size=1):
         if length < world_size:
-            raise UserError(f'{length} training images are too few for {world_size} processes')
+            raise UserError(f'{length} training images are too few for {world_size} processes: use fewer processes')
         self.length = length
         self.total_batch = min(length, batch_size * world_size)
-        self.batch_size = -(-self.total_batch // world_size)  # of rank 0, the largest
+        self.batch_size = -(-self.total_batch // world_size)  # of rank 0, which gets the largest part
         self.seed = seed
         self.rank = rank
         self.world_size = world_size
         self.set_epoch(1)
 
     def set_epoch(self, epoch, start=0):
-        """epoch: counted from 1; start: how many of its batches are left out, because they have been trained on."""
+        """epoch: counted from 1; start: number of its batches to skip, because the run has already used them."""
         self.epoch = epoch
         self.start = start
 
@@ -245,18 +246,18 @@ class TrainSampler:
             yield [(self.epoch, int(index)) for index in np.array_split(total, self.world_size)[self.rank]]
 
     def __len__(self):
-        """Batches of a whole epoch."""
+        """Number of batches in a whole epoch."""
         return max(1, self.length // self.total_batch)
 
     def describe_dropped(self):
-        """A line on the images that an epoch leaves out; '' if it has them all."""
+        """Describe in one line the images that an epoch drops; '' if it drops none."""
         dropped = self.length - len(self) * self.total_batch
-        return f'{dropped} of {self.length} training images, others in each epoch, are left out: they do not fill a ' \
-               f'batch of {self.total_batch}' if dropped else ''
+        return f'{dropped} of {self.length} training images, different ones each epoch, are dropped: they do not ' \
+               f'fill a batch of {self.total_batch}' if dropped else ''
 
 
 class EvalSampler:
-    """Batches of (0, index) that together name every image once over all ranks: no padding, the last may be partial."""
+    """One rank's batches of (0, index). All ranks together have every image once; the last batch may be partial."""
 
     def __init__(self, length, batch_size, rank=0, world_size=1):
         self.indices = range(rank, length, world_size)
@@ -272,13 +273,13 @@ class EvalSampler:
 
 @dataclass(frozen=True)
 class Stage:
-    """What an epoch of training looks like: side of the images in pixels, strength of AutoAugment, 0 (off) to 1."""
+    """Settings of a training epoch: side of the images in pixels, strength of AutoAugment from 0 (off) to 1."""
     image_size: int
     auto_augment_strength: float
 
 
 def get_stage(config, epoch):
-    """The Stage of an epoch (from 1) by TRAIN.CURRICULUM; without one, all images are DATA.IMAGE_SIZE large."""
+    """Return the Stage of an epoch (from 1): from TRAIN.CURRICULUM, or else DATA.IMAGE_SIZE and TRAIN.AUTO_AUGMENT."""
     stages = [stage for stage in config.TRAIN.CURRICULUM if stage['EPOCH'] <= epoch]
     if not stages:
         return Stage(config.DATA.IMAGE_SIZE, float(config.TRAIN.AUTO_AUGMENT))
@@ -286,9 +287,9 @@ def get_stage(config, epoch):
 
 
 def describe_curriculum(config):
-    """A line on the stages of TRAIN.CURRICULUM, and on those that a run so short never reaches."""
+    """Describe the stages of TRAIN.CURRICULUM in one line, including those that the run is too short to reach."""
     stages = config.TRAIN.CURRICULUM
-    parts = [f'from epoch {stage["EPOCH"]} {stage["IMAGE_SIZE"]} pixels, AutoAugment '
+    parts = [f'from epoch {stage["EPOCH"]}: {stage["IMAGE_SIZE"]} pixels, AutoAugment '
              f'{stage["AUTO_AUGMENT_STRENGTH"]:g}' for stage in stages]
     parts.append(f'evaluation at {config.DATA.IMAGE_SIZE} pixels')
     late = [stage['EPOCH'] for stage in stages if stage['EPOCH'] > config.TRAIN.NUM_EPOCHS]
@@ -299,7 +300,7 @@ def describe_curriculum(config):
 
 
 def get_augmentations(train, strength):
-    """Functions (image, rng) -> image: the augmentations that TRAIN.* asks for. strength: AutoAugment's."""
+    """Return the augmentations that TRAIN.* enables, functions (image, rng) -> image. strength: of AutoAugment."""
     augmentations = []
     if train.AUTO_AUGMENT:
         augmentations.append(AutoAugment(strength))
@@ -311,9 +312,9 @@ def get_augmentations(train, strength):
 
 
 def get_dataset(config, is_train=True, epoch=1):
-    """The training set of a config as it is in an epoch, or its validation set (DATA.*, MODEL.NUM_CLASSES, SEED).
+    """Return the training set of a config for an epoch, or its validation set (DATA.*, MODEL.NUM_CLASSES, SEED).
 
-    Raises: UserError for an unknown DATA.DATASET, and for the reasons of `read_list` and `find_backend`.
+    Raises: UserError for an unknown DATA.DATASET or DATA.INTERPOLATION, and as `read_list` and `find_backend`.
     """
     data = config.DATA
     options = {'exif_transpose': data.EXIF_TRANSPOSE, 'bit_depth': data.BIT_DEPTH}
@@ -334,8 +335,8 @@ def get_dataset(config, is_train=True, epoch=1):
 
 
 def describe_dataset(dataset, num_classes):
-    """A line on a data set: its list, images and classes, what always guessing the largest class would score, whether
-    its labels may count from 1, and whether the network has more classes than the list.
+    """Describe a data set in one line: images, labels, and the share of the largest class (the accuracy of a constant
+    guess). Points out labels that may start at 1 and classes that the list does not use.
     """
     used, counts = int(dataset.labels.max()) + 1, np.unique(dataset.labels, return_counts=True)[1]
     least = dataset.labels.min()
@@ -349,9 +350,9 @@ def describe_dataset(dataset, num_classes):
 
 
 def get_dataloader(config, dataset, is_train=True, rank=0, world_size=1):
-    """`Loader` of this rank's share of a dataset, DATA.BATCH_SIZE or in evaluation DATA.BATCH_SIZE_EVAL images each.
+    """Return the `Loader` for this rank's share of a dataset. In evaluation, DATA.BATCH_SIZE_EVAL 0 means BATCH_SIZE.
 
-    Before each epoch of training call `loader.batch_sampler.set_epoch(epoch)`, epochs counted from 1.
+    Before each training epoch, call `loader.batch_sampler.set_epoch(epoch)` with epochs counted from 1.
     """
     data = config.DATA
     if is_train:

@@ -22,27 +22,27 @@ def mobileone_s0(pretrained='', fused=False, num_classes=1000):
 
     pretrained: path of a weight file of this project, fused or not; '': random weights.
     fused: return the fused network, in evaluation mode.
-    num_classes: of the weights.
-    Raises: UserError for a file that cannot be read, and for weights that do not fit.
+    num_classes: number of classes of the weights.
+    Raises: UserError for a file that cannot be read or weights that do not fit.
     """
     return _build('mobileone_s0', pretrained, fused, num_classes)
 
 
 def mobileone_s1(pretrained='', fused=False, num_classes=1000):
-    """MobileOne-S1; as mobileone_s0."""
+    """MobileOne-S1; see mobileone_s0."""
     return _build('mobileone_s1', pretrained, fused, num_classes)
 
 
 def mobileone_s2(pretrained='', fused=False, num_classes=1000):
-    """MobileOne-S2; as mobileone_s0."""
+    """MobileOne-S2; see mobileone_s0."""
     return _build('mobileone_s2', pretrained, fused, num_classes)
 
 
 def mobileone_s3(pretrained='', fused=False, num_classes=1000):
-    """MobileOne-S3; as mobileone_s0."""
+    """MobileOne-S3; see mobileone_s0."""
     return _build('mobileone_s3', pretrained, fused, num_classes)
 
 
 def mobileone_s4(pretrained='', fused=False, num_classes=1000):
-    """MobileOne-S4; as mobileone_s0."""
+    """MobileOne-S4; see mobileone_s0."""
     return _build('mobileone_s4', pretrained, fused, num_classes)

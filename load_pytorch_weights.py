@@ -1,10 +1,10 @@
-"""Convert a PyTorch checkpoint of MobileOne, official or timm's, to a weight file of this project.
+"""Convert a PyTorch checkpoint of MobileOne, official or timm, to a weight file of this project.
 
   python load_pytorch_weights.py mobileone_s0_unfused.pth.tar mobileone_s0.pdparams -cfg configs/mobileone_s0.yaml
 
-The names of its tensors tell whose it is, fused or not, in a larger network or alone. Every tensor of MobileOne must be
-there and fit the network of -cfg and -opts. A .safetensors is read without PyTorch, anything else with it (pip install
-torch).
+The tensor names show whether the checkpoint is official or timm, fused or not, and whether MobileOne is part of a
+larger network. Every tensor of MobileOne must be present and fit the network of -cfg and -opts. A .safetensors file is
+read without PyTorch, any other file with it (pip install torch).
 """
 import argparse
 import os
@@ -15,16 +15,16 @@ from runtime.program import prepare_runtime, run_program
 from runtime.safe_pickle import check_key
 from utils import UserError, one_line
 
-# what checkpoints of training keep weights under; an average of them goes before the weights themselves
+# keys under which training checkpoints keep weights; averaged weights come first
 WRAPPERS = ('model_ema', 'state_dict_ema', 'state_dict', 'model')
 
 
 def read_pytorch(path):
-    """The tensors of a PyTorch file, read without running code from it.
+    """Read the tensors of a PyTorch file without running code from it.
 
-    Returns: ({name: array}, the WRAPPERS that they are in, outermost first). The arrays are views, so that an expanded
-        tensor takes no memory; bfloat16 is uint16, as Paddle keeps it.
-    Raises: UserError for a file that holds no tensors or cannot be read safely.
+    Returns: ({name: array}, the WRAPPERS around them, outermost first). The arrays are views, so an expanded tensor
+        takes no memory; bfloat16 becomes uint16, as in Paddle.
+    Raises: UserError without PyTorch >= 2.6, and for a file that contains no tensors or cannot be read safely.
     """
     try:
         import torch
@@ -32,32 +32,32 @@ def read_pytorch(path):
         raise UserError('reading a PyTorch checkpoint needs PyTorch: pip install torch') from None
     if tuple(map(int, torch.__version__.split('.')[:2])) < (2, 6):
         # CVE-2025-32434
-        raise UserError(f'PyTorch is {torch.__version__}, in which a file can run code in spite of weights_only: pip '
-                        'install "torch>=2.6"')
+        raise UserError(f'in PyTorch {torch.__version__}, a file can run code despite weights_only: pip install '
+                        '"torch>=2.6"')
     check_regular(path)
     if not os.path.isfile(path):
         raise UserError(f'{path}: no such checkpoint; give a .pth, .pth.tar or .safetensors file')
     try:
-        with torch.serialization.safe_globals([argparse.Namespace]):  # timm keeps its arguments beside the weights
+        with torch.serialization.safe_globals([argparse.Namespace]):  # timm stores its arguments next to the weights
             state, wrappers = unwrap(torch.load(path, map_location='cpu', weights_only=True))
         names = list(state) if isinstance(state, dict) else []
         tensors = {check_key(name): state[name] for name in names if isinstance(state[name], torch.Tensor)}
     except MemoryError:
         raise
     except Exception as error:  # a broken or hostile file raises nearly every type
-        # without PyTorch's own words, which recommend the unsafe way
+        # PyTorch's own message is left out: it recommends loading the file unsafely
         raise UserError(f'{path}: not a PyTorch state dict that can be read safely ({type(error).__name__}); download '
-                        'it again from its publisher, or save the state dict alone') from None
+                        'it again from its publisher, or save only the state dict') from None
     if not tensors:
-        raise UserError(f'{path}: holds no dictionary of tensors, alone or under {", ".join(WRAPPERS)}, but '
-                        f'{type(state).__name__} {one_line(str(names), 100)}; save the state dict alone')
+        raise UserError(f'{path}: contains no dictionary of tensors, bare or under {", ".join(WRAPPERS)}, but '
+                        f'{type(state).__name__} {one_line(str(names), 100)}; save only the state dict')
     return {name: to_array(tensor, name, path) for name, tensor in tensors.items()}, wrappers
 
 
 def unwrap(state):
-    """(the innermost dictionary in WRAPPERS, their names from the outermost on); one that is empty is passed over."""
+    """Return (the innermost dictionary in WRAPPERS, their names, outermost first); empty wrappers are skipped."""
     wrappers = []
-    while len(wrappers) < 4:  # a dictionary may hold itself
+    while len(wrappers) < 4:  # a dictionary may contain itself
         inner = [name for name in WRAPPERS if isinstance(state, dict) and state.get(name)
                  and isinstance(state[name], dict)]
         if not inner:
@@ -68,15 +68,18 @@ def unwrap(state):
 
 
 def to_array(tensor, name, path):
-    """A PyTorch tensor as an array that shares its memory; the bits of bfloat16 as uint16. Raises: UserError."""
+    """Return a PyTorch tensor as an array that shares its memory; bfloat16 as the uint16 of its bits.
+
+    Raises: UserError for a type or layout that NumPy lacks.
+    """
     import torch
     try:
         if tensor.dtype == torch.bfloat16:
             return tensor.detach().view(torch.int16).numpy().view('uint16')
         return tensor.detach().numpy()
-    except (TypeError, RuntimeError):  # a quantized or a sparse one, for example
-        raise UserError(f'{path}: {name} is a tensor of {tensor.dtype} ({tensor.layout}), which NumPy does not have; '
-                        'save it as dense float32') from None
+    except (TypeError, RuntimeError):  # quantized or sparse, for example
+        raise UserError(f'{path}: {name} is a tensor of {tensor.dtype} ({tensor.layout}), which NumPy does not '
+                        'support; save it as dense float32') from None
 
 
 def main():
@@ -85,13 +88,13 @@ def main():
     parser.add_argument('output', help='weight file to write (.pdparams or .safetensors)')
     args = parser.parse_args()
     if not args.cfg:
-        raise UserError('-cfg is needed: the YAML config of the variant, as for training')
+        raise UserError('-cfg is required: give the YAML config of the variant, as for training')
     if os.path.realpath(args.input) == os.path.realpath(args.output):
-        raise UserError(f'{args.output}: is the input too; give the converted weights a name of their own')
+        raise UserError(f'{args.output}: is also the input; choose another name for the converted weights')
     config = SETTINGS.checked(update_config(get_config(), args))
     state_dict, wrappers = None, []
     if not args.input.endswith('.safetensors'):
-        state_dict, wrappers = read_pytorch(args.input)  # before Paddle: both bring an OpenMP runtime
+        state_dict, wrappers = read_pytorch(args.input)  # before importing Paddle: both load an OpenMP runtime
     prepare_runtime()
     from runtime import checkpoint
     from weights import convert_state_dict, find_layout, is_fused

@@ -324,7 +324,7 @@ def save_config(config):
         except UserError as error:  # for example, a key of an earlier version
             LOG.info(f'cannot compare the saved config with this run: {error}')
     files.write_text(path, saved.dump(default_flow_style=None))
-    source, target = (os.path.join(path, 'class_names.txt') for path in (config.DATA.DATA_PATH, config.SAVE))
+    source, target = (os.path.join(path, files.CLASS_NAMES) for path in (config.DATA.DATA_PATH, config.SAVE))
     if os.path.isfile(source) and not (config.EVAL and os.path.exists(target)):
         files.copy(source, target)
 

@@ -1,8 +1,8 @@
-"""What is done to an image (crop, flip, augmentation; resize and centre crop in evaluation) and, on the device, to a
-batch (normalisation, erasing).
+"""Transforms of an image (crop, flip, augmentation; resize and center crop in evaluation) and of a batch on the device
+(normalization, erasing).
 
-What is random takes a NumPy generator, so that the caller decides what the randomness depends on. Paddle is imported
-where something happens on the device: other engines predict without it.
+Random transforms take a NumPy generator, so the caller decides what the randomness depends on. Only batch transforms
+import Paddle: other engines predict without it.
 """
 import functools
 import math
@@ -23,17 +23,17 @@ FILTERS = {
 
 
 def find_filter(name):
-    """Pillow's resampling filter of a name, in any case. Raises: UserError for an unknown one."""
+    """Return the Pillow resampling filter with this name, in any case. Raises: UserError for an unknown name."""
     if name.lower() not in FILTERS:
         raise UserError(f'DATA.INTERPOLATION is {name!r}, but must be one of {", ".join(FILTERS)}')
     return FILTERS[name.lower()]
 
 
 def random_crop_box(width, height, scale, rng, ratio=(3 / 4, 4 / 3), tries=10):
-    """A random box (left, top, right, bottom) in pixels, as "Going deeper with convolutions" crops for training.
+    """Draw a training crop (left, top, right, bottom) in pixels, as for GoogLeNet (arXiv 1409.4842, section 6).
 
-    scale: smallest and largest share of the image's area; ratio: of width to height, drawn uniformly in its logarithm.
-    After `tries` boxes that do not fit, the largest centred one whose ratio is allowed.
+    scale: smallest and largest fraction of the image's area. ratio: bounds of width / height, drawn log-uniformly.
+    After `tries` boxes that do not fit, returns the largest centered box with an allowed ratio.
     """
     for _ in range(tries):
         area = width * height * rng.uniform(*scale)
@@ -48,13 +48,13 @@ def random_crop_box(width, height, scale, rng, ratio=(3 / 4, 4 / 3), tries=10):
     return left, top, left + w, top + h
 
 
-# what a geometric operation leaves empty
-GREY = (128, 128, 128)
+# fills the pixels that a geometric operation leaves empty
+GRAY = (128, 128, 128)
 
 
 def _affine(image, matrix):
-    """matrix: the first two rows of that which takes a point of the result to one of the image."""
-    return image.transform(image.size, Image.Transform.AFFINE, matrix, fillcolor=GREY)
+    """matrix: first two rows of the matrix that maps a point of the result to a point of the image."""
+    return image.transform(image.size, Image.Transform.AFFINE, matrix, fillcolor=GRAY)
 
 
 def _shear_x(image, share):
@@ -74,7 +74,7 @@ def _translate_y(image, share):
 
 
 def _rotate(image, degrees):
-    return image.rotate(degrees, fillcolor=GREY)
+    return image.rotate(degrees, fillcolor=GRAY)
 
 
 def _posterize(image, bits):
@@ -86,16 +86,17 @@ def _solarize(image, amount):
 
 
 def _enhance(enhancer, image, change):
-    """enhancer: of PIL.ImageEnhance, for which 1 is no change."""
+    """enhancer: a class of PIL.ImageEnhance, which changes nothing at a factor of 1."""
     return enhancer(image).enhance(1 + change)
 
 
-# The same on uint8 arrays [H, W, 3] by OpenCV, which is faster: equal, or within two levels where averages are rounded
+# The same with OpenCV on uint8 arrays [H, W, 3], which is faster. Results equal Pillow's, or are within two levels
+# where averages are rounded.
 LEVELS = np.arange(256)
 
 
 def _by_histograms(table_of, pixels):
-    """Give each channel's levels new ones. table_of(pixels of each level, int [256]) -> the new levels, uint8 [256]."""
+    """Map the levels of each channel. table_of(number of pixels per level, int [256]) -> new levels, uint8 [256]."""
     import cv2
     planes = cv2.split(pixels)
     histograms = [cv2.calcHist([plane], [0], None, [256], [0, 256]).ravel().astype('int64') for plane in planes]
@@ -121,7 +122,7 @@ def _posterize_array(pixels, bits):
 
 
 def _look_up(pixels, table):
-    """table: the new level of each, [256]."""
+    """table: new level of each level, [256]."""
     import cv2
     return cv2.LUT(pixels, table.astype('uint8'))
 
@@ -135,7 +136,7 @@ def _invert_array(pixels):
 
 
 def _away_from(level, pixels, change):
-    """Each level 1 + change times as far from one level."""
+    """Multiply the distance of all levels from `level` by 1 + change."""
     return _look_up(pixels, np.clip(level + np.float32(1 + change) * (LEVELS - level).astype('float32'), 0, 255))
 
 
@@ -156,18 +157,18 @@ def _color_array(pixels, change):
 
 def _sharpness_array(pixels, change):
     import cv2
-    smooth = pixels.copy()  # Pillow leaves the border as it is
+    smooth = pixels.copy()  # Pillow does not smooth the border
     smooth[1:-1, 1:-1] = cv2.filter2D(pixels, -1, np.array([[1, 1, 1], [1, 5, 1], [1, 1, 1]]) / 13)[1:-1, 1:-1]
     return cv2.addWeighted(pixels, 1 + change, smooth, -change, 0)
 
 
 @dataclass
 class Operation:
-    """function(image, amount) -> image, which does nothing at an amount of 0.
+    """An operation function(image, amount) -> image that changes nothing at an amount of 0.
 
-    largest: the amount at full magnitude; 0 for an operation that has no amount: function(image).
-    signed: whether the amount's sign is drawn.
-    on_array: the function for arrays, by OpenCV; without it `function` gets a Pillow image of the array.
+    largest: amount at full magnitude; 0 for an operation without an amount: function(image).
+    signed: whether the sign of the amount is random.
+    on_array: the function for arrays, in OpenCV; without it, `function` gets the array as a Pillow image.
     """
     function: Callable
     largest: float = 0.0
@@ -175,7 +176,7 @@ class Operation:
     on_array: Optional[Callable] = None
 
     def apply(self, image, *amount):
-        """image: a Pillow image, or uint8 [H, W, 3]. Returns: the like."""
+        """image: Pillow image or uint8 [H, W, 3]. Returns: the same type."""
         if not isinstance(image, np.ndarray):
             return self.function(image, *amount)
         if self.on_array:
@@ -190,8 +191,8 @@ class Operation:
         return self.apply(image, sign * magnitude * self.largest)
 
 
-# the operations of AutoAugment and their largest amounts (arXiv 1805.09501, table 6); magnitudes count from doing
-# nothing, as in torchvision, which the paper's do not for all
+# AutoAugment's operations and their largest amounts (arXiv 1805.09501, table 6). As in torchvision, magnitude 0 changes
+# nothing; in the paper, that does not hold for all operations.
 OPERATIONS = {
     'ShearX': Operation(_shear_x, 0.3, signed=True),
     'ShearY': Operation(_shear_y, 0.3, signed=True),
@@ -209,7 +210,7 @@ OPERATIONS = {
     'Sharpness': Operation(functools.partial(_enhance, ImageEnhance.Sharpness), 0.9, True, _sharpness_array),
 }
 
-# AutoAugment's policy for ImageNet (table 9 there): pairs of (operation, probability, magnitude from 0 to 9)
+# AutoAugment's policy for ImageNet (table 9 of that paper): pairs of (operation, probability, magnitude from 0 to 9)
 IMAGENET_POLICY = [
     (('Posterize', 0.4, 8), ('Rotate', 0.6, 9)),
     (('Solarize', 0.6, 5), ('AutoContrast', 0.6, 5)),
@@ -240,10 +241,10 @@ IMAGENET_POLICY = [
 
 
 class AutoAugment:
-    """One of AutoAugment's 25 pairs of operations, drawn for each image (arXiv 1805.09501).
+    """Apply one of AutoAugment's 25 pairs of operations, drawn for each image (arXiv 1805.09501).
 
-    strength: from 0, which leaves images as they are, to 1, the whole policy: a factor of the magnitudes, and of the
-    probabilities of operations that have none. MobileOne's training lets it grow.
+    strength: from 0, no change, to 1, the full policy. It multiplies the magnitudes, and the probabilities of
+        operations without one. MobileOne increases it during training (arXiv 2206.04040).
     """
 
     def __init__(self, strength=1.0):
@@ -260,9 +261,9 @@ class AutoAugment:
 
 
 class RandAugment:
-    """`layers` operations at one magnitude (0 to 10), drawn for each image (arXiv 1909.13719).
+    """Apply `layers` operations, drawn for each image, at one magnitude from 0 to 10 (arXiv 1909.13719).
 
-    From the paper's 14: those of AutoAugment but Invert, and to do nothing.
+    The 14 operations of the paper: those of AutoAugment except Invert, and Identity.
     """
 
     names = ['Identity'] + [name for name in OPERATIONS if name != 'Invert']
@@ -279,7 +280,7 @@ class RandAugment:
 
 
 class ColorJitter:
-    """Brightness, contrast and colour, in random order, each multiplied by a factor from [1 - amount, 1 + amount]."""
+    """Multiply brightness, contrast and color, in random order, each by a factor from [1 - amount, 1 + amount]."""
 
     def __init__(self, amount):
         self.amount = amount
@@ -291,10 +292,10 @@ class ColorJitter:
 
 
 class TrainTransform:
-    """RandomResizedCrop, horizontal flip, then each augmentation: `open_image`'s image -> uint8 [size, size, 3].
+    """Random resized crop, horizontal flip, augmentations: an image of `open_image` -> uint8 [size, size, 3].
 
-    augmentations: functions (image, rng) -> image.
-    fast: whether these get uint8 arrays, for OpenCV, not Pillow images.
+    scale: as in `random_crop_box`. augmentations: functions (image, rng) -> image.
+    fast: pass uint8 arrays, for OpenCV, to the augmentations instead of Pillow images.
     """
 
     def __init__(self, size, scale, interpolation, augmentations=(), fast=False):
@@ -315,12 +316,12 @@ class TrainTransform:
         return np.asarray(image)
 
 
-# ratio of the sides above which evaluation does not resize the whole image: with 10,000 x 1 pixels that takes gigabytes
+# ratio of the sides above which evaluation does not resize the whole image: at 10,000 x 1 pixels, that takes gigabytes
 ELONGATED = 100
 
 
 class EvalTransform:
-    """Resize the shorter side to size / crop_pct, then crop the centre: RGB image -> uint8 [size, size, 3]."""
+    """Resize the shorter side to size / crop_pct, then crop the center: RGB image -> uint8 [size, size, 3]."""
 
     def __init__(self, size, crop_pct, interpolation):
         self.size = size
@@ -334,7 +335,7 @@ class EvalTransform:
         left, top = (round((side - self.size) / 2) for side in size)
         box = left, top, left + self.size, top + self.size
         if max(image.size) > ELONGATED * short:
-            # resize nothing but the crop; a rounding in it may differ
+            # resize only the crop; rounding may differ
             box = [edge * side / resized for edge, side, resized in zip(box, 2 * image.size, 2 * size)]
             return np.asarray(image.resize((self.size, self.size), self.filter, box))
         if size != image.size:
@@ -357,7 +358,7 @@ class Normalize:
 def box_mask(boxes, height, width):
     """Bool [N, 1, height, width] on the device, true inside each image's box.
 
-    boxes: int array [N, 4], (top, bottom, left, right) in pixels; four numbers an image go to the device, not a mask.
+    boxes: int array [N, 4], (top, bottom, left, right) in pixels. Only these four numbers per image go to the device.
     """
     import paddle
     top, bottom, left, right = paddle.to_tensor(boxes.T.reshape([4, len(boxes), 1, 1, 1]))
@@ -366,12 +367,13 @@ def box_mask(boxes, height, width):
 
 
 class RandomErase:
-    """Random erasing (arXiv 1708.04896) of a normalised batch: float [N, C, H, W] -> the same, a new tensor.
+    """Random erasing (arXiv 1708.04896) of a normalized batch: float [N, C, H, W] -> a new tensor of the same shape.
 
-    prob: probability that an image is erased, in 1 to `count` boxes; together they cover at most a third of it, and
-    one alone at least 2 %. A box's ratio of height to width is drawn from 0.3 to 1 / 0.3; too long a side is cut.
-    mode: what fills a box: 'const', zeros, which are the data set's mean colour; 'rand', a colour drawn from the normal
-    distribution; 'pixel', noise drawn from it.
+    prob: probability that an image is erased, in 1 to `count` boxes. Together they cover at most a third of it; a
+        single box covers at least 2%. Height / width is drawn log-uniformly from 0.3 to 1 / 0.3; too long a side is
+        cut.
+    mode: fill of a box: 'const' for zeros, the mean color of the data set; 'rand' for a normally distributed color;
+        'pixel' for normally distributed noise.
     """
 
     def __init__(self, prob, mode='pixel', count=1):
@@ -380,7 +382,7 @@ class RandomErase:
         self.count = count
 
     def draw(self, n, height, width, rng):
-        """Boxes, int [count, n, 4]: (top, bottom, left, right) in pixels; empty ones erase nothing."""
+        """Draw boxes, int [count, n, 4]: (top, bottom, left, right) in pixels; empty ones erase nothing."""
         shape = [self.count, n]
         counts = rng.integers(1, self.count + 1, n) * (rng.random(n) < self.prob)
         area = height * width * rng.uniform(0.02, 1 / 3, shape) / np.maximum(counts, 1)
@@ -400,7 +402,7 @@ class RandomErase:
             elif self.mode == 'rand':
                 fill = paddle.to_tensor(rng.standard_normal([n, channels, 1, 1]).astype('float32'))
             else:
-                paddle.seed(int(rng.integers(2 ** 31)))  # the device draws, and what it draws depends on rng alone
+                paddle.seed(int(rng.integers(2 ** 31)))  # noise is drawn on the device, but depends only on rng
                 fill = paddle.randn(images.shape)
             images = paddle.where(box_mask(boxes, height, width), fill.astype(images.dtype), images)
         return images

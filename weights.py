@@ -1,4 +1,4 @@
-"""MobileOne's weight files: which network their keys ask for, strict loading, the names of other projects."""
+"""MobileOne's weight files: build the network that fits their keys, load strictly, convert names of other projects."""
 from typing import NamedTuple
 
 import numpy as np
@@ -12,13 +12,13 @@ CLASSIFIER = ('fc.weight', 'fc.bias')
 
 
 def load_model(config, path, raw=False):
-    """The network of a config with the weights in a file: the fused network if they are those of one.
+    """Build the network of a config with the weights in a file; fused weights give a fused network.
 
-    With MODEL.DEPLOY, unfused weights are fused after they are loaded; MODEL.NUM_CLASSES 0 is as many as the weights
-    have. Nothing of the file is executed.
+    With MODEL.DEPLOY, unfused weights are fused after loading. MODEL.NUM_CLASSES 0 takes the number from the weights.
+    Nothing in the file is executed.
     raw: as in `load_weights`.
     Returns: (model, whether the weights are a checkpoint's EMA).
-    Raises: UserError for a file that cannot be read, and for tensors that do not fit.
+    Raises: UserError for a file that cannot be read or tensors that do not fit.
     """
     config = with_classes_of(config, path)
     weights, is_ema = load_weights(path, raw)
@@ -33,25 +33,25 @@ def load_model(config, path, raw=False):
 
 
 def load_start(config, path):
-    """The network to train from the weights in a file; a classifier of another size starts from random weights.
+    """Build the network to train from the weights in a file. A classifier with a different size starts at random.
 
-    Returns: (model, whether it does).
+    Returns: (model, whether its classifier starts at random).
     Raises: UserError as `load_model`, and for fused weights.
     """
     weights, is_ema = load_weights(path)
     if is_fused(weights):
-        raise UserError(f'{path}: holds fused weights, which cannot be trained; give the unfused ones')
+        raise UserError(f'{path}: contains fused weights, which cannot be trained; use the unfused ones')
     model = build_mobileone(config)
     left_out = load_into(model, weights, path, allow_other_classifier=True)
     LOG.info(f'loaded {"EMA " if is_ema else ""}weights from {path}')
     if left_out:
-        LOG.info(f'left out {", ".join(left_out)}, made for {weights[left_out[-1]].shape[-1]} classes, not '
+        LOG.info(f'skipped {", ".join(left_out)}, made for {weights[left_out[-1]].shape[-1]} classes, not '
                  f'{config.MODEL.NUM_CLASSES}: the classifier starts from random weights')
     return model, bool(left_out)
 
 
 def with_classes_of(config, path):
-    """A config whose MODEL.NUM_CLASSES, if it is 0, is the number of classes of the weights in a file.
+    """Return the config; if its MODEL.NUM_CLASSES is 0, with the number of classes of the weights in a file.
 
     Raises: UserError for a file that cannot be read.
     """
@@ -62,43 +62,43 @@ def with_classes_of(config, path):
 
 
 def load_weights(path, raw=False):
-    """The weights in a released .pdparams or .safetensors, or in a checkpoint of training.
+    """Read the weights in a released .pdparams or .safetensors file, or in a training checkpoint.
 
-    raw: take a checkpoint's raw weights, before which its EMA goes otherwise.
+    raw: take a checkpoint's raw weights even if it has EMA weights.
     Returns: ({name: array}, whether they are a checkpoint's EMA).
-    Raises: UserError for a file that holds neither.
+    Raises: UserError for a file that cannot be read or contains no MobileOne weights.
     """
     state, is_ema = checkpoint.load(path), False
     if isinstance(state, dict) and isinstance(state.get('model'), dict):
         is_ema = not raw and isinstance(state.get('model_ema'), dict) and bool(state['model_ema'])
         state = state['model_ema'] if is_ema else state['model']
     if not isinstance(state, dict):
-        raise UserError(f'{path}: holds {type(state).__name__}, not a dictionary of weights')
+        raise UserError(f'{path}: contains {type(state).__name__}, not a dictionary of weights; use another file')
     state = {key: value for key, value in state.items() if key != 'StructuredToParameterName@@'}
-    # timm's stages are called `stages.`, too, but its stem is not one of them
+    # timm's stages are also named `stages.`, but its stem is not one of them
     if not any(key.startswith('stages.') for key in state) or any(key.startswith('stem.') for key in state):
-        raise UserError(f'{path}: holds no MobileOne weights under the names of this project (stages.0.0.dw_...); '
-                        "official PyTorch files and timm's are converted by load_pytorch_weights.py")
+        raise UserError(f'{path}: contains no MobileOne weights with the names of this project (stages.0.0.dw_...); '
+                        'convert official PyTorch and timm files with load_pytorch_weights.py')
     checkpoint.check_floats(state, path)
     return state, is_ema
 
 
 def is_fused(names):
-    """Whether tensors of these names are those of a fused network."""
+    """Whether these tensor names are those of a fused network."""
     return not any('_blocks.' in name for name in names)
 
 
 def build_network(config, fused):
-    """The network of a config, fused or not, whatever its MODEL.DEPLOY says; with random weights."""
+    """Build the network of a config, fused or not regardless of MODEL.DEPLOY, with random weights."""
     return build_mobileone(with_values(config, {'MODEL.DEPLOY': fused}))
 
 
 def load_into(model, weights, path, allow_other_classifier=False):
-    """Load weights into a model; every tensor must be there, with its shape, and no other.
+    """Load weights into a model. The names and shapes of all tensors must match exactly.
 
-    allow_other_classifier: leave out `fc.*` if its shape differs (another NUM_CLASSES).
-    Returns: names that were left out.
-    Raises: UserError that names the tensors which do not match, and `path`.
+    allow_other_classifier: skip `fc.*` if its shape differs (another NUM_CLASSES).
+    Returns: names of the skipped tensors.
+    Raises: UserError that names `path` and the tensors that do not match; the model is then unchanged.
     """
     expected = {name: list(tensor.shape) for name, tensor in model.state_dict().items()}
     found = {name: list(value.shape) for name, value in weights.items()}
@@ -110,36 +110,36 @@ def load_into(model, weights, path, allow_other_classifier=False):
     problems = misfits(expected, {name: found[name] for name in weights})
     if problems:
         raise UserError(f'{path}: does not fit the network of the config: {first_few(problems)}; '
-                        'give the -cfg (and MODEL.NUM_CLASSES) that these weights belong to')
+                        'use the -cfg (and MODEL.NUM_CLASSES) that these weights belong to')
     for name, tensor in model.state_dict().items():
         if name not in left_out:
-            with np.errstate(over='ignore'):  # infinite then, which the loss will be, and is refused
+            with np.errstate(over='ignore'):  # overflows become inf, and the loss that follows is refused
                 tensor.set_value(weights[name].astype(tensor.numpy().dtype))
     return left_out
 
 
 class Layout(NamedTuple):
     """How a PyTorch file names the tensors of its MobileOne."""
-    name: str  # of LAYOUTS
+    name: str  # a key of LAYOUTS
     fused: bool
     prefix: str  # of the MobileOne in a larger network: '', 'module.', 'backbone.'
-    description: str  # of the file, for people
+    description: str  # of the file, for messages
 
 
 def find_layout(state_dict):
-    """The Layout of a PyTorch state dict, seen from the names of its tensors. Raises: UserError unless there is one."""
-    # the stem's convolution is there whatever the config says
+    """Infer the Layout of a PyTorch state dict from its tensor names. Raises: UserError unless exactly one fits."""
+    # every config has the convolution of the stem
     stems = {(name, fused): function(f'stages.0.0.dw_3x3{"" if fused else "_blocks.0"}.conv.weight')
              for name, function in LAYOUTS.items() for fused in (True, False)}
     found = [_describe(state_dict, name, fused, key[:-len(stem)]) for (name, fused), stem in stems.items()
              for key in state_dict if f'.{key}'.endswith(f'.{stem}')]
     if not found:
-        raise UserError(f'the checkpoint holds no MobileOne under the official names or timm\'s (no tensor is called '
+        raise UserError('the checkpoint contains no MobileOne with official or timm names (no tensor is named '
                         f'{" or ".join(stems.values())}), but {first_few(list(state_dict)) or "nothing"}; give a '
                         'checkpoint of a MobileOne')
     if len(found) > 1:
-        raise UserError(f'the checkpoint holds {len(found)} MobileOnes: '
-                        f'{first_few([layout.description for layout in found])}; save one of them alone')
+        raise UserError(f'the checkpoint contains {len(found)} MobileOnes: '
+                        f'{first_few([layout.description for layout in found])}; save only one of them')
     return found[0]
 
 
@@ -147,18 +147,18 @@ def _describe(state_dict, name, fused, prefix):
     classifier = state_dict.get(prefix + LAYOUTS[name]('fc.weight'))
     others = sum(not key.startswith(prefix) for key in state_dict)
     return Layout(name, fused, prefix, ''.join([
-        f'{name} names, {"fused" if fused else "unfused"}', f", under the prefix '{prefix}'" if prefix else '',
-        ', no classifier' if classifier is None else f', a classifier of {list(classifier.shape)}',
-        f', other tensors left out: {others}' if others else '']))
+        f'{name} names, {"fused" if fused else "unfused"}', f", prefix '{prefix}'" if prefix else '',
+        ', no classifier' if classifier is None else f', classifier {list(classifier.shape)}',
+        f', other tensors ignored: {others}' if others else '']))
 
 
 def convert_state_dict(state_dict, config):
-    """Rename the MobileOne in a PyTorch state dict, official or timm's, to the Paddle network of a config.
+    """Convert the MobileOne in a PyTorch state dict, official or timm, to the Paddle names of the network of a config.
 
-    state_dict: {name: float array, or uint16 array of a bfloat16's bits}, as `find_layout` describes. Tensors beside
-        the prefix are left out; arrays are copied only once their shapes fit.
+    state_dict: {name: float array, or uint16 array with the bits of bfloat16}. Tensors outside the prefix of the
+        MobileOne are ignored. Arrays are copied only after their shapes have been checked.
     Returns: {Paddle name: float32 array}, in the order of the network's own state dict.
-    Raises: UserError that names missing, unexpected and misshapen tensors, and says what the state dict looks like.
+    Raises: UserError that describes the state dict and names missing, unexpected and misshapen tensors.
     """
     layout = find_layout(state_dict)
     tensors = {name[len(layout.prefix):]: value for name, value in state_dict.items() if name.startswith(layout.prefix)}
@@ -166,18 +166,18 @@ def convert_state_dict(state_dict, config):
     names = {name: LAYOUTS[layout.name](name) for name in network}
     if not any(names[name] in tensors for name in CLASSIFIER):
         raise UserError(f'the checkpoint ({layout.description}) lacks the classifier that weight files have: add '
-                        f'{" and ".join(layout.prefix + names[name] for name in CLASSIFIER)} to it; random values do '
-                        'for fine-tuning')
-    # PyTorch keeps fc.weight as [out, in], Paddle as [in, out]
+                        f'{" and ".join(layout.prefix + names[name] for name in CLASSIFIER)} to it; random values are '
+                        'enough for fine-tuning')
+    # PyTorch stores fc.weight as [out, in], Paddle as [in, out]
     expected = {names[name]: list(tensor.shape)[::-1 if name == 'fc.weight' else 1] for name, tensor in network.items()}
-    # the batch counters of PyTorch's batch norms have no counterpart; each belongs to a batch norm that is used
+    # drop the batch counters of PyTorch's batch norms, which Paddle lacks; one without its batch norm is unexpected
     counters = {name.replace('running_mean', 'num_batches_tracked') for name in expected if 'running_mean' in name}
     tensors = {name: value for name, value in tensors.items() if name not in counters}
     problems = misfits(expected, {name: list(value.shape) for name, value in tensors.items()})
     if problems:
         raise UserError(f'the checkpoint ({layout.description}) does not fit the network of the config: '
-                        f'{first_few(problems)}; give the -cfg of its variant, and what differs from it with -opts, '
-                        'MODEL.NUM_CLASSES for example')
+                        f'{first_few(problems)}; give the -cfg of its variant, and any differences from it with -opts '
+                        '(MODEL.NUM_CLASSES for example)')
     tensors = {name: _from_bfloat16(value) for name, value in tensors.items()}
     checkpoint.check_floats(tensors, 'the checkpoint')
     converted = {name: tensors[names[name]] for name in network}
@@ -186,14 +186,14 @@ def convert_state_dict(state_dict, config):
 
 
 def _from_bfloat16(array):
-    """Bits of bfloat16, which are the upper half of a float32's, as float32; other arrays as they are."""
+    """Convert uint16 bits of bfloat16 (the upper half of a float32) to float32; return other arrays unchanged."""
     return (array.astype('uint32') << 16).view('float32') if array.dtype == 'uint16' else array
 
 
 def official_name(name):
-    """The official PyTorch name of a Paddle name, e.g. stages.1.0.pw_skip._mean -> stage1.1.rbr_skip.running_mean.
+    """Return the official PyTorch name of a Paddle name: stages.1.0.pw_skip._mean -> stage1.1.rbr_skip.running_mean.
 
-    The stem `stages.0.0` is `stage0`; a block's depthwise and pointwise layers are two blocks, 2j and 2j + 1.
+    The stem `stages.0.0` is `stage0`. The depthwise and pointwise layers of block j are official blocks 2j and 2j + 1.
     """
     if name.startswith('fc.'):
         return name.replace('fc.', 'linear.')
@@ -210,9 +210,9 @@ def official_name(name):
 
 
 def timm_name(name):
-    """timm's name of a Paddle name, e.g. stages.1.0.pw_skip._mean -> stages.0.1.identity.running_mean.
+    """Return timm's name of a Paddle name: stages.1.0.pw_skip._mean -> stages.0.1.identity.running_mean.
 
-    Its stem is no stage, so that its stages count from 0; otherwise it names the same tensors as the official network.
+    timm's stem is not a stage, so its stages count from 0. It has the same tensors as the official network.
     """
     place, rest = official_name(name).split('.', 1)
     place = {'linear': 'head.fc', 'stage0': 'stem'}.get(place) or f'stages.{int(place[-1]) - 1}'
@@ -222,5 +222,5 @@ def timm_name(name):
     return f'{place}.{rest}'
 
 
-# whose names the tensors of a PyTorch file have -> their name of a Paddle name
+# source of the names in a PyTorch file -> function that returns its name of a Paddle name
 LAYOUTS = {'official': official_name, 'timm': timm_name}

@@ -16,7 +16,7 @@ import yaml
 from PIL import Image
 
 from images import convert, read_image
-from runtime.files import check_regular, read_names
+from runtime.files import CLASS_NAMES, check_regular, read_names
 from transforms import EvalTransform
 from utils import UserError, describe_error, one_line
 
@@ -215,7 +215,7 @@ def find_class_names(path, num_classes):
 
     Raises: UserError if the file does not have one name per class, and as `read_names`.
     """
-    names = os.path.join(os.path.dirname(path), 'class_names.txt')
+    names = os.path.join(os.path.dirname(path), CLASS_NAMES)
     if not os.path.lexists(names):
         if num_classes != 1000:
             return ()

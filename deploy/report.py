@@ -18,7 +18,7 @@ import numpy as np
 from PIL import Image
 
 from deploy.predictor import find_class_names
-from runtime.files import replace, write_text
+from runtime.files import CLASS_NAMES, replace, write_text
 from utils import UserError, one_line
 
 # files of a report besides report.html
@@ -109,7 +109,7 @@ def import_figure():
 
 def find_names(data_path, weights, num_classes):
     """Return the class names of the data set or, without any there, what `find_class_names` finds for the weights."""
-    own = os.path.join(data_path, 'class_names.txt')
+    own = os.path.join(data_path, CLASS_NAMES)
     return find_class_names(own if os.path.lexists(own) else weights, num_classes)
 
 

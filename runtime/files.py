@@ -10,6 +10,9 @@ import shutil
 from runtime.program import remedy
 from utils import UserError, describe_error, one_line
 
+# the names of the classes, one per line, next to the lists of a data set and the weights of a run
+CLASS_NAMES = 'class_names.txt'
+
 
 def check_regular(path, key=''):
     """Raises: UserError if `path` is there and is no regular file: a folder, a device, a pipe, which may never end.

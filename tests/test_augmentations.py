@@ -1,4 +1,4 @@
-"""Augmentations against results computed by hand on small images."""
+"""Augmentations of small images against results computed by hand."""
 import numpy as np
 import paddle
 import pytest
@@ -6,7 +6,7 @@ from PIL import Image
 
 from images import InMemory, open_image
 from transforms import (
-    GREY,
+    GRAY,
     IMAGENET_POLICY,
     OPERATIONS,
     AutoAugment,
@@ -20,7 +20,7 @@ from transforms import (
 
 
 class Drawn:
-    """Stands in for a generator: `random` returns the given values in turn."""
+    """A stand-in for a generator: `random` returns the given values in turn."""
 
     def __init__(self, *values):
         self.values = list(values)
@@ -30,7 +30,7 @@ class Drawn:
 
 
 def image_of(rows):
-    """An RGB image of a table of grey values."""
+    """An RGB image with the gray values of a table."""
     return Image.fromarray(np.repeat(np.array(rows, 'uint8')[:, :, None], 3, axis=2))
 
 
@@ -40,7 +40,7 @@ def rows_of(image):
     return pixels[:, :, 0].tolist()
 
 
-def colours(width=16, height=12, seed=0):
+def color_noise(width=16, height=12, seed=0):
     return Image.fromarray(np.random.default_rng(seed).integers(0, 256, (height, width, 3), dtype='uint8'))
 
 
@@ -48,32 +48,32 @@ def apply(name, image, amount):
     return OPERATIONS[name].function(image, amount)
 
 
-G = GREY[0]
+G = GRAY[0]
 TABLE = [[1, 2, 3, 4], [5, 6, 7, 8]]  # 4 wide, 2 high
 
 
 @pytest.mark.parametrize('name, amount, expected', [
     ('TranslateX', 0.25, [[2, 3, 4, G], [6, 7, 8, G]]),
     ('TranslateX', -0.5, [[G, G, 1, 2], [G, G, 5, 6]]),
-    # half of the height is one row: half of the width would leave nothing
+    # half of the height is one row; half of the width would leave nothing
     ('TranslateY', 0.5, [[5, 6, 7, 8], [G, G, G, G]]),
     ('TranslateY', -0.5, [[G, G, G, G], [1, 2, 3, 4]]),
-    # the centres of the pixels are half a pixel and one and a half from the upper left corner, which stays
+    # the upper left corner stays; pixel centers are half a pixel and one and a half from it
     ('ShearX', 1.0, [[2, 3, 4, G], [7, 8, G, G]]),
     ('ShearX', -1.0, [[1, 2, 3, 4], [G, 5, 6, 7]]),
     ('ShearY', 0.5, [[1, 6, 7, G], [5, G, G, G]]),
     ('Rotate', 180, [[8, 7, 6, 5], [4, 3, 2, 1]]),
-    ('Rotate', 90, [[G, 3, 7, G], [G, 2, 6, G]]),  # counter-clockwise about the centre
+    ('Rotate', 90, [[G, 3, 7, G], [G, 2, 6, G]]),  # counterclockwise about the center
 ])
 def test_geometry(name, amount, expected):
     assert rows_of(apply(name, image_of(TABLE), amount)) == expected
 
 
-def test_a_square_turns_as_numpy_turns_it():
-    image = colours(9, 9)
+def test_rotation_of_a_square_equals_numpy():
+    image = color_noise(9, 9)
     np.testing.assert_array_equal(apply('Rotate', image, 90), np.rot90(np.asarray(image)))
     corners = np.asarray(apply('Rotate', image, 45))[[0, 0, -1, -1], [0, -1, 0, -1]]
-    assert (corners == GREY).all()
+    assert (corners == GRAY).all()
 
 
 @pytest.mark.parametrize('name, amount, before, after', [
@@ -86,40 +86,40 @@ def test_a_square_turns_as_numpy_turns_it():
     ('Contrast', 0.5, [60, 100, 140], [40, 100, 160]),  # about their mean, 100
     ('Contrast', -1.0, [60, 100, 140], [100, 100, 100]),
 ])
-def test_grey_values(name, amount, before, after):
+def test_gray_values(name, amount, before, after):
     assert rows_of(apply(name, image_of([before]), amount)) == [after]
 
 
 def test_operations_without_magnitude():
     assert rows_of(OPERATIONS['Invert'](image_of([[0, 100, 255]]), 0.5, None)) == [[255, 155, 0]]
     assert rows_of(OPERATIONS['AutoContrast'](image_of([[50, 60, 70]]), 0.5, None)) == [[0, 127, 255]]
-    # three values, each a third of the pixels: evenly spread over the range
+    # three values, each in a third of the pixels, are spread evenly over the range
     image = image_of(np.repeat([[100], [101], [104]], 100, axis=0).repeat(255, axis=1))
     equalized = np.array(rows_of(OPERATIONS['Equalize'](image, 0.5, None)))
     assert [set(part.ravel()) for part in np.split(equalized, 3)] == [{0}, {128}, {255}]
 
 
-def test_colour_and_sharpness():
+def test_color_and_sharpness():
     pixels = np.zeros((1, 1, 3), 'uint8')
     pixels[0, 0] = 200, 100, 50
     luma = 0.299 * 200 + 0.587 * 100 + 0.114 * 50
-    grey = np.asarray(apply('Color', Image.fromarray(pixels), -1.0))[0, 0]
-    assert np.abs(grey - luma).max() <= 1 and len(set(grey.tolist())) == 1
+    gray = np.asarray(apply('Color', Image.fromarray(pixels), -1.0))[0, 0]
+    assert np.abs(gray - luma).max() <= 1 and len(set(gray.tolist())) == 1
     doubled = np.asarray(apply('Color', Image.fromarray(pixels), 0.5))[0, 0]
     assert np.abs(doubled - (luma + 1.5 * (pixels[0, 0] - luma))).max() <= 1
-    # Pillow smooths with the centre counting 5, its neighbours 1 each, of 13
+    # Pillow smooths with weights of 5 / 13 for the center and 1 / 13 for each neighbor
     table = [[0, 0, 0], [0, 130, 0], [0, 0, 0]]
     assert rows_of(apply('Sharpness', image_of(table), -1.0))[1][1] == 50
     assert rows_of(apply('Sharpness', image_of(table), 1.0))[1][1] == 210
 
 
 @pytest.mark.parametrize('image', [
-    colours(61, 47), colours(1, 1), colours(2, 3), image_of([[7] * 9] * 9), image_of([[0, 255] * 8] * 300),
+    color_noise(61, 47), color_noise(1, 1), color_noise(2, 3), image_of([[7] * 9] * 9), image_of([[0, 255] * 8] * 300),
     Image.fromarray(np.random.default_rng(0).normal(90, 20, (64, 64, 3)).clip(0, 255).astype('uint8')),
 ], ids=['noise', 'one pixel', 'small', 'plain', 'two levels', 'dark'])
 @pytest.mark.parametrize('name', OPERATIONS)
-def test_operations_on_arrays_are_pillows(name, image):
-    """The operations that round averages within two levels, all others exactly."""
+def test_operations_on_arrays_equal_pillow(name, image):
+    """Within two levels for operations that round averages, exactly for all others."""
     operation = OPERATIONS[name]
     signs = (-1, 1) if operation.signed else (1,)
     for amount in [sign * operation.largest * share for sign in signs for share in (0, 0.1, 0.5, 0.77, 1)]:
@@ -133,12 +133,12 @@ def test_operations_on_arrays_are_pillows(name, image):
 
 @pytest.mark.parametrize('name', [name for name, operation in OPERATIONS.items() if operation.largest])
 def test_operations_do_nothing_at_magnitude_0(name):
-    image = colours()
+    image = color_noise()
     np.testing.assert_array_equal(OPERATIONS[name](image, 0.0, np.random.default_rng(0)), image)
     assert (np.asarray(OPERATIONS[name](image, 1.0, np.random.default_rng(0))) != np.asarray(image)).any()
 
 
-def test_the_sign_is_drawn():
+def test_signs_are_random():
     image = image_of(TABLE)
     for value, expected in ((0.4, [[G, 1, 2, 3], [G, 5, 6, 7]]), (0.6, [[2, 3, 4, G], [6, 7, 8, G]])):
         share = 0.25 / OPERATIONS['TranslateX'].largest
@@ -149,7 +149,7 @@ def test_the_sign_is_drawn():
 
 
 def applied(monkeypatch, augment, draws=4000):
-    """What `augment` applies to an image: lists of (operation, magnitude), one for each of many draws."""
+    """Return the operations that `augment` applies: a list of (operation, magnitude) for each draw."""
     calls = []
 
     def record(name, operation):
@@ -160,7 +160,7 @@ def applied(monkeypatch, augment, draws=4000):
         return call
     for name, operation in list(OPERATIONS.items()):
         monkeypatch.setitem(OPERATIONS, name, record(name, operation))
-    rng, image = np.random.default_rng(0), colours()
+    rng, image = np.random.default_rng(0), color_noise()
     for _ in range(draws):
         calls.append([])
         assert augment(image, rng) is image
@@ -171,7 +171,7 @@ def applied(monkeypatch, augment, draws=4000):
 def test_auto_augment_draws_its_policy(monkeypatch, strength):
     draws = 20000
     calls = applied(monkeypatch, AutoAugment(strength), draws)
-    expected = {}  # how often each (operation, magnitude) is to come, per image
+    expected = {}  # expected number of each (operation, magnitude) per image
     for pair in IMAGENET_POLICY:
         for name, probability, magnitude in pair:
             has_magnitude = bool(OPERATIONS[name].largest)
@@ -192,15 +192,15 @@ def test_auto_augment_draws_its_policy(monkeypatch, strength):
     assert max(map(len, calls)) <= 2
 
 
-def test_auto_augment_of_strength_0_does_nothing():
+def test_auto_augment_with_strength_0_changes_nothing():
     rng = np.random.default_rng(0)
     for seed in range(100):
-        image = colours(seed=seed)
+        image = color_noise(seed=seed)
         np.testing.assert_array_equal(AutoAugment(0.0)(image, rng), image)
 
 
-def test_the_imagenet_policy():
-    """The pairs of the paper's table, in its order: operation, probability in tenths, magnitude."""
+def test_imagenet_policy():
+    """The pairs of the paper's table 9 in its order: operation, probability in tenths, magnitude."""
     table = """Posterize 4 8 Rotate 6 9, Solarize 6 5 AutoContrast 6 5, Equalize 8 8 Equalize 6 3,
         Posterize 6 7 Posterize 6 6, Equalize 4 7 Solarize 2 4, Equalize 4 4 Rotate 8 8, Solarize 6 3 Equalize 6 7,
         Posterize 8 5 Equalize 10 2, Rotate 2 3 Solarize 6 8, Equalize 6 8 Posterize 4 6, Rotate 8 8 Color 4 0,
@@ -212,11 +212,11 @@ def test_the_imagenet_policy():
             for pair in IMAGENET_POLICY] == [' '.join(pair.split()) for pair in table.split(',')]
 
 
-def test_the_largest_amounts():
+def test_largest_amounts():
     assert {name: operation.largest for name, operation in OPERATIONS.items() if operation.largest} == pytest.approx({
         'ShearX': 0.3, 'ShearY': 0.3, 'TranslateX': 150 / 331, 'TranslateY': 150 / 331, 'Rotate': 30, 'Solarize': 256,
         'Posterize': 4, 'Contrast': 0.9, 'Color': 0.9, 'Brightness': 0.9, 'Sharpness': 0.9})
-    # at full magnitude: all is inverted, four bits stay
+    # at full magnitude, Solarize inverts every pixel and Posterize keeps four bits
     assert rows_of(OPERATIONS['Solarize'](image_of([[0, 100, 255]]), 1.0, None)) == [[255, 155, 0]]
     assert rows_of(OPERATIONS['Posterize'](image_of([[15, 31, 255]]), 1.0, None)) == [[0, 16, 240]]
 
@@ -228,23 +228,23 @@ def test_rand_augment(monkeypatch):
         assert magnitude == (0.7 if OPERATIONS[name].largest else None)
         counted[name] = counted.get(name, 0) + 1
     assert set(counted) == set(OPERATIONS) - {'Invert'}
-    for count in counted.values():  # 14 choices, one of them to do nothing
+    for count in counted.values():  # 14 choices, including Identity
         assert abs(count / 15000 - 1 / 14) < 0.012
     assert set(map(len, calls)) == {0, 1, 2, 3} or set(map(len, calls)) == {1, 2, 3}
 
 
-def test_colour_jitter():
+def test_color_jitter():
     rng = np.random.default_rng(0)
-    grey = image_of([[100] * 4] * 4)
-    levels = [rows_of(ColorJitter(0.4)(grey, rng))[0][0] for _ in range(300)]
+    gray = image_of([[100] * 4] * 4)
+    levels = [rows_of(ColorJitter(0.4)(gray, rng))[0][0] for _ in range(300)]
     assert min(levels) >= 60 and max(levels) <= 140 and max(levels) - min(levels) > 70
-    image = colours()
+    image = color_noise()
     jittered = [np.asarray(ColorJitter(0.4)(image, rng)) for _ in range(2)]
     assert all((pixels != np.asarray(image)).any() for pixels in jittered) and (jittered[0] != jittered[1]).any()
     np.testing.assert_array_equal(ColorJitter(0.0)(image, rng), image)
 
 
-def test_what_colour_jitter_draws(monkeypatch):
+def test_color_jitter_draws(monkeypatch):
     calls = []
     for name in list(OPERATIONS):
         def record(image, change, name=name):
@@ -254,7 +254,7 @@ def test_what_colour_jitter_draws(monkeypatch):
     rng = np.random.default_rng(0)
     for _ in range(400):
         calls.append([])
-        ColorJitter(0.3)(colours(), rng)
+        ColorJitter(0.3)(color_noise(), rng)
     assert {tuple(sorted(name for name, _ in call)) for call in calls} == {('Brightness', 'Color', 'Contrast')}
     assert len({tuple(name for name, _ in call) for call in calls}) == 6  # in any order
     changes = np.array([change for call in calls for _, change in sorted(call)]).reshape(400, 3)
@@ -269,16 +269,16 @@ def test_augmentations_come_after_the_crop_and_the_flip():
         seen.append((image.size, rng))
         return image.point(lambda value: 255 - value)
     rng = np.random.default_rng(3)
-    image = InMemory(colours(40, 30))
+    image = InMemory(color_noise(40, 30))
     plain = TrainTransform(8, (0.5, 1.0), 'bilinear')(image, np.random.default_rng(3))
     np.testing.assert_array_equal(TrainTransform(8, (0.5, 1.0), 'bilinear', [augment])(image, rng), 255 - plain)
     assert seen == [((8, 8), rng)]
 
 
-def test_augmentations_are_the_same_on_either_backend(tmp_path):
-    """With a filter that is."""
+def test_augmentations_are_the_same_on_both_backends(tmp_path):
+    """With the nearest filter, which is the same on both."""
     path = str(tmp_path / 'photo.jpg')
-    colours(60, 40).save(path)
+    color_noise(60, 40).save(path)
     transform = TrainTransform(32, (0.2, 1.0), 'nearest', [AutoAugment(), RandAugment(2, 9), ColorJitter(0.4)])
     for seed in range(100):
         first, second = (transform(open_image(path, fast=fast), np.random.default_rng(seed)) for fast in (False, True))
@@ -305,7 +305,7 @@ def test_erased_boxes():
     assert ((h > 0) == (w > 0)).all()
     assert abs((counts > 0).mean() - 0.25) < 0.02
     assert [abs((counts == k).sum() / (counts > 0).sum() - 1 / 3) < 0.06 for k in (1, 2, 3)] == [True] * 3
-    # shares of the area, with the rounding of the sides
+    # fractions of the area, within the rounding of the sides
     one = (h * w)[0, counts == 1] / (height * width)
     assert 0.015 < one.min() < 0.03 and 0.3 < one.max() < 0.36
     assert (h * w).sum(axis=0).max() < 0.36 * height * width
@@ -315,7 +315,7 @@ def test_erased_boxes():
 
 
 @pytest.mark.parametrize('mode', ['const', 'rand', 'pixel'])
-def test_erasing_fills_boxes_by_its_mode(mode):
+def test_erasing_modes(mode):
     images = paddle.full([6, 3, 20, 30], 7.0)
     erase = RandomErase(1.0, mode)
     out = erase(images, np.random.default_rng(1)).numpy()
@@ -339,12 +339,12 @@ def test_erasing_fills_boxes_by_its_mode(mode):
     assert (again[0] == out).all() and (again[1] != out).any()
 
 
-def test_several_boxes_have_colours_of_their_own():
+def test_each_box_has_its_own_color():
     out = RandomErase(1.0, 'rand', 3)(paddle.full([40, 1, 30, 30], 7.0), np.random.default_rng(0)).numpy()
     assert {len(np.unique(image)) - 1 for image in out} == {1, 2, 3}
 
 
-def test_erasing_leaves_the_rest_alone():
+def test_images_that_are_not_erased_stay_unchanged():
     images = paddle.randn([4, 3, 8, 8])
     np.testing.assert_array_equal(RandomErase(0.0)(images, np.random.default_rng(0)), images)
     out = RandomErase(0.5, 'const')(paddle.ones([200, 1, 8, 8]), np.random.default_rng(0)).numpy()

@@ -1,4 +1,4 @@
-"""Weight files: what is read, what is refused, and that writing is whole or not at all."""
+"""Weight files and checkpoints: what is read, what is refused, and writing them whole or not at all."""
 import errno
 import math
 import os
@@ -30,7 +30,7 @@ def test_writing_is_whole_or_not_at_all(tmp_path, monkeypatch):
     assert os.listdir(tmp_path) == ['c.pdparams']
     monkeypatch.undo()
 
-    def no_rename(source, target):  # the last step puts the whole file in the old one's place
+    def no_rename(source, target):  # the last step replaces the old file with the complete new one
         assert checkpoint.load(source) == {'epoch': 3} and checkpoint.load(target) == {'epoch': 1}
         raise OSError(5, 'Input/output error')
 
@@ -40,8 +40,8 @@ def test_writing_is_whole_or_not_at_all(tmp_path, monkeypatch):
     assert checkpoint.load(path) == {'epoch': 1} and os.listdir(tmp_path) == ['c.pdparams']
 
 
-def test_a_file_is_on_the_disk_before_it_has_its_name(tmp_path, monkeypatch):
-    """And its name is, before the run goes on."""
+def test_files_are_synced_before_they_are_renamed(tmp_path, monkeypatch):
+    """The folder is synced before the run continues."""
     calls, fsync, replace = [], os.fsync, os.replace
 
     def logged_fsync(descriptor):
@@ -72,14 +72,14 @@ def write_checkpoint(path, epoch, **parts):
 
 def test_newest_and_past_checkpoints(tmp_path, caplog):
     assert checkpoint.find_newest(str(tmp_path)) is None
-    # fewer steps for more epochs: resumed with larger batches
+    # more epochs with fewer steps, as after resuming with larger batches
     for name, epoch, step in (('best', 2, 5), ('epoch_1', 1, 20), ('epoch_2', 2, 5), ('latest', 2, 5),
                               ('epoch_2 copy', 2, 5)):
         write_checkpoint(tmp_path / f'{name}.pdparams', epoch, step=step)
     checkpoint.save({'stages.x': np.zeros(2)}, str(tmp_path / 'weights.pdparams'))
     path, state = checkpoint.find_newest(str(tmp_path))
     assert os.path.basename(path) == 'latest.pdparams' and state['epoch'] == 2
-    # within an epoch: past its beginning, and put aside for a checkpoint that is not
+    # a checkpoint within an epoch is newer than one at its start, and is put aside when the run resumes before it
     for steps in (3, 2):
         write_checkpoint(tmp_path / f'part-{steps}.pdparams', 2, progress={**PROGRESS, 'steps': steps})
     assert os.path.basename(checkpoint.find_newest(str(tmp_path))[0]) == 'part-3.pdparams'
@@ -123,15 +123,15 @@ def test_newest_and_past_checkpoints(tmp_path, caplog):
     ({'progress': PROGRESS, 'world_size': 2}, r'is broken: progress.sums is float64 \[1, 4\], not float64 \[2, 4\]'),
     *(({'amp_grad_scaler': {**SCALER, 'scale': np.array(scale)}}, 'is broken: amp_grad_scaler.scale is ')
       for scale in ([1.0], np.float32(1), [[np.float32(1)]]))])
-def test_what_is_no_checkpoint_of_training(tmp_path, parts, message):
+def test_invalid_training_checkpoints_are_refused(tmp_path, parts, message):
     write_checkpoint(tmp_path / 'x.pdparams', **{'epoch': 1, **parts})
     with pytest.raises(UserError, match=message):
         checkpoint.load_training(str(tmp_path / 'x.pdparams'))
 
 
-def test_what_a_checkpoint_of_training_holds(tmp_path, monkeypatch):
-    """Its parts, a scaler's state as PaddlePaddle says it among them, and nothing else."""
-    # a scaler does something on a GPU alone: this one takes the CPU for one
+def test_parts_of_a_training_checkpoint(tmp_path, monkeypatch):
+    """They include the state of PaddlePaddle's GradScaler; anything else in the file is dropped."""
+    # a GradScaler works only on a GPU: this one mistakes the CPU for one
     monkeypatch.setattr(paddle.amp.grad_scaler, '_dygraph_tracer', unittest.mock.MagicMock())
     scaler = paddle.amp.GradScaler()
     assert {key: type(value) for key, value in checkpoint.to_arrays(scaler.state_dict()).items()
@@ -143,7 +143,7 @@ def test_what_a_checkpoint_of_training_holds(tmp_path, monkeypatch):
 
 
 def test_a_file_that_does_not_fit_into_memory(tmp_path, monkeypatch, fashion):
-    """One larger than the machine's memory is not read; what memory does not suffice for is not called broken."""
+    """A file larger than the machine's memory is not read; running out of memory is not reported as a broken file."""
     path = str(tmp_path / 'sparse.pdparams')
     with open(path, 'wb') as file:
         file.truncate(os.sysconf('SC_PHYS_PAGES') * os.sysconf('SC_PAGE_SIZE') + 1)
@@ -163,7 +163,7 @@ def test_a_file_that_does_not_fit_into_memory(tmp_path, monkeypatch, fashion):
 @pytest.mark.parametrize('number, message', [
     (errno.ENOSPC, 'free the disk'), (errno.EFBIG, 'raise that limit, `ulimit -f`'), (errno.EDQUOT, 'quota'),
     (errno.EROFS, 'the file system is read-only'), (errno.EACCES, 'check the path and its permissions')])
-def test_why_a_file_cannot_be_written(tmp_path, number, message):
+def test_write_errors_name_the_remedy(tmp_path, number, message):
     def write(path):
         raise OSError(number, os.strerror(number))
     with pytest.raises(UserError, match=rf'a: cannot write \({os.strerror(number)}\); .*{message}'):

@@ -1,4 +1,4 @@
-"""List files, samplers, and that batches depend on nothing but seed, epoch and rank."""
+"""List files, samplers, and batches that depend only on seed, epoch and rank."""
 import codecs
 import hashlib
 import os
@@ -29,7 +29,7 @@ def listed(folder, text, name='train_list.txt'):
     return str(path)
 
 
-def test_list_paths_may_hold_blanks(tmp_path):
+def test_list_paths_may_contain_spaces(tmp_path):
     paths, labels = read_list(listed(tmp_path, 'a/b 1.jpg 0\na/c  d e.jpg 4\r\nlast\t2\n\n'), 5)
     assert list(paths) == ['a/b 1.jpg', 'a/c  d e.jpg', 'last'] and paths[-1] == 'last'
     assert labels.tolist() == [0, 4, 2] and labels.dtype == np.int64
@@ -39,11 +39,11 @@ def test_list_paths_may_hold_blanks(tmp_path):
     'a/ü 1.jpg 0\r\nb 4\r\n'.encode(),
     'a/ü 1.jpg\t0\rb\t4'.encode(),
     'a/ü 1.jpg 0\nb 4\n\n'.encode('utf-8-sig'),
-    'a/ü 1.jpg 0\n\ufeffb 4\n'.encode(),  # of two lists, joined
+    'a/ü 1.jpg 0\n\ufeffb 4\n'.encode(),  # two lists joined
     *(mark + 'a/ü 1.jpg 0\r\nb 4\r\n'.encode(name) for mark, name in (
         (codecs.BOM_UTF16_LE, 'utf-16-le'), (codecs.BOM_UTF16_BE, 'utf-16-be'))),
 ])
-def test_lists_of_other_systems(tmp_path, content):
+def test_lists_from_other_systems(tmp_path, content):
     paths, labels = read_list(listed(tmp_path, content), 5)
     assert list(paths) == ['a/ü 1.jpg', 'b'] and labels.tolist() == [0, 4]
 
@@ -51,7 +51,7 @@ def test_lists_of_other_systems(tmp_path, content):
 @pytest.mark.parametrize('there, expected', [
     (['a/b/1.jpg', 'c/2.jpg'], ['x.jpg', 'a/b/1.jpg', 'c/2.jpg']),
     ([], ['x.jpg', 'a/b/1.jpg', 'c/2.jpg']),
-    (['a\\b/1.jpg', 'c\\2.jpg'], ['x.jpg', 'a\\b/1.jpg', 'c\\2.jpg']),  # on Linux a name like others
+    (['a\\b/1.jpg', 'c\\2.jpg'], ['x.jpg', 'a\\b/1.jpg', 'c\\2.jpg']),  # a valid name on Linux
 ])
 def test_backslashes(tmp_path, monkeypatch, there, expected):
     for name in there:
@@ -61,13 +61,13 @@ def test_backslashes(tmp_path, monkeypatch, there, expected):
     monkeypatch.setattr(datasets.LOG, 'info', logged.append)
     path = listed(tmp_path, 'x.jpg 0\r\na\\b/1.jpg 1\r\nc\\2.jpg 2\r\n')
     assert list(read_list(path, 3)[0]) == expected
-    said = f"{path}: backslashes in its paths are read as slashes, for there is no file 'a\\\\b/1.jpg'"
-    assert logged == ([] if '\\' in expected[1] else [said])
+    line = f"{path}: backslashes in paths are read as slashes, because 'a\\\\b/1.jpg' does not exist"
+    assert logged == ([] if '\\' in expected[1] else [line])
 
 
-def test_utf16_without_its_mark_holds_no_backslashes(tmp_path, monkeypatch):
+def test_backslashes_stay_in_utf16_without_a_byte_order_mark(tmp_path, monkeypatch):
     monkeypatch.setattr(datasets.LOG, 'info', lambda line: pytest.fail(line))
-    with pytest.raises(UserError, match='train_list.txt:1: .* holds null characters'):
+    with pytest.raises(UserError, match='train_list.txt:1: .* contains null characters'):
         read_list(listed(tmp_path, 'a\\b.jpg 0\n'.encode('utf-16-le')), 5)
 
 
@@ -78,19 +78,19 @@ def test_utf16_without_its_mark_holds_no_backslashes(tmp_path, monkeypatch):
     ('a 0\nb -1\n', 'train_list.txt:2:'),
     ('a 0\nb 1.0\n', 'train_list.txt:2:'),
     ('a 0\nb 1_0\n', 'train_list.txt:2:'),
-    ('a 0\nb \u0663\n', 'train_list.txt:2:'),  # a digit, but not of ours
+    ('a 0\nb \u0663\n', 'train_list.txt:2:'),  # a digit, but not ASCII
     ('a 0\nb ' + '9' * 40, 'train_list.txt:2:'),
-    ('a 0\nb 5\nc 11\n', 'train_list.txt:2: label 5 is outside MODEL.NUM_CLASSES 5; 12 would fit'),
+    ('a 0\nb 5\nc 11\n', 'train_list.txt:2: label 5 is out of range for MODEL.NUM_CLASSES 5; this list needs 12'),
     ('', 'train_list.txt: the list is empty'),
-    ('a 1\nb 5\n', 'train_list.txt:2: labels are 1 to MODEL.NUM_CLASSES 5, but count from 0: subtract 1 from each'),
+    ('a 1\nb 5\n', 'train_list.txt:2: labels run from 1 to MODEL.NUM_CLASSES 5, but must count from 0: subtract 1'),
     (b'a\xff\xfe 0\n', r"train_list.txt:1: 'a.* 0' is not UTF-8 text; .*; python -m tools.check_dataset"),
-    ('a 0\n照片 1\n'.encode('gbk'), r'train_list.txt:2: .* is not UTF-8 text; save the list as UTF-8: .* iconv -f GBK'),
-    (b'a 0\n' + 'b 1\n'.encode('utf-16-le'), 'train_list.txt:2: .* holds null characters, perhaps UTF-16 text without'),
+    ('a 0\n照片 1\n'.encode('gbk'), r'train_list.txt:2: .* is not UTF-8 text; save the list as UTF-8 .*-f GBK'),
+    (b'a 0\n' + 'b 1\n'.encode('utf-16-le'), r'train_list.txt:2: .* contains null characters \(UTF-16 without'),
     (b'\xff\xfea\0 \x000', 'train_list.txt: is not valid UTF-16 from byte 6 on; save it as UTF-8'),
-    ('a 0\nC:\\photos\\b.jpg 1\n', 'train_list.txt:2: .* is on a drive of Windows; write paths relative to the list'),
-    ('a 0\nC:/photos/b.jpg 1\n', 'train_list.txt:2: .* is on a drive of Windows'),
-    ('a 0\nD:b.jpg 1\n', 'train_list.txt:2: .* is on a drive of Windows'),
-    ('a\\b 0\n\\\\nas\\photos\\b.jpg 1\n', 'train_list.txt:2: .* is on a drive of Windows'),
+    ('a 0\nC:\\photos\\b.jpg 1\n', 'train_list.txt:2: .* is on a Windows drive or share; write paths relative'),
+    ('a 0\nC:/photos/b.jpg 1\n', 'train_list.txt:2: .* is on a Windows drive'),
+    ('a 0\nD:b.jpg 1\n', 'train_list.txt:2: .* is on a Windows drive'),
+    ('a\\b 0\n\\\\nas\\photos\\b.jpg 1\n', 'train_list.txt:2: .* is on a Windows drive'),
 ])
 def test_list_errors_name_file_and_line(tmp_path, text, message):
     with pytest.raises(UserError, match=message):
@@ -98,8 +98,8 @@ def test_list_errors_name_file_and_line(tmp_path, text, message):
 
 
 @pytest.mark.parametrize('block', [1, 2, 1000])
-def test_a_list_is_read_as_its_lines_are(tmp_path, monkeypatch, block):
-    """Most of them many at a time; what a line holds does not depend on the others, nor on where a block ends."""
+def test_block_parsing_agrees_with_parse_line(tmp_path, monkeypatch, block):
+    """The result for a line does not depend on other lines or on where a block ends."""
     monkeypatch.setattr(datasets, 'BLOCK_LINES', block)
     monkeypatch.setattr(datasets, 'BLOCK_BYTES', block)
     lines = ['a/b.jpg 3', ' a 0', 'x\t12', 'x  7 ', '5 5', 'é 1', 'x\u3000 2', 'x\u30003', 'x\x0b4', '~ 0123', '\x7f 9',
@@ -116,7 +116,7 @@ def test_a_list_is_read_as_its_lines_are(tmp_path, monkeypatch, block):
 
 
 def test_a_list_takes_little_more_memory_than_its_file(tmp_path):
-    """A start and a label per line, and no strings, of which each data worker would get a copy of its own."""
+    """Only a start and a label per line, no strings: each data worker would copy those."""
     count = 200_000
     path = listed(tmp_path, ''.join(f'train/n01440764/n01440764_{number}.JPEG 0\n' for number in range(count)))
     tracemalloc.start()
@@ -148,7 +148,7 @@ def test_train_sampler():
     assert first == epoch(1)
     assert [i for b in epoch(2) for _, i in b] != flat
     assert [i for b in epoch(1, seed=1) for _, i in b] != flat
-    # two ranks share out what one with twice the batch sees
+    # two ranks split the images that one rank with twice the batch size has
     ranks = [epoch(1, rank=rank, world_size=2) for rank in (0, 1)]
     sampler = TrainSampler(23, 10, 0)
     assert [a + b for a, b in zip(*ranks)] == list(sampler)
@@ -164,7 +164,7 @@ def test_train_sampler_keeps_the_only_batch():
 
 
 @pytest.mark.parametrize('world_size', [1, 2, 3, 8])
-def test_eval_sampler_names_every_image_once(world_size):
+def test_eval_sampler_has_every_image_once(world_size):
     samplers = [EvalSampler(7, 2, rank, world_size) for rank in range(world_size)]
     batches = [batch for sampler in samplers for batch in sampler]
     assert sorted(index for batch in batches for _, index in batch) == list(range(7))
@@ -188,11 +188,11 @@ def jpegs(tmp_path_factory):
 
 
 @pytest.mark.parametrize('backend', ['pillow', 'fast'])
-def test_batches_depend_on_seed_epoch_and_rank_alone(config, jpegs, backend):
+def test_batches_depend_only_on_seed_epoch_and_rank(config, jpegs, backend):
     config.DATA.DATA_PATH = str(jpegs)
     config.DATA.IMAGE_BACKEND = backend
     config.DATA.BATCH_SIZE = 16
-    # workers first: a fork just when a thread that has used OpenCV ends can leave them one of its locks, taken
+    # workers first: a fork while a thread that has used OpenCV ends can leave them with one of its locks held
     with_workers = []
     for config.DATA.NUM_WORKERS in (1, 3):
         with_workers.append(digests(config, 1))
@@ -222,7 +222,7 @@ def test_backends_crop_and_flip_alike(config, jpegs, monkeypatch):
 
 
 def test_epochs_of_one_loader_differ(config, fashion):
-    """Workers follow the epoch of the sampler, not the one in which they started; and the crop, not only the order."""
+    """Order and crops change, and workers follow the sampler's epoch, not the one in which they started."""
     config.DATA.DATA_PATH = str(fashion)
     config.DATA.NUM_WORKERS = 2
     dataset = get_dataset(config)
@@ -272,7 +272,7 @@ def test_config_reaches_the_images(config, fashion):
         get_dataset(config)
 
 
-def test_more_classes_than_labels_are_said(config, fashion):
+def test_unused_classes_are_reported(config, fashion):
     config.DATA.DATA_PATH = str(fashion)
     line = describe_dataset(get_dataset(config), 10)
     assert line.endswith('train_list.txt: 60 images, labels 0 to 9, 16.7% of them in the largest class')
@@ -281,8 +281,8 @@ def test_more_classes_than_labels_are_said(config, fashion):
         f'{line}: 990 of MODEL.NUM_CLASSES 1000 unused; set MODEL.NUM_CLASSES 0 to take it from the data')
 
 
-def test_labels_that_start_at_1_are_said(config, tmp_path):
-    """Without class_names.txt any number of classes fits them."""
+def test_labels_that_start_at_1_are_reported(config, tmp_path):
+    """Without class_names.txt, the number of classes does not reveal them."""
     listed(tmp_path, 'a 1\nb 2\nc 3\nd 3\n')
     listed(tmp_path, 'a 1\n', 'val_list.txt')
     config.DATA.DATA_PATH, config.MODEL.NUM_CLASSES = str(tmp_path), 0
@@ -291,7 +291,7 @@ def test_labels_that_start_at_1_are_said(config, tmp_path):
         'if these start at 1, subtract 1 from each')
 
 
-def test_the_number_of_classes_is_that_of_the_data(config, tmp_path):
+def test_num_classes_0_counts_the_classes_of_the_data(config, tmp_path):
     config.DATA.DATA_PATH, config.MODEL.NUM_CLASSES = str(tmp_path), 0
     with pytest.raises(UserError, match='train_list.txt: cannot read the list'):
         count_classes(str(tmp_path))
@@ -302,23 +302,23 @@ def test_the_number_of_classes_is_that_of_the_data(config, tmp_path):
     (tmp_path / 'class_names.txt').write_bytes(b'\xef\xbb\xbfcat\r\ndog\r\nowl\r\nelk\r\n\r\n')
     assert count_classes(str(tmp_path)) == (4, str(tmp_path / 'class_names.txt'))
     (tmp_path / 'class_names.txt').write_text('cat\ndog\n')
-    fits = 'val_list.txt:1: label 2 is outside MODEL.NUM_CLASSES 2; 3 would fit this list'
-    with pytest.raises(UserError, match=f'{fits}, but {tmp_path}/class_names.txt has 2 names: add the others$'):
+    line = 'val_list.txt:1: label 2 is out of range for MODEL.NUM_CLASSES 2; this list needs 3'
+    with pytest.raises(UserError, match=f'{line}, but {tmp_path}/class_names.txt has 2 names: add the missing ones$'):
         get_dataset(config, False)
     (tmp_path / 'class_names.txt').write_text('cat\ndog\nowl\n')
     config.MODEL.NUM_CLASSES = 2
-    with pytest.raises(UserError, match=f'{fits}$'):
+    with pytest.raises(UserError, match=f'{line}$'):
         get_dataset(config, False)
     (tmp_path / 'class_names.txt').write_text('cat\n\nowl\n')
     with pytest.raises(UserError, match="class_names.txt:2: '' is no name"):
         count_classes(str(tmp_path))
 
 
-@pytest.mark.parametrize('length, batch, said', [
-    (60, 16, '12 of 60 training images, others in each epoch, are left out: they do not fill a batch of 16'),
+@pytest.mark.parametrize('length, batch, line', [
+    (60, 16, '12 of 60 training images, different ones each epoch, are dropped: they do not fill a batch of 16'),
     (60, 15, ''), (7, 16, ''),
 ])
-def test_images_that_an_epoch_leaves_out_are_said(length, batch, said):
+def test_dropped_images_are_reported(length, batch, line):
     sampler = TrainSampler(length, batch, seed=0)
-    assert sampler.describe_dropped() == said
-    assert sum(map(len, sampler)) == length - int(said.split()[0] if said else 0)
+    assert sampler.describe_dropped() == line
+    assert sum(map(len, sampler)) == length - int(line.split()[0] if line else 0)

@@ -1,4 +1,4 @@
-"""Files that are written whole or not at all, and what is refused because it is no regular file."""
+"""Writing files whole or not at all, and refusing paths that are not regular files."""
 import codecs
 import json
 import os
@@ -25,7 +25,7 @@ def test_a_file_is_replaced(tmp_path):
         assert path.read_text('utf-8') == text and os.listdir(tmp_path) == ['x']
 
 
-def test_an_error_leaves_the_file_as_it_was(tmp_path):
+def test_an_error_leaves_the_file_unchanged(tmp_path):
     path = tmp_path / 'x'
     path.write_text('as it was')
 
@@ -93,14 +93,14 @@ def test_a_full_disk_leaves_the_old_file(prepare, name, fashion, tmp_path):
 
 
 def test_a_full_disk_leaves_no_checked_list(fashion, tmp_path):
-    """tools.check_dataset replaces no list."""
+    """tools.check_dataset does not replace existing lists."""
     (tmp_path / 'val_list.txt.partial').symlink_to('/dev/full')
     line = fails('-m', 'tools.check_dataset', '-data_path', fashion, '-save', tmp_path)
     assert f'error: {tmp_path}/val_list.txt: cannot write (No space left on device)' in line
     assert os.listdir(tmp_path) == ['train_list.txt']
 
 
-def test_a_full_disk_leaves_the_lists_of_ablations(fashion, tmp_path):
+def test_a_full_disk_leaves_the_lists_of_ablations_unchanged(fashion, tmp_path):
     from tools import ablations
 
     command = ['-m', 'tools.ablations', '-data_path', fashion, '-output', tmp_path, '-train_images', '20', '-epochs',
@@ -115,7 +115,7 @@ def test_a_full_disk_leaves_the_lists_of_ablations(fashion, tmp_path):
 
 
 def make_irregular(kind, path):
-    """Put something there that is no regular file. Returns: what it is called."""
+    """Create something other than a regular file. Returns: its name in messages."""
     if kind == 'folder':
         path.mkdir()
         return 'a folder'
@@ -131,7 +131,7 @@ def make_irregular(kind, path):
     files.check_regular, read_lines, files.read_names, read_image, get_config, checkpoint.load,
     checkpoint.load_training, checkpoint.check_exists, lambda path: files.write_text(path, '')],
     ids=['check_regular', 'list', 'names', 'image', 'config', 'weights', 'checkpoint', 'check_exists', 'written'])
-def test_what_is_no_regular_file_is_refused(function, kind, tmp_path):
+def test_irregular_files_are_refused(function, kind, tmp_path):
     path = tmp_path / 'x'
     name = make_irregular(kind, path)
     with pytest.raises(UserError, match=f'^{re.escape(str(path))}: is {name}, not a regular file; give a file$'):
@@ -139,12 +139,12 @@ def test_what_is_no_regular_file_is_refused(function, kind, tmp_path):
     assert os.listdir(tmp_path) == ['x'] and not path.is_file()
 
 
-def test_the_key_that_names_a_folder_is_said(tmp_path):
+def test_errors_name_the_config_key_of_the_path(tmp_path):
     with pytest.raises(UserError, match='give a file, MODEL.PRETRAINED$'):
         checkpoint.check_exists(str(tmp_path), 'MODEL.PRETRAINED')
 
 
-def test_what_is_missing_is_no_such_case(tmp_path):
+def test_missing_files_are_not_irregular(tmp_path):
     files.check_regular(str(tmp_path / 'x'))
     (tmp_path / 'x').symlink_to('nowhere')
     files.check_regular(str(tmp_path / 'x'))
@@ -152,7 +152,7 @@ def test_what_is_missing_is_no_such_case(tmp_path):
 
 @pytest.mark.parametrize('kind', ['list', 'image', 'config', 'base', 'weights', 'checkpoint', 'teacher'])
 def test_programs_refuse_pipes(kind, fashion, tmp_path):
-    """In a line, and at once: nobody writes into them."""
+    """In one line and immediately, although nothing writes to them."""
     pipe = tmp_path / 'x'
     data = with_lists(fashion, tmp_path / 'data', val=[f'{pipe} 0'] if kind == 'image' else ['val 0'])
     if kind == 'list':
@@ -170,7 +170,7 @@ def test_programs_refuse_pipes(kind, fashion, tmp_path):
 
 
 def test_check_dataset_lists_pipes(fashion, tmp_path):
-    """With the other bad lines."""
+    """Together with other bad lines."""
     os.mkfifo(tmp_path / 'x')
     shutil.copy(fashion / (fashion / 'val_list.txt').read_text().split()[0], tmp_path / 'y')
     (tmp_path / 'val_list.txt').write_text('x 0\ny 0\n')
@@ -179,7 +179,7 @@ def test_check_dataset_lists_pipes(fashion, tmp_path):
                    'give a file', f'{tmp_path}/val_list.txt: 2 lines, 1 bad']
 
 
-def test_lists_are_made_without_paddle():
+def test_make_list_does_not_import_paddle():
     run('-c', 'import sys, tools.make_list; assert "paddle" not in sys.modules', fork=False)
 
 
@@ -187,7 +187,7 @@ def test_lists_are_made_without_paddle():
     '\ufeffMäuse, graue\r\n"b"\r\n\r\n'.encode(), 'Mäuse, graue\r"b"'.encode(),
     'Mäuse, graue\r\n"b"\r\n'.encode('utf-16'), codecs.BOM_UTF16_BE + 'Mäuse, graue\n"b"'.encode('utf-16-be'),
 ])
-def test_names_of_any_system(content, tmp_path):
+def test_names_from_any_system(content, tmp_path):
     (tmp_path / 'names.txt').write_bytes(content)
     assert files.read_names(str(tmp_path / 'names.txt')) == ('Mäuse, graue', '"b"')
 
@@ -199,7 +199,7 @@ def test_names_of_any_system(content, tmp_path):
     ('Mäuse\nb'.encode('latin-1'), 'names.txt: cannot be read .*; save it as UTF-8'),
     (b'\xff\xfea\0\n', 'names.txt: is not valid UTF-16 from byte 4 on; save it as UTF-8'),
 ])
-def test_what_are_no_names_is_named(content, message, tmp_path):
+def test_invalid_names_are_refused(content, message, tmp_path):
     (tmp_path / 'names.txt').write_bytes(content)
     with pytest.raises(UserError, match=message):
         files.read_names(str(tmp_path / 'names.txt'))

@@ -1,4 +1,4 @@
-"""The folder of a run: names, what stays of checkpoints and records, its run.json."""
+"""The folder of a run: its name, pruning of checkpoints, and run.json."""
 import hashlib
 import json
 import os
@@ -10,7 +10,7 @@ from runtime import folder
 from utils import UserError, program_name
 
 
-def test_runs_that_start_together_have_folders_of_their_own(tmp_path):
+def test_runs_that_start_together_get_separate_folders(tmp_path):
     folders = [folder._new_folder(str(tmp_path / 'run')) for _ in range(3)]
     assert folders == [str(tmp_path / name) for name in ('run', 'run-2', 'run-3')]
 
@@ -25,7 +25,7 @@ def test_prune(tmp_path):
     assert sorted(os.listdir(tmp_path)) == [f'{name}.pdparams' for name in kept]
 
 
-def test_an_evaluation_has_files_of_its_own_in_the_folder_of_a_training(tmp_path):
+def test_an_evaluation_has_its_own_files_in_a_training_folder(tmp_path):
     assert folder.path_beside(str(tmp_path), 'run.json', True) == str(tmp_path / 'run.json')
     (tmp_path / 'config.yaml').write_text('DATA: {}\nEVAL: true\n')  # an evaluation's
     assert folder.path_beside(str(tmp_path), 'run.json', True) == str(tmp_path / 'run.json')
@@ -58,8 +58,8 @@ def test_every_start_is_recorded(tmp_path, error, status, line):
     assert (second['command'], second['status'], second['error']) == ('second', status, line) and second['end']
 
 
-def test_runs_at_once_keep_their_records(tmp_path, monkeypatch):
-    """Of the same command, in the same second."""
+def test_concurrent_runs_keep_their_records(tmp_path, monkeypatch):
+    """Even with the same command in the same second."""
     path = tmp_path / 'run.json'
     monkeypatch.setattr(folder, '_now', lambda: 'now')
     monkeypatch.setattr(os, 'getpid', iter([7, 8]).__next__)
@@ -74,7 +74,7 @@ def test_runs_at_once_keep_their_records(tmp_path, monkeypatch):
     assert statuses() == [(7, 'finished'), (8, 'failed')]
 
 
-def test_a_full_disk_does_not_hide_why_a_run_has_ended(tmp_path):
+def test_a_full_disk_does_not_hide_why_a_run_ended(tmp_path):
     path = tmp_path / 'run.json'
     with pytest.raises(UserError, match='^the mistake$'), folder.recorded(str(path), {}):
         (tmp_path / 'run.json.partial').symlink_to('/dev/full')
@@ -86,7 +86,7 @@ def test_a_full_disk_does_not_hide_why_a_run_has_ended(tmp_path):
 
 
 @pytest.mark.parametrize('text', ['', '{}', '[{]'])
-def test_a_record_that_somebody_has_broken_is_not_replaced(tmp_path, text):
+def test_a_broken_record_is_not_replaced(tmp_path, text):
     path = tmp_path / 'run.json'
     path.write_text(text)
     with pytest.raises(UserError, match='run.json: is no JSON list of the starts of a run; fix it, or move it away'), \
@@ -101,7 +101,7 @@ def test_revision_of_a_clone(tmp_path, monkeypatch):
                               capture_output=True, text=True).stdout.strip()
     assert folder.find_revision(str(tmp_path)) is None
     git('init')
-    assert folder.find_revision(str(tmp_path)) is None  # nothing is committed
+    assert folder.find_revision(str(tmp_path)) is None  # no commit yet
     (tmp_path / 'run.py').write_text('one')
     git('add', 'run.py')
     git('commit', '-m', 'one')
@@ -109,7 +109,7 @@ def test_revision_of_a_clone(tmp_path, monkeypatch):
     (tmp_path / 'photos').mkdir()
     (tmp_path / 'photos/1.jpg').write_text('not tracked')
     assert folder.find_revision(str(tmp_path)) == {'revision': revision, 'clean': True}
-    assert folder.find_revision(str(tmp_path / 'photos')) is None  # a folder in somebody's clone
+    assert folder.find_revision(str(tmp_path / 'photos')) is None  # a folder inside an unrelated clone
     monkeypatch.setenv('GIT_DIR', str(tmp_path / 'nowhere'))  # as in a hook of another repository
     assert folder.find_revision(str(tmp_path)) == {'revision': revision, 'clean': True}
     monkeypatch.delenv('GIT_DIR')
@@ -119,7 +119,7 @@ def test_revision_of_a_clone(tmp_path, monkeypatch):
     assert folder.find_revision(str(tmp_path)) is None
 
 
-def test_what_is_known_at_the_start(tmp_path, monkeypatch):
+def test_describe_start(tmp_path, monkeypatch):
     (tmp_path / 'list.txt').write_text('a 0\n')
     monkeypatch.setattr('sys.argv', ['main.py', '-data_path', 'a b'])
     start = folder.describe_start([str(tmp_path / 'list.txt')])

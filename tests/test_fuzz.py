@@ -1,6 +1,6 @@
-"""Mistakes that people make in YAML files and on command lines, drawn at random, several at once.
+"""Random mistakes, several at once, of the kinds that people make in YAML files and on command lines.
 
-Whatever comes runs, or is refused in one line; a case is drawn from its number alone.
+Each case must run or be refused in one line. A case depends only on its number.
 """
 import datetime
 import itertools
@@ -23,7 +23,7 @@ from utils import UserError
 
 PATHS = sorted((ROOT / 'configs').glob('*.yaml'))
 SECTIONS = sorted(SETTINGS.sections)
-# values of a wrong type for most keys, or of a right one in disguise
+# values with the wrong type for most keys, or with the right type in disguise
 WRONG = [None, True, False, 1, 2.5, float('nan'), float('inf'), '', '7', '1e-4', 'x', 'None', '[1, 2]', [], [1],
          [0.5, 0.1], [1] * 5, [2.0] * 5, [[1]] * 5, [None], {}, {'A': 1}, [{}], [{'EPOCH': 1}],
          datetime.date(2022, 1, 1)]
@@ -34,7 +34,7 @@ def is_one_line(error):
 
 
 def likely(key, rng):
-    """A value for a key that is often a good one, alone."""
+    """Draw a value for a key that is often valid by itself."""
     known, default = KEYS[key], KEYS[key].default
     if known.choices:
         return rng.choice(known.choices)
@@ -57,14 +57,14 @@ def likely(key, rng):
 
 
 def outside(key, rng):
-    """A number that is just below or above the bounds of a key, or has the wrong sign; in a list, the last one."""
+    """Draw a number just outside the bounds of a key or with the wrong sign; for a list, as its last entry."""
     known, value = KEYS[key], likely(key, rng)
     number = rng.choice([0, -1, -0.5, known.low - 1, known.low - 1e-3, known.high + 1, known.high + 1e-3])
     return [*value[:-1], number] if isinstance(value, list) else number
 
 
 def node_of(tree, key):
-    """The mapping that holds a dotted key, made where it is missing, and the last part of the key."""
+    """Return the mapping that contains a dotted key, created if missing, and the last part of the key."""
     *parents, leaf = key.split('.')
     for parent in parents:
         if not isinstance(tree.get(parent), dict):
@@ -125,7 +125,7 @@ def mutate_text(text, rng):
 
 
 def mutated(number):
-    """(path of a config, the text of a mutation of it)."""
+    """Return (path of a config, text of a mutation of it)."""
     rng = random.Random(number)
     path = rng.choice(PATHS)
     tree = yaml.safe_load(path.read_text())
@@ -135,7 +135,7 @@ def mutated(number):
     return path, mutate_text(text, rng) if rng.random() < 0.15 else text
 
 
-# what a test cannot pay, by time and memory alone: larger values than these have passed every check when they are cut
+# limits that keep the tests fast and small; larger values are cut only after they have passed every check
 LARGEST = {'MODEL.NUM_CLASSES': 1000, 'MODEL.NUM_BLOCKS': 2, 'MODEL.CHANNELS': 16, 'MODEL.EXPANSIONS': 4.0,
            'MODEL.NUM_BRANCHES': 4, 'DATA.BATCH_SIZE': 8, 'DATA.BATCH_SIZE_EVAL': 8, 'DATA.IMAGE_SIZE': 64,
            'TRAIN.CURRICULUM.IMAGE_SIZE': 64, 'DATA.NUM_WORKERS': 0, 'TRAIN.RAND_AUGMENT_LAYERS': 10,
@@ -151,7 +151,7 @@ def cut(key, value):
 
 
 def two_steps(config):
-    """Do with a config what `run.run` does, but for its folder: two optimizer steps, then an evaluation."""
+    """Run two optimizer steps and an evaluation with a config, as `run.run` does, but without a folder."""
     config = resolve_config(config)
     config = with_values(config, {'DATA.CROP_PCT': max(config.DATA.CROP_PCT, 0.1), **{
         key: cut(key, value) for key, value in leaves(config) if key.rpartition('.')[0] and key in LARGEST
@@ -173,7 +173,7 @@ def two_steps(config):
 
 
 def test_mutations_of_the_yaml_files(fashion, long, tmp_path):
-    """Each trains two steps on a narrow network, or is refused in a line that names a key or the place in the file."""
+    """Each trains a narrow network for two steps, or is refused in a line that names a key or a place in the file."""
     lines = {split: (fashion / f'{split}_list.txt').read_text().splitlines() for split in ('train', 'val')}
     data = with_lists(fashion, tmp_path / 'data', train=lines['train'][:8], val=lines['val'][:4])
     own = {**dict(zip(NARROW[::2], NARROW[1::2])), 'DATA.DATA_PATH': str(data), 'DATA.BATCH_SIZE': 4,
@@ -204,7 +204,7 @@ def test_mutations_of_the_yaml_files(fashion, long, tmp_path):
 
 
 def flag_cases(count):
-    """Command lines: flags and -opts with values that may be meant for others, and what is no flag at all."""
+    """Yield command lines: flags and -opts, some with values meant for other keys, and arguments that are not flags."""
     rng = random.Random(0)
     values = ['', '0', '-1', '1e-4', '1e999', 'nan', 'x', 'auto', '[1,2', '-', '--', '-x', '-opts', '\udce9', 'None',
               '{[]: 1}', '~', str(ROOT), '[1, 1, 1, 1, 1]', 'True']
@@ -242,8 +242,8 @@ def test_mutations_of_the_command_line(long, capfd):
     assert min(map(outcomes.count, ('config', 'UserError', 'usage'))) >= len(outcomes) / 20
 
 
-def test_values_of_other_types(long, tmp_path):
-    """Anything that YAML holds, anywhere in a file, leads to a config or to an error of one line."""
+def test_values_with_random_types(long, tmp_path):
+    """Any YAML value anywhere in a file gives a config or a one-line error."""
     path = tmp_path / 'x.yaml'
     scalars = st.one_of(st.booleans(), st.integers(-1000, 1000), st.floats(), st.dates(), st.sampled_from(WRONG))
     values = st.recursive(scalars, lambda inner: st.one_of(

@@ -1,4 +1,4 @@
-"""Every kind of image file that is converted or refused, and the readers of lists and images on random bytes."""
+"""All kinds of image files that are converted or refused; reading lists and images from random bytes."""
 import io
 import math
 import os
@@ -24,7 +24,7 @@ from images import InMemory, describe_backend, find_backend, find_images, is_ima
 from transforms import EvalTransform, TrainTransform
 from utils import UserError
 
-# as datasets.py asks, but pytest does not keep
+# images.py sets this filter, but pytest resets it
 pytestmark = pytest.mark.filterwarnings('ignore:::PIL')
 
 RAMP = np.arange(65536, dtype='uint16').reshape(256, 256)
@@ -39,10 +39,10 @@ def test_which_files_are_images(name, expected):
     assert is_image(name) is expected
 
 
-def test_what_pillow_writes_and_is_an_image_is_read(tmp_path):
+def test_images_that_pillow_writes_are_read(tmp_path):
     image, read = Image.effect_mandelbrot((64, 64), (-2, -2, 2, 2), 50), set()
     for extension, kind in Image.registered_extensions().items():
-        if is_image(f'x{extension}') and kind in Image.SAVE and kind != 'ICNS':  # of icons the largest is the image
+        if is_image(f'x{extension}') and kind in Image.SAVE and kind != 'ICNS':  # its largest icon is the image
             mode = {'BLP': 'P', 'MSP': '1', 'XBM': '1'}.get(kind, 'RGB')
             image.convert(mode).save(tmp_path / f'x{extension}')
             assert read_image(str(tmp_path / f'x{extension}')).size == (64, 64), extension
@@ -50,8 +50,8 @@ def test_what_pillow_writes_and_is_an_image_is_read(tmp_path):
     assert read >= {'BMP', 'GIF', 'JPEG', 'MPO', 'PCX', 'PNG', 'PPM', 'SGI', 'TGA', 'TIFF'}
 
 
-def test_images_of_a_folder(tmp_path):
-    """At any depth, each once; the others by the reason."""
+def test_find_images(tmp_path):
+    """At any depth, each once, with the reasons for other files."""
     root = tmp_path / 'root'
     for name in ('a/1.jpg', 'a/deep/er/2.ppm', 'b/3.TIF', '.Trash-0/x.jpg', 'a/.ipynb_checkpoints/1.jpg',
                  'a/@eaDir/1.jpg/thumb.jpg', '__MACOSX/a/x.jpg', 'a/._1.jpg', 'a/Thumbs.db', 'b/note.txt', 'b/README',
@@ -74,20 +74,20 @@ def test_images_of_a_folder(tmp_path):
                      'b/outside/5.gif', 'd/4.png']
     assert len(listed) == 9 and listed >= {str(root / 'd/4.png'), str(tmp_path / 'apart/7.gif')}
     assert left_out == {
-        "hidden, or the system's": ['.Trash-0', '__MACOSX', 'a/._1.jpg', 'a/.ipynb_checkpoints', 'a/@eaDir',
-                                    'a/Thumbs.db'],
-        '.txt files, which Pillow does not read': ['b/note.txt'],
-        '.yaml files, which Pillow does not read': ['d/config.yaml'],
+        'hidden or system files and folders': ['.Trash-0', '__MACOSX', 'a/._1.jpg', 'a/.ipynb_checkpoints', 'a/@eaDir',
+                                               'a/Thumbs.db'],
+        '.txt files, which Pillow cannot read': ['b/note.txt'],
+        '.yaml files, which Pillow cannot read': ['d/config.yaml'],
         'files without an extension': ['b/README'],
         'folders of runs or reports': ['b/run', 'c/run', 'report'],
         'folders already searched': ['b/0', 'b/outside/sub'],
         'images already listed under another path': ['0.jpg', 'a/0.png', 'b/7.gif', 'b/8.jpg', 'b/file.png'],
-        'links that lead nowhere, pipes, devices': ['b/gone', 'b/loop.jpg', 'b/pipe.jpg'],
+        'broken links, pipes, devices': ['b/gone', 'b/loop.jpg', 'b/pipe.jpg'],
         'links to a parent folder': ['a/deep/up', 'a/self']}
 
 
 def png(width, height, depth, color, pixels=b''):
-    """A PNG file by hand. color: 0 grey, 2 RGB; pixels: rows in big-endian, each after a byte of 0."""
+    """Build a PNG file by hand. color: 0 gray, 2 RGB, 4 gray and alpha; pixels: big-endian rows, each after a 0."""
     def chunk(name, data):
         return struct.pack('>I', len(data)) + name + data + struct.pack('>I', zlib.crc32(name + data))
     header = struct.pack('>IIBBBBB', width, height, depth, color, 0, 0, 0)
@@ -95,9 +95,9 @@ def png(width, height, depth, color, pixels=b''):
 
 
 def tiff(array, order, sample_format=1, samples=1, packed=None):
-    """A grey TIFF file by hand, uncompressed. order: '<' or '>'; sample_format: 1 unsigned, 3 floating-point.
+    """Build an uncompressed gray TIFF file by hand. order: '<' or '>'; sample_format: 1 unsigned, 2 signed, 3 float.
 
-    packed: (bits per pixel, the pixels) in place of those of the array.
+    packed: (bits per pixel, bytes) to use instead of the array's own.
     """
     bits, data = packed or (8 * array.itemsize, array.astype(array.dtype.newbyteorder(order)).tobytes())
     height, width = array.shape
@@ -127,11 +127,11 @@ def stored(folder, content, name='photo'):
 
 
 def region_reader(backend):
-    """As `read_image`, by the regions that training asks for."""
+    """Return a function like `read_image` that reads regions, as training does."""
     def read(path, exif_transpose=False, bit_depth=0):
         source = open_image(path, exif_transpose, bit_depth, find_backend(backend))
         width, height = source.size
-        side = math.lcm(width, height)  # the nearest pixels of it repeat each pixel
+        side = math.lcm(width, height)  # so that nearest repeats each pixel equally often
         pixels = source.region((0, 0, width, height), side, Image.Resampling.NEAREST)
         return Image.fromarray(pixels[::side // height, ::side // width])
     return read
@@ -139,7 +139,7 @@ def region_reader(backend):
 
 @pytest.fixture(params=['evaluation', 'pillow', 'fast'])
 def read(request):
-    """What reads an image, whole, in evaluation and in training."""
+    """A function that reads a whole image: as in evaluation, or as in training with either backend."""
     return read_image if request.param == 'evaluation' else region_reader(request.param)
 
 
@@ -161,8 +161,8 @@ COLORS = np.random.default_rng(0).integers(0, 256, (30, 40, 3), dtype='uint8')
     encoded(Image.fromarray(COLORS).convert('RGBA'), 'PNG'),
     encoded(Image.new('L', (1, 1), 9), 'PNG'),
     with_palette(3),
-], ids=['rgb', 'grey', 'cmyk', 'two colours', 'grey and alpha', 'rgb and alpha', 'one pixel', 'palette'])
-def test_eight_bits_are_converted_as_pillow_does(content, tmp_path, read):
+], ids=['rgb', 'gray', 'cmyk', 'two colors', 'gray and alpha', 'rgb and alpha', 'one pixel', 'palette'])
+def test_8_bit_images_are_converted_as_by_pillow(content, tmp_path, read):
     with Image.open(io.BytesIO(content)) as image:
         expected = image.convert('RGB')
     image = read(stored(tmp_path, content))
@@ -181,7 +181,7 @@ def test_transparency_is_dropped(tmp_path, read):
     tiff(RAMP, '<'), tiff(RAMP, '>'),
 ], ids=['png', 'rgb png', 'pgm', 'tiff', 'big-endian tiff'])
 @pytest.mark.parametrize('bit_depth', [0, 16])
-def test_sixteen_bits_are_scaled(content, bit_depth, tmp_path, read):
+def test_16_bit_images_are_scaled(content, bit_depth, tmp_path, read):
     pixels = np.asarray(read(stored(tmp_path, content), bit_depth=bit_depth))
     np.testing.assert_array_equal(pixels, np.repeat(RAMP[:, :, None] >> 8, 3, axis=2))
 
@@ -192,7 +192,7 @@ def gray_png(array):
 
 
 def twelve_bit_tiff(array):
-    """Two pixels of 12 bits in three bytes."""
+    """Two 12-bit pixels in three bytes."""
     first, second = array.reshape(-1, 2).astype('uint16').T
     packed = np.stack([first >> 4, (first & 15) << 4 | second >> 8, second & 255], axis=1).astype('uint8')
     return tiff(array, '<', packed=(12, packed.tobytes()))
@@ -206,8 +206,8 @@ def values(depth):
 @pytest.mark.parametrize('content', [
     twelve_bit_tiff(values(12)), b'P5 64 64 4095\n' + values(12).astype('>u2').tobytes(),
     b'P2 64 64 4095\n' + ' '.join(map(str, values(12).ravel())).encode(),
-], ids=['tiff', 'pgm', 'pgm of text'])
-def test_twelve_bits_that_a_file_declares_are_scaled(content, tmp_path, read):
+], ids=['tiff', 'pgm', 'text pgm'])
+def test_declared_12_bit_images_are_scaled(content, tmp_path, read):
     pixels = np.asarray(read(stored(tmp_path, content)))
     np.testing.assert_array_equal(pixels, np.repeat(values(12)[:, :, None] >> 4, 3, axis=2))
 
@@ -225,7 +225,7 @@ def test_bit_depth_scales_gray_pixels(encode, depth, tmp_path, read):
 
 @pytest.mark.parametrize('depth', range(1, 8))
 def test_bit_depths_below_eight_reach_white(depth, tmp_path, read):
-    """One bit is the range of floating-point images from 0 to 1."""
+    """A depth of 1 is for floating-point images with a range from 0 to 1."""
     array = np.array([[0, 0.5, 1]], 'float32') * (2 ** depth - 1)
     path = stored(tmp_path, tiff(array, '<', 3))
     assert np.asarray(read(path, bit_depth=depth))[0, :, 0].tolist() == [0, 127, 255]
@@ -233,29 +233,28 @@ def test_bit_depths_below_eight_reach_white(depth, tmp_path, read):
     assert np.asarray(read(path, bit_depth=depth))[0, :, 0].tolist() == [0, 255]
 
 
-def test_bit_depth_is_for_more_than_eight_bits(tmp_path, read):
+def test_bit_depth_does_not_change_8_bit_images(tmp_path, read):
     for content in (JPEG, with_palette(3), encoded(Image.fromarray(COLORS).convert('1'), 'PNG')):
         path = stored(tmp_path, content)
         assert read(path, bit_depth=12).tobytes() == read(path).tobytes()
 
 
 @pytest.mark.parametrize('content, message', [
-    (gray_png(np.array([[0, 4096]])), r'pixels from 0 to 4096, but 12 bits \(DATA.BIT_DEPTH\) are 0 to 4095'),
-    (tiff(np.array([[-1, 9]], 'int16'), '<', 2), r'pixels from -1 to 9, but 12 bits \(DATA.BIT_DEPTH\) are 0 to 4095'),
+    (gray_png(np.array([[0, 4096]])), r'pixels from 0 to 4096, but 12 bits \(DATA.BIT_DEPTH\) allow 0 to 4095'),
+    (tiff(np.array([[-1, 9]], 'int16'), '<', 2), r'pixels from -1 to 9, but 12 bits \(DATA.BIT_DEPTH\) allow 0 to'),
     (tiff(np.array([[0, 4095.5]], 'float32'), '<', 3), r'pixels from 0 to 4095.5, but 12 bits'),
     (tiff(np.array([[0, np.inf]], 'float32'), '<', 3), r'pixels from 0 to inf, but 12 bits'),
-    (tiff(np.array([[0, np.nan]], 'float32'), '<', 3), 'pixels that are not numbers'),
-    (png(1, 1, 16, 2, bytes(7)), 'color of 16 bits, of which only the upper 8 can be read: DATA.BIT_DEPTH 12 cannot'),
-    (png(1, 1, 16, 4, bytes(5)), 'color of 16 bits'),
+    (tiff(np.array([[0, np.nan]], 'float32'), '<', 3), 'NaN pixels'),
+    (png(1, 1, 16, 2, bytes(7)), '16-bit color, of which Pillow reads only the upper 8 bits: DATA.BIT_DEPTH 12 cannot'),
+    (png(1, 1, 16, 4, bytes(5)), '16-bit color'),
 ], ids=['above', 'below', 'float', 'infinite', 'nan', 'color', 'transparency'])
-def test_what_is_not_of_the_bit_depth_is_named(content, message, tmp_path, read):
+def test_images_that_do_not_fit_the_bit_depth_are_refused(content, message, tmp_path, read):
     path = stored(tmp_path, content)
     with pytest.raises(UserError, match=rf'^{re.escape(path)}: cannot read the image \({message}'):
         read(path, bit_depth=12)
 
 
-def test_a_data_set_has_a_bit_depth(config, tmp_path, backend):
-    """In training and evaluation alike."""
+def test_bit_depth_applies_to_training_and_evaluation(config, tmp_path, backend):
     stored(tmp_path, gray_png(values(12)), 'x')
     for split in ('train', 'val'):
         (tmp_path / f'{split}_list.txt').write_text('x 0\n')
@@ -275,7 +274,7 @@ def test_a_data_set_has_a_bit_depth(config, tmp_path, backend):
     (twelve_bit_tiff(values(12)), None), (encoded(Image.fromarray(COLORS), 'JPEG'), None),
     (tiff(RAMP.astype('uint32'), '<'), None), (tiff(np.ones((2, 3), 'float32'), '<', 3), None),
 ], ids=['png', 'tiff', 'rgb png', 'transparency', '12 bits', 'jpeg', '32 bits', 'float'])
-def test_the_range_of_images_of_sixteen_bits(content, expected, tmp_path):
+def test_range_of_16_bit_images(content, expected, tmp_path):
     assert read_range(stored(tmp_path, content)) == expected
 
 
@@ -285,21 +284,21 @@ PNG = encoded(Image.fromarray(COLORS), 'PNG')
 
 @pytest.mark.parametrize('content, message', [
     (None, r'No such file or directory\); fix the file, or leave it out'),
-    (b'', 'no image in a format that Pillow knows'),
-    (b'%!PS-Adobe-3.0 EPSF-3.0\n%%BoundingBox: 0 0 9 9\n%%EndComments\nshowpage\n', 'EPS, a program'),
-    (b'not an image', 'no image in a format that Pillow knows'),
+    (b'', 'not an image in a format that Pillow reads'),
+    (b'%!PS-Adobe-3.0 EPSF-3.0\n%%BoundingBox: 0 0 9 9\n%%EndComments\nshowpage\n', 'EPS is a program'),
+    (b'not an image', 'not an image in a format that Pillow reads'),
     (JPEG[:len(JPEG) // 2], 'image file is truncated'),
     (JPEG[:300], ''),
     (PNG[:len(PNG) // 2], 'image file is truncated'),
     (PNG[:8] + JPEG, ''),
-    (tiff(np.array([[0, 65535]], 'uint32'), '<'), '32-bit pixels from 0 to 65535, whose range is not known without '
+    (tiff(np.array([[0, 65535]], 'uint32'), '<'), '32-bit pixels from 0 to 65535, whose range is unknown without '
                                                   'DATA.BIT_DEPTH'),
-    (tiff(np.array([[0.25, 1]], 'float32'), '<', 3), 'floating-point pixels from 0.25 to 1, whose range is not known'),
-    (tiff(np.array([[-1, 9]], 'int16'), '<', 2), r'pixels from -1 to 9, but 16 bits \(as the file declares\) are 0 to'),
+    (tiff(np.array([[0.25, 1]], 'float32'), '<', 3), 'floating-point pixels from 0.25 to 1, whose range is unknown'),
+    (tiff(np.array([[-1, 9]], 'int16'), '<', 2), r'pixels from -1 to 9, but 16 bits \(declared by the file\) allow 0'),
     (png(20000, 20000, 8, 2), r'Image size \(400000000 pixels\) exceeds limit of 178956970 pixels.*; scale it down$'),
 ], ids=['missing', 'empty', 'eps', 'text', 'cut jpeg', 'header', 'cut png', 'two formats', '32 bits', 'float', 'signed',
         'bomb'])
-def test_what_cannot_be_read_is_named(content, message, tmp_path, read):
+def test_errors_name_unreadable_images(content, message, tmp_path, read):
     path = str(tmp_path / 'photo')
     if content is not None:
         stored(tmp_path, content)
@@ -310,9 +309,9 @@ def test_what_cannot_be_read_is_named(content, message, tmp_path, read):
 
 @pytest.mark.parametrize('error, message', [
     (EOFError, 'EOFError); fix the file, or leave it out'),
-    (MemoryError, 'memory does not suffice); scale it down'),
+    (MemoryError, 'not enough memory); scale it down'),
 ])
-def test_an_error_without_a_message_has_a_reason(monkeypatch, tmp_path, error, message, read):
+def test_exceptions_without_a_message_get_a_reason(monkeypatch, tmp_path, error, message, read):
     def fail(path):
         raise error
     path = stored(tmp_path, encoded(Image.fromarray(COLORS), 'PNG'))
@@ -326,7 +325,7 @@ def test_an_error_without_a_message_has_a_reason(monkeypatch, tmp_path, error, m
 @pytest.mark.parametrize('content', [b'', JPEG[:len(JPEG) // 2], png(20000, 20000, 8, 2)],
                          ids=['empty', 'cut', 'bomb'])
 def test_the_loader_names_a_bad_image(content, reader, workers, config, tmp_path):
-    """No batch without it, and none with another in its place."""
+    """It neither skips nor replaces it."""
     write_images(tmp_path / 'x', 3)
     stored(tmp_path, content, 'x/photo 1.jpg')
     is_train = reader != 'evaluation'
@@ -341,7 +340,7 @@ def test_the_loader_names_a_bad_image(content, reader, workers, config, tmp_path
 @pytest.mark.parametrize('kind', ['JPEG', 'PNG', 'WEBP', 'TIFF'])
 @pytest.mark.parametrize('orientation', range(1, 9))
 def test_exif_orientation(kind, orientation, config, tmp_path, backend):
-    """Off leaves the pixels as they are stored; but Pillow itself turns TIFF images, as their format says."""
+    """False leaves pixels as stored, except that Pillow itself rotates TIFF images, as their format specifies."""
     pixels = np.zeros((40, 60, 3), 'uint8')
     pixels[:20, :30] = 255  # the upper left quarter
     exif = Image.Exif()
@@ -359,7 +358,7 @@ def test_exif_orientation(kind, orientation, config, tmp_path, backend):
         config.DATA.EXIF_TRANSPOSE = on
         config.DATA.INTERPOLATION = 'bicubic'
         np.testing.assert_array_equal(get_dataset(config, False)[0][0], EvalTransform(32, 1.0, 'bicubic')(image))
-        config.DATA.INTERPOLATION = 'nearest'  # which is the same before a turn and after it, and by either backend
+        config.DATA.INTERPOLATION = 'nearest'  # the same before and after a rotation, and on both backends
         (tmp_path / 'train_list.txt').write_text('x 0\n')
         rng = np.random.default_rng([config.SEED, 1, 0])
         np.testing.assert_array_equal(get_dataset(config)[1, 0][0],
@@ -370,7 +369,7 @@ def test_exif_orientation(kind, orientation, config, tmp_path, backend):
                                   b'MM\0*\0\0\0\x08\0\x01\x01\x12\xff\xff\0\0\0\x01\0\x06\0\0\0\0\0\0',
                                   b'MM\0*\0\0\0\x08\0\x01\x01\x12\0\x03\0\0\0\x01\0\x63\0\0\0\0\0\0'])
 def test_broken_exif_data(exif, tmp_path, read):
-    """An image, as it is stored, or an error that names the file."""
+    """The image is returned as stored, or an error names the file."""
     path = stored(tmp_path, encoded(Image.fromarray(COLORS), 'PNG', exif=b'Exif\0\0' + exif))
     assert read(path).tobytes() == COLORS.tobytes()
     try:
@@ -380,7 +379,7 @@ def test_broken_exif_data(exif, tmp_path, read):
 
 
 def photo(width, height, **options):
-    """A JPEG file whose red grows from left to right, and whose green from top to bottom."""
+    """Encode a JPEG image in which red increases from left to right and green from top to bottom."""
     pixels = np.zeros((height, width, 3), 'uint8')
     pixels[:, :, 0] = np.linspace(0, 255, width)
     pixels[:, :, 1] = np.linspace(0, 255, height)[:, None]
@@ -388,9 +387,9 @@ def photo(width, height, **options):
 
 
 @pytest.mark.parametrize('orientation', range(1, 9))
-@pytest.mark.parametrize('side', [25, 50, 100, 150, 300])  # scaled by 8, 8, 4, 2 and 1
-def test_scaled_decoding_keeps_the_place(side, orientation, tmp_path, backend):
-    """To a fraction of a pixel: half of a scaled one would be four of the image, two levels here."""
+@pytest.mark.parametrize('side', [25, 50, 100, 150, 300])  # decoded at scales of 8, 8, 4, 2 and 1
+def test_scaled_decoding_keeps_the_position(side, orientation, tmp_path, backend):
+    """To a fraction of a pixel: a shift by half a pixel at a scale of 8 is four pixels, two levels here."""
     exif = Image.Exif()
     exif[0x0112] = orientation
     path = stored(tmp_path, photo(517, 513, exif=exif))
@@ -403,8 +402,8 @@ def test_scaled_decoding_keeps_the_place(side, orientation, tmp_path, backend):
         np.testing.assert_array_equal(mirrored, out[:, ::-1])
 
 
-def test_how_far_a_region_is_scaled(tmp_path, monkeypatch):
-    """Never below the side; and not by nearest, which takes pixels as they are."""
+def test_decoding_scale_of_regions(tmp_path, monkeypatch):
+    """Never below the side, and not at all for nearest, which must not average pixels."""
     asked = []
     draft = JpegImageFile.draft
     monkeypatch.setattr(JpegImageFile, 'draft', lambda self, mode, size: asked.append(draft(self, mode, size)))
@@ -419,8 +418,8 @@ def test_how_far_a_region_is_scaled(tmp_path, monkeypatch):
 
 
 @pytest.mark.parametrize('name, largest', [('nearest', 0), ('bilinear', 1.7), ('bicubic', 1.7), ('lanczos', 0)])
-@pytest.mark.parametrize('side', [90, 110, 130, 300])  # of crops with sides of 127 to 178 pixels: shrunk and enlarged
-def test_the_fast_filters_are_close_to_pillows(name, largest, side, tmp_path):
+@pytest.mark.parametrize('side', [90, 110, 130, 300])  # crops have sides of 127 to 178 pixels: shrunk and enlarged
+def test_fast_filters_are_close_to_pillow(name, largest, side, tmp_path):
     path = stored(tmp_path, encoded(Image.fromarray(COLORS).resize((240, 180), Image.Resampling.BICUBIC), 'JPEG'))
     for seed in range(5):
         expected, out = (TrainTransform(side, (0.5, 0.7), name)(image, np.random.default_rng(seed)).astype(int)
@@ -429,7 +428,7 @@ def test_the_fast_filters_are_close_to_pillows(name, largest, side, tmp_path):
 
 
 def jpeg_reads(monkeypatch):
-    """A list that grows by every file that simplejpeg is asked to decode."""
+    """Return a list that gets an entry for every file that simplejpeg decodes."""
     calls = []
     decode = simplejpeg.decode_jpeg
     monkeypatch.setattr(simplejpeg, 'decode_jpeg', lambda *args, **options: calls.append(1) or decode(*args, **options))
@@ -439,7 +438,7 @@ def jpeg_reads(monkeypatch):
 @pytest.mark.parametrize('mode, kind, count', [
     ('RGB', 'JPEG', 1), ('L', 'JPEG', 1), ('CMYK', 'JPEG', 0), ('RGB', 'PNG', 0)])
 def test_which_files_the_fast_backend_reads(mode, kind, count, config, tmp_path, monkeypatch):
-    """And only for training."""
+    """RGB and gray JPEG files, only for training."""
     stored(tmp_path, encoded(Image.fromarray(COLORS).convert(mode), kind), 'x')
     for split in ('train', 'val'):
         (tmp_path / f'{split}_list.txt').write_text('x 0\n')
@@ -454,8 +453,8 @@ def test_which_files_the_fast_backend_reads(mode, kind, count, config, tmp_path,
         assert len(calls) == expected
 
 
-def test_what_simplejpeg_refuses_is_pillows_to_read(tmp_path):
-    """Bytes between segments, on which libjpeg remarks."""
+def test_pillow_reads_what_simplejpeg_refuses(tmp_path):
+    """Bytes between segments make libjpeg warn."""
     path = stored(tmp_path, JPEG[:20] + b'\xff\0' + JPEG[20:])
     with pytest.raises(ValueError, match='extraneous bytes'):
         simplejpeg.decode_jpeg(pathlib.Path(path).read_bytes())
@@ -467,17 +466,17 @@ def test_images_need_neither_paddle_nor_opencv():
 
 
 @pytest.mark.parametrize('missing', ['simplejpeg', 'cv2'])
-def test_backends_that_are_not_installed(missing, monkeypatch):
+def test_missing_backends(missing, monkeypatch):
     assert describe_backend('auto').endswith('auto: JPEG files for training are read by simplejpeg and OpenCV')
     monkeypatch.setitem(sys.modules, missing, None)
     assert not find_backend('auto') and not find_backend('pillow')
-    assert describe_backend('auto').endswith('by Pillow; pip install -r requirements-fast.txt is faster')
+    assert describe_backend('auto').endswith('by Pillow; for speed, pip install -r requirements-fast.txt')
     with pytest.raises(UserError, match="^DATA.IMAGE_BACKEND is 'fast', but simplejpeg or OpenCV is missing .*; pip "
                                         'install -r requirements-fast.txt, or set it to auto$'):
         find_backend('fast')
 
 
-# prints what became of each file, then by how much the peak of the memory rose, in MiB
+# prints the mode and size of each image or its error, then the growth of peak memory in MiB
 READ = '''
 import resource, sys
 from runtime.program import prepare_runtime
@@ -510,7 +509,7 @@ print(peak() - before)
 '''
 
 
-def test_large_and_long_images_take_no_gigabytes(tmp_path, backend):
+def test_large_and_elongated_images_do_not_exhaust_memory(tmp_path, backend):
     paths = [stored(tmp_path, png(20000, 20000, 8, 2), 'bomb')]
     for kind in ('PNG', 'JPEG'):
         for size in ((10000, 1), (1, 10000), (1, 1)):
@@ -520,12 +519,12 @@ def test_large_and_long_images_take_no_gigabytes(tmp_path, backend):
     assert lines[1:7] == 2 * ['RGB 10000 1', 'RGB 1 10000', 'RGB 1 1'] and int(lines[7]) < 100
 
 
-def test_pillow_writes_nothing_on_the_console(tmp_path, caplog):
-    """What it remarks on images, in warnings and in its log."""
+def test_pillow_writes_nothing_to_the_console(tmp_path, caplog):
+    """Neither warnings nor log lines on images."""
     exif = b'Exif\0\0MM\0*\xff\xff\xff\xff'
     paths = [stored(tmp_path, content, name) for name, content in (
         ('palette', with_palette(bytes([0, 128, 255] * 4))),
-        ('large', encoded(Image.new('RGB', (300, 300)), 'PNG')),  # above the limit, but not twice
+        ('large', encoded(Image.new('RGB', (300, 300)), 'PNG')),  # above the limit, but less than twice
         ('exif', encoded(Image.new('RGB', (9, 9)), 'PNG', exif=exif)))]
     process = run('-c', READ, 'auto', 60000, *paths)
     assert process.stdout.splitlines()[:3] == ['RGB 4 3', 'RGB 300 300', 'RGB 9 9'] and process.stderr == ''
@@ -537,8 +536,8 @@ def test_pillow_writes_nothing_on_the_console(tmp_path, caplog):
 @pytest.mark.parametrize('size', [(900, 90), (90, 900), (513, 257), (300, 200)])
 @pytest.mark.parametrize('crop_pct', [0.875, 1.0])
 @pytest.mark.parametrize('name', ['nearest', 'bilinear', 'bicubic', 'lanczos'])
-def test_a_resized_crop_is_the_crop_of_the_resized(size, crop_pct, name, monkeypatch):
-    """What evaluation does to long images, on others: the same but for roundings."""
+def test_resizing_only_the_crop_gives_the_same_pixels(size, crop_pct, name, monkeypatch):
+    """The path for elongated images, applied to others: the same up to rounding."""
     small = Image.fromarray(COLORS[:9, :13])
     image, transform = small.resize(size, Image.Resampling.BICUBIC), EvalTransform(224, crop_pct, name)
     expected = transform(image).astype(int)
@@ -548,7 +547,7 @@ def test_a_resized_crop_is_the_crop_of_the_resized(size, crop_pct, name, monkeyp
 
 
 def test_which_images_are_resized_whole():
-    """Up to 100 : 1, as ever; beyond, the same part of the image."""
+    """Those up to 100 : 1; beyond, the crop shows the same part of the image."""
     strip = Image.fromarray(COLORS[:, :7]).resize((20, 2000), Image.Resampling.BICUBIC)
     transform = EvalTransform(224, 0.875, 'bicubic')
     whole = np.asarray(strip.resize((256, 25600), Image.Resampling.BICUBIC).crop((16, 12688, 240, 12912)))
@@ -594,7 +593,7 @@ def test_any_list_is_read_or_refused(long, tmp_path):
         assert len(paths) == len(labels) and not ''.join(lines[len(paths):]).strip()
         for name, label, line in zip(paths, labels.tolist(), lines):
             assert name and name == name.rstrip() and line.startswith(name)
-            # a blank, and the label
+            # whitespace, then the label
             rest = line[len(name):]
             assert rest != rest.lstrip() and re.fullmatch('[0-9]+', rest.strip()) and int(rest.strip()) == label < 5
 
@@ -609,7 +608,7 @@ SEEDS += [with_palette(bytes([0, 128, 255] * 4)), png(2, 1, 16, 0, bytes(5)), pn
 
 @st.composite
 def mutated_images(draw):
-    """A small image file of which bytes are changed, put in, left out, and the end cut off."""
+    """A small image file with bytes changed, inserted and removed, and the end cut off."""
     content = bytearray(draw(st.sampled_from(SEEDS)))
     for position, change in draw(st.lists(st.tuples(st.integers(0, len(content)), st.binary(max_size=4)), max_size=5)):
         content[position:position + draw(st.integers(0, 4))] = change
@@ -617,7 +616,7 @@ def mutated_images(draw):
 
 
 def pixels_or_refused(path, open_function, *args):
-    """Pixels of an image that a function opens, spread over it; None where the file is refused."""
+    """Return a grid of pixels of the image that a function opens; None if it refuses the file."""
     try:
         image = open_function(path, *args)
         return image.region((0, 0, *image.size), 8, Image.Resampling.NEAREST).tolist()
@@ -627,7 +626,7 @@ def pixels_or_refused(path, open_function, *args):
 
 
 def test_any_image_is_read_or_refused(long, tmp_path, capfd):
-    """In training, by either backend, as in evaluation."""
+    """Training with either backend agrees with evaluation."""
     path = str(tmp_path / 'photo')
     outcomes = set()
 
@@ -641,7 +640,7 @@ def test_any_image_is_read_or_refused(long, tmp_path, capfd):
             for fast in (False, True):
                 assert pixels_or_refused(path, open_image, exif_transpose, bit_depth, fast) == expected
             outcomes.add('read' if expected else 'refused')
-        # Pillow's own, which are not shown
+        # only Pillow's own warnings, which are not shown
         assert {os.path.basename(os.path.dirname(warning.filename)) for warning in seen} <= {'PIL'}
 
     check()

@@ -1,4 +1,4 @@
-"""Conversion of PyTorch's checkpoints: every tensor once, whatever they are wrapped in, and the errors."""
+"""Conversion of PyTorch checkpoints: each tensor used once, wrapped or prefixed state dicts, errors."""
 import hashlib
 import importlib.util
 import json
@@ -24,18 +24,18 @@ PADDLE = json.loads((HERE / 'paddle_keys.json').read_text())
 
 
 def numbered(shapes):
-    """Arrays of these shapes, each filled with a number of its own."""
+    """Arrays of these shapes, each filled with its own number."""
     return {name: np.full(shape, number, 'float32') for number, (name, shape) in enumerate(shapes.items(), 1)}
 
 
 def renamed(arrays, layout):
-    """A network's own arrays as PyTorch names and keeps them."""
+    """Rename and transpose the arrays of a Paddle network as PyTorch stores them."""
     return {LAYOUTS[layout](name): value.T if name == 'fc.weight' else value for name, value in arrays.items()}
 
 
 @pytest.fixture
 def arrays(config):
-    """Those of a narrow network, unfused."""
+    """The arrays of a narrow, unfused network."""
     return {name: tensor.numpy() for name, tensor in build_mobileone(config).state_dict().items()}
 
 
@@ -50,7 +50,7 @@ def test_every_tensor_is_used_once(variant, kind, layout):
     expected = [value.flat[0] for name, value in tensors.items() if not name.endswith('num_batches_tracked')]
     assert sorted(used) == sorted(expected)
     assert is_fused(converted) == (kind == 'fused')
-    # the same network under the other names is the same
+    # converting the same network from either layout gives the same arrays
     for other in LAYOUTS:
         assert_same(convert_state_dict(renamed(converted, other), variant_config(variant)), converted)
 
@@ -68,7 +68,7 @@ def test_every_tensor_is_used_once(variant, kind, layout):
     ('stages.4.0.dw_se.reduce.weight', 'stage4.0.se.reduce.weight', 'stages.3.0.attn.fc1.weight'),
     ('stages.3.9.pw_se.expand.bias', 'stage3.19.se.expand.bias', 'stages.2.19.attn.fc2.bias'),
     ('fc.weight', 'linear.weight', 'head.fc.weight')])
-def test_names(own, official, timm):
+def test_names_in_each_layout(own, official, timm):
     assert (LAYOUTS['official'](own), LAYOUTS['timm'](own)) == (official, timm)
     kinds = ('unfused', 'fused')
     assert any(own in PADDLE['s4'][kind] or own in PADDLE['s0'][kind] for kind in kinds)
@@ -76,7 +76,7 @@ def test_names(own, official, timm):
         assert any(name in KEYS[layout][variant][kind] for kind in kinds for variant in ('s0', 's4'))
 
 
-def test_classifier_is_transposed_and_nothing_else_moves():
+def test_only_the_classifier_is_transposed():
     official = official_weights.state_dict('s1')
     converted = convert_state_dict(official, variant_config('s1'))
     np.testing.assert_array_equal(converted['fc.weight'], official['linear.weight'].T)
@@ -90,12 +90,12 @@ def test_errors_name_the_tensors():
     name = 'stage2.3.rbr_conv.0.bn.running_mean'
     with pytest.raises(UserError, match=f'missing {name}'):
         convert_state_dict({key: value for key, value in official.items() if key != name}, config)
-    for extra in ('stage9.0.x', 'stage1.0.rbr_skip.num_batches_tracked'):  # the second has no batch norm
+    for extra in ('stage9.0.x', 'stage1.0.rbr_skip.num_batches_tracked'):  # the second belongs to no batch norm
         with pytest.raises(UserError, match=f'unexpected {extra}'):
             convert_state_dict({**official, extra: np.zeros(3)}, config)
     with pytest.raises(UserError, match=rf'{name} is \[3\], not \[192\]'):
         convert_state_dict({**official, name: np.zeros(3)}, config)
-    with pytest.raises(UserError, match=r'official names, unfused, a classifier of \[1000, 1280\]\) .*'
+    with pytest.raises(UserError, match=r'official names, unfused, classifier \[1000, 1280\]\) .*'
                                         'more; give the -cfg'):
         convert_state_dict(official, variant_config('s0'))
     config.MODEL.NUM_CLASSES = 10
@@ -104,8 +104,8 @@ def test_errors_name_the_tensors():
 
 
 @pytest.mark.parametrize('layout', LAYOUTS)
-def test_other_networks_convert(config, layout):
-    """The names follow from the config, not from the five variants."""
+def test_custom_networks_are_converted(config, layout):
+    """Names follow from the config, not from the five variants."""
     config.MODEL.NUM_BLOCKS = [1, 2, 1, 3, 2]
     arrays = {name: tensor.numpy() for name, tensor in build_mobileone(config).state_dict().items()}
     tensors = renamed(arrays, layout)
@@ -117,41 +117,40 @@ def test_other_networks_convert(config, layout):
 @pytest.mark.parametrize('prefix', ['module.', 'backbone.', 'model.stage0.'])
 def test_a_network_in_a_larger_one(arrays, config, prefix, layout):
     tensors = {prefix + name: value for name, value in renamed(arrays, layout).items()}
-    assert find_layout(tensors).description == (
-        f"{layout} names, unfused, under the prefix '{prefix}', a classifier of [10, 8]")
+    assert find_layout(tensors).description == f"{layout} names, unfused, prefix '{prefix}', classifier [10, 8]"
     tensors.update({'n_averaged': np.array(3), 'neck.conv.weight': np.broadcast_to(np.float32(0), [2 ** 20] * 2)})
-    assert find_layout(tensors).description.endswith('a classifier of [10, 8], other tensors left out: 2')
+    assert find_layout(tensors).description.endswith('classifier [10, 8], other tensors ignored: 2')
     assert_same(convert_state_dict(tensors, config), arrays)
     with pytest.raises(UserError, match='unexpected stem2.weight'):
         convert_state_dict({**tensors, f'{prefix}stem2.weight': np.zeros(3, 'float32')}, config)
     for name in CLASSIFIER:
         del tensors[prefix + LAYOUTS[layout](name)]
-    with pytest.raises(UserError, match=f'prefix .{prefix}., no classifier, other tensors left out: 2.*: add '
+    with pytest.raises(UserError, match=f'prefix .{prefix}., no classifier, other tensors ignored: 2.*: add '
                                         f'{prefix}{LAYOUTS[layout]("fc.weight")} and'):
         convert_state_dict(tensors, config)
 
 
-def test_what_is_no_mobileone_or_several(arrays, config):
+def test_checkpoints_with_no_mobileone_or_several(arrays, config):
     with pytest.raises(UserError, match='no MobileOne .*but conv1.weight; layer1.0.bn1.weight; give'):
         find_layout(dict.fromkeys(('conv1.weight', 'layer1.0.bn1.weight'), np.zeros(3)))
     with pytest.raises(UserError, match='no MobileOne .*but nothing; give'):
         find_layout({})
     with pytest.raises(UserError, match='no MobileOne .*but stages.0.0.dw_1x1.conv.weight; '):
         find_layout(arrays)
-    with pytest.raises(UserError, match='no MobileOne'):  # a name that only ends alike
+    with pytest.raises(UserError, match='no MobileOne'):  # a name with only the same ending
         find_layout({f'old{name}': value for name, value in renamed(arrays, 'official').items()})
     tensors = {f'{layout}.{name}': value for layout in LAYOUTS for name, value in renamed(arrays, layout).items()}
-    with pytest.raises(UserError, match='holds 2 MobileOnes: official names, .*; timm names, .*; save one of them'):
+    with pytest.raises(UserError, match='contains 2 MobileOnes: official names, .*; timm names, .*; save only one'):
         convert_state_dict(tensors, config)
 
 
 def bfloat16(array):
-    """The bits of the array's numbers, cut to bfloat16."""
+    """The bits of an array's numbers, truncated to bfloat16."""
     return (np.ascontiguousarray(array, 'float32').view('uint32') >> 16).astype('uint16')
 
 
 def test_other_types_become_float32(arrays, config):
-    arrays = {name: np.round(value * 4) for name, value in arrays.items()}  # numbers that all types have
+    arrays = {name: np.round(value * 4) for name, value in arrays.items()}  # exact in all types
     tensors = renamed(arrays, 'timm')
     for convert in (bfloat16, lambda value: value.astype('float16'), lambda value: value.astype('float64')):
         assert_same(convert_state_dict({name: convert(value) for name, value in tensors.items()}, config), arrays)
@@ -161,7 +160,7 @@ def test_other_types_become_float32(arrays, config):
 
 @pytest.mark.parametrize('dtype', ['float32', 'float16', 'uint16'])
 def test_expanded_tensors_take_no_memory(arrays, config, dtype):
-    """A few bytes that say they are terabytes."""
+    """A few bytes that claim to be terabytes."""
     tensors = renamed(arrays, 'official')
     huge = np.broadcast_to(np.zeros(1, dtype), [2 ** 21, 2 ** 21])
     with pytest.raises(UserError, match=r'linear.weight is \[2097152, 2097152\], not \[10, 8\]'):
@@ -170,8 +169,8 @@ def test_expanded_tensors_take_no_memory(arrays, config, dtype):
     assert converted['fc.weight'].flags.c_contiguous and not converted['fc.weight'].any()
 
 
-# a stand-in for PyTorch, which the tests do not install: it checks how the file, a pickle of arrays, is read. uint16
-# are the bits of bfloat16; bool is a type that NumPy lacks
+# a stand-in for PyTorch, which the tests do not install: it checks how a file, here a pickle of arrays, is read. uint16
+# arrays are bfloat16, and bool plays a type that NumPy lacks
 FAKE_TORCH = '''
 import contextlib, os, pickle, types
 import numpy
@@ -205,7 +204,7 @@ def load(path, map_location, weights_only):
 
 @pytest.fixture
 def env(tmp_path):
-    """An environment in which PyTorch is the stand-in."""
+    """An environment that imports the stand-in as torch."""
     (tmp_path / 'fake').mkdir()
     (tmp_path / 'fake/torch.py').write_text(FAKE_TORCH)
     return {'PYTHONPATH': str(tmp_path / 'fake')}
@@ -213,7 +212,7 @@ def env(tmp_path):
 
 @pytest.fixture
 def convert(tmp_path, env):
-    """convert(state, call) -> what call, `run` or `fails`, returns for the conversion of a file of S1's tensors."""
+    """convert(state, call) -> the result of call (`run` or `fails`) for converting a file of S1's tensors."""
     def convert(state, call):
         (tmp_path / 'in.pth').write_bytes(pickle.dumps(state))
         return call('load_pytorch_weights.py', tmp_path / 'in.pth', tmp_path / 'out.pdparams', '-cfg',
@@ -227,8 +226,8 @@ def test_command_line(tmp_path, env):
     out = run('load_pytorch_weights.py', '-cfg', cfg, source, target, env=env).stdout
     assert '(unfused)' in out and 's0.pdparams' in out
     assert f'{source}: SHA-256 {hashlib.sha256(source.read_bytes()).hexdigest()}' in out
-    assert f'{source}: official names, unfused, a classifier of [1000, 1024]\n' in out
-    assert 'PyTorch is 2.5.1, in which a file can run code' in fails(
+    assert f'{source}: official names, unfused, classifier [1000, 1024]\n' in out
+    assert 'in PyTorch 2.5.1, a file can run code' in fails(
         'load_pytorch_weights.py', '-cfg', cfg, source, target, env={**env, 'FAKE_TORCH_VERSION': '2.5.1'})
     loaded, _ = load_weights(str(target))
     expected = convert_state_dict(official_weights.state_dict('s0'), variant_config('s0'))
@@ -238,9 +237,9 @@ def test_command_line(tmp_path, env):
     assert f'{tmp_path}: is a folder, not a regular file' in fails(
         'load_pytorch_weights.py', '-cfg', cfg, tmp_path, target, env=env)
     assert 'no such checkpoint' in fails('load_pytorch_weights.py', '-cfg', cfg, tmp_path / 'x', target, env=env)
-    assert '-cfg is needed' in fails('load_pytorch_weights.py', source, target, env=env)
+    assert '-cfg is required' in fails('load_pytorch_weights.py', source, target, env=env)
     source.write_bytes(b'broken')
-    assert 'is the input too' in fails('load_pytorch_weights.py', '-cfg', cfg, source, source, env=env)
+    assert 'is also the input' in fails('load_pytorch_weights.py', '-cfg', cfg, source, source, env=env)
     assert 'not a PyTorch state dict' in fails('load_pytorch_weights.py', '-cfg', cfg, source, target, env=env)
     source.write_bytes(pickle.dumps(official_weights.state_dict('s0')))
     (tmp_path / 'two.yaml').write_text('MODEL:\n  NUM_BLOCKS: [2, 1, 1, 1, 1]\n')
@@ -248,7 +247,7 @@ def test_command_line(tmp_path, env):
 
 
 def test_wrapped_state_dicts(convert, tmp_path):
-    """The innermost one is taken, of an average before the weights, whatever lies beside it."""
+    """The innermost one is used, averaged weights first, regardless of what is next to it."""
     state = {name: value.astype('float16') for name, value in numbered(KEYS['timm']['s1']['fused']).items()}
     half = {name: bfloat16(value) for name, value in state.items()}
     other = {name: value + 1 for name, value in state.items()}
@@ -256,8 +255,8 @@ def test_wrapped_state_dicts(convert, tmp_path):
     expected = convert_state_dict(state, variant_config('s1'))
     for wrapped, place in (
             ({'state_dict': state, 'epoch': 3, 'arch': 'mobileone_s1', 'optimizer': {'state': {}}}, 'in state_dict: '),
-            ({'model': averaged, 'model_ema': {}, 'state_dict_ema': None}, 'in model: timm names, fused, under the '
-                                                                         "prefix 'module.'"),
+            ({'model': averaged, 'model_ema': {}, 'state_dict_ema': None},
+             "in model: timm names, fused, prefix 'module.'"),
             ({'model': {'state_dict': half}}, 'in model.state_dict: '),
             ({'model': other, 'model_ema': averaged}, 'in model_ema: '),
             ({'state_dict': other, 'state_dict_ema': state}, 'in state_dict_ema: ')):
@@ -265,13 +264,13 @@ def test_wrapped_state_dicts(convert, tmp_path):
         assert_same(load_weights(str(tmp_path / 'out.pdparams'))[0], expected)
 
 
-def test_what_holds_no_network(convert):
+def test_checkpoints_without_a_network(convert):
     for state, line in (({'state_dict': {}, 'epoch': 3}, "no dictionary of tensors, .* but dict .'state_dict', 'ep"),
                         ([1, 2], 'no dictionary of tensors, .* but list'),
                         (np.zeros(2), 'no dictionary of tensors, .* but Tensor'),
                         ({'a\nb': np.zeros(2)}, 'not a PyTorch state dict'),
                         ({'head.fc.weight': np.zeros(2, 'bool')}, 'head.fc.weight is a tensor of bool .torch.strided.'),
-                        ({'model': {'fc.weight': np.zeros(2)}}, 'holds no MobileOne .* but fc.weight; give')):
+                        ({'model': {'fc.weight': np.zeros(2)}}, 'contains no MobileOne .* but fc.weight; give')):
         assert re.search(line, convert(state, fails))
     itself = {}
     itself['model'] = itself
@@ -280,7 +279,7 @@ def test_what_holds_no_network(convert):
 
 @pytest.mark.parametrize('type_', ['float32', 'bfloat16'])
 def test_other_widths_and_classes_by_opts(tmp_path, arrays, type_):
-    """From a .safetensors, which needs no PyTorch, to another."""
+    """From one .safetensors file to another, which needs no PyTorch."""
     arrays = {name: np.round(value * 4) for name, value in arrays.items()}
     tensors = {f'model.{name}': np.ascontiguousarray(value) for name, value in renamed(arrays, 'timm').items()}
     tensors['model.stem.conv_kxk.0.bn.num_batches_tracked'] = np.array(5)
@@ -294,8 +293,8 @@ def test_other_widths_and_classes_by_opts(tmp_path, arrays, type_):
     (tmp_path / 'torch.py').write_text('raise ImportError("none here")')
     command = ['load_pytorch_weights.py', source, target, '-cfg', ROOT / 'configs/mobileone_s0.yaml', '-opts', *NARROW]
     out = run(*command, 'MODEL.NUM_CLASSES', '10', env={'PYTHONPATH': str(tmp_path)}).stdout
-    assert f"{source}: timm names, unfused, under the prefix 'model.', a classifier of [10, 8]" in out
-    loaded, _ = load_weights(str(target))  # such a file has an order of its own
+    assert f"{source}: timm names, unfused, prefix 'model.', classifier [10, 8]" in out
+    loaded, _ = load_weights(str(target))  # safetensors sorts the tensors its own way
     assert_same(dict(sorted(loaded.items())), dict(sorted(arrays.items())))
     assert 'head.fc.weight is [10, 8], not [1000, 8]' in fails(*command)
     assert 'MODEL.NUM_CLASSES is 0, ' in fails(*command, 'MODEL.NUM_CLASSES', '0')
@@ -309,10 +308,10 @@ def test_without_pytorch(tmp_path):
 
 
 @pytest.mark.skipif(importlib.util.find_spec('torch') is None,
-                    reason='PyTorch is no requirement; the stand-in above covers the rest')
-def test_real_pytorch_file(tmp_path):
-    """An average in bfloat16, with gradients, under a prefix and beside what timm keeps there."""
-    # in a process of its own: PyTorch and Paddle do not go well together in one
+                    reason='PyTorch is not required; the stand-in above covers the rest')
+def test_real_pytorch_files(tmp_path):
+    """Averaged bfloat16 weights with gradients, under a prefix, next to the arguments that timm stores."""
+    # in its own process: PyTorch and Paddle conflict within one
     run('-c', f"""
 import argparse, sys, torch, numpy as np
 sys.path.insert(0, {str(HERE)!r})
@@ -334,7 +333,7 @@ torch.save(state, {str(tmp_path / 'sparse.pth')!r})
     run('load_pytorch_weights.py', '-cfg', cfg, tmp_path / 's0.pth.tar', target)
     assert_same(load_weights(str(target))[0], expected)
     out = run('load_pytorch_weights.py', '-cfg', cfg, tmp_path / 's0.pth', target).stdout
-    assert "in state_dict_ema: official names, unfused, under the prefix 'module.', a classifier of" in out
+    assert "in state_dict_ema: official names, unfused, prefix 'module.', classifier" in out
     for name, value in load_weights(str(target))[0].items():
         np.testing.assert_allclose(value, expected[name], rtol=2 ** -8)
     assert 'linear.weight is [2097152, 2097152], not' in fails(

@@ -1,4 +1,4 @@
-"""Data workers: which signals they answer, and how they end."""
+"""The loader and its data workers: batches, errors, signals, memory, waiting, and how workers end."""
 import contextlib
 import gc
 import multiprocessing
@@ -24,8 +24,8 @@ from runtime.workers import PREFETCH, default_workers
 from utils import LOG, UserError
 
 
-def test_a_worker_never_answers_a_signal_that_stops_a_run(config, fashion, monkeypatch):
-    """Nor before it ignores them: they are blocked while it is made."""
+def test_workers_ignore_stop_signals(config, fashion, monkeypatch):
+    """The signals are blocked until a new worker ignores them."""
     start = runtime.workers._start_worker
 
     def checked(parent):
@@ -43,7 +43,7 @@ def test_a_worker_never_answers_a_signal_that_stops_a_run(config, fashion, monke
 
 
 def test_other_processes_are_left_alone_at_the_end(tmp_path):
-    """Those that another part of the program has made, and multiprocessing ends."""
+    """Those started by other parts of the program, which multiprocessing ends."""
     code = f"""
 import multiprocessing, pathlib, signal, time
 import datasets
@@ -61,7 +61,7 @@ ready.wait()"""
 
 
 class Images(Dataset):
-    """A thousand images, each of which takes some seconds."""
+    """A thousand images that each take some seconds to read."""
 
     def __init__(self, seconds, side=2):
         super().__init__()
@@ -87,7 +87,7 @@ class Batches(list):
         return max(map(len, self))
 
 
-def test_busy_workers_end_at_once():
+def test_busy_workers_end_immediately():
     loader = Loader(Images(1), Batches([[index] for index in range(3)] + [list(range(100))] * 20), num_workers=3)
     with contextlib.closing(iter(loader)) as batches:
         next(batches)
@@ -96,7 +96,7 @@ def test_busy_workers_end_at_once():
     assert time.monotonic() - began < 3 and multiprocessing.active_children() == []
 
 
-def test_workers_that_have_hardly_started_end_at_once(monkeypatch):
+def test_starting_workers_end_immediately(monkeypatch):
     start = runtime.workers._start_worker
 
     def late(parent):
@@ -112,8 +112,8 @@ def test_workers_that_have_hardly_started_end_at_once(monkeypatch):
 
 
 @pytest.mark.parametrize('workers', [0, 1, 3])
-def test_batches_are_those_of_the_sampler_whoever_keeps_them(workers):
-    """In its order, of any length, and not overwritten by later ones that take turns in the same memory."""
+def test_batches_match_the_sampler_even_if_kept(workers):
+    """In order, with any length, and not overwritten by later batches that reuse shared memory."""
     batches = Batches(list(range(start, start + 1 + start % 5)) for start in range(0, 60, 3))
     loader = Loader(Images(0), batches, workers)
     for _ in range(2):
@@ -124,8 +124,8 @@ def test_batches_are_those_of_the_sampler_whoever_keeps_them(workers):
             assert (images.numpy() == labels.numpy()[:, None, None, None]).all()
 
 
-def test_large_batches_are_handed_over():
-    """Their lists of items and labels are larger than what a connection holds."""
+def test_large_batches():
+    """Their lists of items and labels exceed the buffer of a connection."""
     loader = Loader(Images(0, 1), Batches([[index % 1000 for index in range(50000)]] * 3), 1)
     assert [len(labels) for _, labels in loader] == [50000] * 3
 
@@ -137,7 +137,7 @@ def test_batches_that_do_not_fit_into_memory():
 
 
 class Faulty(Images):
-    """One of its images fails."""
+    """Reading one of its images fails."""
 
     def __getitem__(self, index):
         if index == 7:
@@ -150,7 +150,7 @@ class Faulty(Images):
     (UserError('image 7: is bad'), 'image 7: is bad'),
     (KeyError('x'), "(?s)while reading item 7:\nTraceback.*KeyError: 'x'"),
 ])
-def test_an_error_comes_after_the_batches_before_it(workers, error, message):
+def test_errors_come_after_earlier_batches(workers, error, message):
     dataset = Faulty(0)
     dataset.error = error
     batches, read = iter(Loader(dataset, Batches([index] for index in range(20)), workers)), []
@@ -161,7 +161,7 @@ def test_an_error_comes_after_the_batches_before_it(workers, error, message):
 
 
 class Knot:
-    """Garbage that has to be collected, and that no data worker may end: see `_without_collection`."""
+    """A reference cycle that data workers must not collect: see `_without_collection`."""
 
     def __init__(self, pid):
         self.pid = pid
@@ -180,7 +180,7 @@ class Collecting(Images):
         return super().__getitem__(index)
 
 
-def test_workers_leave_garbage_of_their_parent_alone(monkeypatch):
+def test_workers_do_not_collect_garbage_of_their_parent(monkeypatch):
     after_fork = multiprocessing.process.BaseProcess._after_fork
     monkeypatch.setattr(multiprocessing.process.BaseProcess, '_after_fork',
                         staticmethod(lambda: gc.isenabled() and gc.collect() or after_fork()))
@@ -201,7 +201,7 @@ def test_a_worker_without_work_may_end():
 
 @pytest.mark.parametrize('workers', [0, 1])
 def test_loading_and_steps_overlap(workers):
-    """A step that takes 1.2 times as long as loading its batch hardly waits."""
+    """Steps that take 1.2 times as long as loading a batch hardly wait."""
     loader = Loader(Images(0.02), Batches([list(range(8))] * 15), workers)
     batches = iter(loader)
     next(batches)
@@ -212,7 +212,7 @@ def test_loading_and_steps_overlap(workers):
 
 
 def shared_by_workers():
-    """Bytes that a data worker has mapped of memory that processes share without a file."""
+    """Return the bytes of anonymous shared memory that a data worker has mapped."""
     worker = multiprocessing.active_children()[0]
     with open(f'/proc/{worker.pid}/maps', encoding='utf-8') as file:
         spans = [line.split()[0].split('-') for line in file if '/dev/zero (deleted)' in line]
@@ -220,8 +220,8 @@ def shared_by_workers():
 
 
 @pytest.mark.parametrize('workers', [1, 3])
-def test_the_memory_of_workers_is_bounded(workers):
-    """However many batches there are, and however fast they are read."""
+def test_shared_memory_of_workers_is_bounded(workers):
+    """Regardless of the number of batches and how fast they are read."""
     loader = Loader(Images(0, 512), Batches([list(range(16))] * 100), workers)
     with contextlib.closing(iter(loader)) as batches:
         next(batches)
@@ -235,10 +235,10 @@ def can_mount():
                           capture_output=True).returncode == 0 if shutil.which('unshare') else False
 
 
-@pytest.mark.skipif(not can_mount(), reason='needs the right to mount')
+@pytest.mark.skipif(not can_mount(), reason='needs permission to mount')
 @pytest.mark.parametrize('count', [1, 2])
-def test_a_small_dev_shm_suffices(fashion, tmp_path, count):
-    """Of a container, for example, whose default is 64 MB: here 1 MB, and images of 147 KiB."""
+def test_a_small_dev_shm_is_enough(fashion, tmp_path, count):
+    """1 MB for images of 147 KiB; a container has 64 MB by default."""
     command = [sys.executable, 'main_multi_gpu.py', '-nproc', count, '-output', tmp_path / 'run', *options(
         fashion, 'DATA.IMAGE_SIZE', '224', 'DATA.NUM_WORKERS', '2', 'TRAIN.NUM_EPOCHS', '1')]
     process = subprocess.run(['unshare', '-m', 'sh', '-c', 'mount -t tmpfs -o size=1m tmpfs /dev/shm; exec "$@"', 'sh',
@@ -248,7 +248,7 @@ def test_a_small_dev_shm_suffices(fashion, tmp_path, count):
 
 
 @pytest.mark.parametrize('workers', [0, 2])
-def test_a_wait_for_a_batch_says_where_the_workers_are_and_ends(workers, monkeypatch, caplog):
+def test_long_waits_report_the_images_being_read_and_end(workers, monkeypatch, caplog):
     monkeypatch.setattr(runtime.loader, 'PATIENCE', 0.5)
     monkeypatch.setattr(LOG, 'propagate', True)
     caplog.set_level('INFO', LOG.name)
@@ -269,7 +269,7 @@ def test_a_wait_for_a_batch_says_where_the_workers_are_and_ends(workers, monkeyp
 
 
 @pytest.mark.parametrize('workers', [0, 2])
-def test_a_program_ends_while_an_image_is_read(workers):
+def test_a_program_can_end_while_an_image_is_read(workers):
     code = f"""
 import time
 import test_loader
@@ -285,8 +285,8 @@ except test_loader.StoppedWaiting:
 
 @pytest.mark.parametrize('cores, processes, workers', [
     (1, 1, 1), (2, 1, 1), (4, 1, 3), (9, 1, 8), (64, 1, 8), (64, 8, 7), (24, 8, 2), (8, 8, 1), (4, 8, 1)])
-def test_default_workers_fill_the_share_of_the_cores(monkeypatch, cores, processes, workers):
-    """All but one, of the cores that this process may use, shared with the other processes on this machine."""
+def test_default_number_of_workers(monkeypatch, cores, processes, workers):
+    """One less than this process's share of the cores that it may use, between 1 and 8."""
     monkeypatch.setattr(os, 'sched_getaffinity', lambda pid: set(range(cores)), raising=False)
     monkeypatch.setattr(os, 'cpu_count', lambda: 1000)
     if processes > 1:
@@ -295,8 +295,8 @@ def test_default_workers_fill_the_share_of_the_cores(monkeypatch, cores, process
     assert [Loader(Images(0), Batches([[0]]), number).num_workers for number in (-1, 0, 3)] == [workers, 0, 3]
 
 
-def test_an_iteration_is_slow_once():
-    """By numbers in place of a clock: a long first wait, then a step of 10 s and a wait for each batch."""
+def test_a_slow_iteration_is_reported_once():
+    """With a simulated clock: a first wait, then for each batch a step of 10 s and a wait."""
     def shares(first, *waits):
         said, now = [], first
         counted = Waits(said.append)
@@ -306,17 +306,17 @@ def test_an_iteration_is_slow_once():
             counted.add(now - wait, now)
         return said
 
-    assert shares(1000, *[2] * 50) == []  # the workers' start, and waits of a sixth
+    assert shares(1000, *[2] * 50) == []  # the start of the workers does not count; waits take a sixth of the time
     assert shares(1, *[3] * 50) == [pytest.approx(3 / 13)]  # after 12 s of waiting
-    assert shares(1, 9, 0.5) == []  # few seconds
+    assert shares(1, 9, 0.5) == []  # a large share, but less than 10 s
     assert shares(1, 30, 30) == [pytest.approx(30 / 40)]
     assert shares(1, *[0] * 100, 300) == [pytest.approx(300 / 1310)]
 
 
-def test_who_iterates_over_a_loader_is_told_that_it_is_slow(monkeypatch):
+def test_a_slow_loader_calls_on_slow(monkeypatch):
     monkeypatch.setattr(runtime.loader, 'SLOW_SECONDS', 0)
     loader, said = Loader(Images(0.01), Batches([[0]] * 5), 0), []
-    assert len(list(loader)) == 5  # whoever does not ask is not told
+    assert len(list(loader)) == 5  # without on_slow, nothing is reported
     loader.on_slow = said.append
     for iteration in (1, 2):
         assert len(list(loader)) == 5 and len(said) == iteration
@@ -331,7 +331,7 @@ def test_who_iterates_over_a_loader_is_told_that_it_is_slow(monkeypatch):
     (7, 8, 'use more cores, a faster disk, or images that are resized beforehand; more than 7 data workers would '
            'hardly help (cores: 8)'),
 ])
-def test_the_remedy_for_waiting_depends_on_the_cores(monkeypatch, workers, cores, remedy):
+def test_the_remedy_for_slow_loading_depends_on_the_cores(monkeypatch, workers, cores, remedy):
     said = []
     monkeypatch.setattr(runtime.loader, 'cores_per_process', lambda: cores)
     monkeypatch.setattr(LOG, 'warning', said.append)

@@ -74,8 +74,8 @@ def test_log(trained, fashion):
     assert '  DATA.BATCH_SIZE 16' in lines and 'TRAIN.ACCUM_ITER 1:' in process.stdout
     assert not any('WEIGHT_DECAY' in line for line in lines)  # is as by default
     assert len(lines[:lines.index(next(line for line in lines if ' step 2/3 ' in line))]) < 35
-    assert any(line.endswith('12 of 60 training images, others in each epoch, are left out: they do not fill a batch '
-                             'of 16') for line in lines)
+    assert any(line.endswith('12 of 60 training images, different ones each epoch, are dropped: they do not fill a '
+                             'batch of 16') for line in lines)
     steps = [line for line in lines if ' step ' in line and 'loss' in line]
     assert len(steps) == 8  # REPORT_FREQ 2: steps 2 and 3 of 3
     assert sum('evaluation step 2/3' in line for line in lines) == 2  # epochs; raw and EMA in one pass
@@ -184,7 +184,7 @@ def test_fine_tuning_with_other_classes(trained, fashion, tmp_path):
     still = ['MODEL.NUM_CLASSES', '0', 'TRAIN.NUM_EPOCHS', '2', 'TRAIN.BASE_LR', '0', 'TRAIN.END_LR', '0']
     out = run(MAIN, *args, '-output', tmp_path / 'tuned', *options(fashion, *still)[2:]).stdout
     assert f'MODEL.NUM_CLASSES 3, from {data}/train_list.txt\n' in out and '\n  MODEL.NUM_CLASSES 3\n' in out
-    assert 'left out fc.weight, fc.bias, made for 10 classes, not 3' in out and 'unused' not in out
+    assert 'skipped fc.weight, fc.bias, made for 10 classes, not 3' in out and 'unused' not in out
     assert 'acc1' in out and 'acc5' not in out
     rows = records(tmp_path / 'tuned')
     assert [(row['epoch'], row['split'], row['weights']) for row in rows] == [
@@ -215,7 +215,7 @@ def test_fine_tuning_with_other_classes(trained, fashion, tmp_path):
     (['-deploy'], 'MODEL.DEPLOY is True, but a fused network cannot be trained'),
     (['-accum_iter', '4'], 'TRAIN.ACCUM_ITER is 4, but an epoch has only 3 batches of 16 images; lower it'),
     (['-pretrained', 'nowhere.pdparams'], 'nowhere.pdparams: no such weight file'),
-    (['-opts', 'MODEL.NUM_CLASSES', '9'], 'label 9 is outside MODEL.NUM_CLASSES 9; 10 would fit'),
+    (['-opts', 'MODEL.NUM_CLASSES', '9'], 'label 9 is out of range for MODEL.NUM_CLASSES 9; this list needs 10'),
     (['-opts', 'MODEL.NUM_BLOCKS', '[1,1]'], 'NUM_BLOCKS'),
     (['-opts', 'TRAIN.LR', '1'], 'unknown key TRAIN.LR'),
     (['-batch', '3'], 'unrecognized arguments: -batch 3'),

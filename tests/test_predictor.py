@@ -107,7 +107,7 @@ def test_invalid_images_and_arguments_are_refused(trained):
         predictor(np.zeros([4, 4, 3], 'uint8'), top=0)
     with pytest.raises(UserError, match='threads is 100000, but must be a whole number from 1 to 1024'):
         Predictor(trained[0] / 'best.pdparams', threads=100000)
-    with pytest.raises(UserError, match='range is not known'):
+    with pytest.raises(UserError, match='range is unknown'):
         predictor(Image.fromarray(np.zeros([4, 4], 'float32')))
     with pytest.raises(UserError, match='^missing.jpg: '):
         predictor('missing.jpg')

@@ -1,4 +1,4 @@
-"""The notebook runs from its first cell to its last."""
+"""The notebook runs from the first cell to the last."""
 import json
 
 from conftest import ROOT, run
@@ -6,7 +6,7 @@ from test_predictor import trained  # noqa: F401  a fixture
 
 
 def test_cells_run(trained, fashion, tmp_path):  # noqa: F811
-    """In the top folder of a clone, with the folder of a run."""
+    """In a copy of the top folder, with the folder of a run."""
     for path in ROOT.iterdir():
         if path.name not in ('output', 'data', 'exported'):
             (tmp_path / path.name).symlink_to(path)
@@ -19,7 +19,7 @@ def test_cells_run(trained, fashion, tmp_path):  # noqa: F811
     (tmp_path / 'exported').mkdir()
     (tmp_path / 'exported/theirs').touch()
     out = run('notebook.py', cwd=tmp_path, fork=False).stdout
-    assert (tmp_path / 'exported/theirs').exists(), 'what the user has exported as README.md shows'
+    assert (tmp_path / 'exported/theirs').exists(), "the notebook deleted the user's own export"
     assert 'raw weights' in out and out.count('stride ') == 5 and 'onnxruntime class ' in out
     assert float(out.split('largest difference of the logits: ')[1].split()[0]) < 1e-4
     assert out.count(' ms\n') == 3

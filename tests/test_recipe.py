@@ -86,7 +86,7 @@ def curriculum(config, fashion, tmp_path):
 
 def test_describe_curriculum(curriculum):
     line = describe_curriculum(curriculum)
-    assert line == ('curriculum: from epoch 1 24 pixels, AutoAugment 0.3; from epoch 3 32 pixels, AutoAugment 1; '
+    assert line == ('curriculum: from epoch 1: 24 pixels, AutoAugment 0.3; from epoch 3: 32 pixels, AutoAugment 1; '
                     'evaluation at 32 pixels')
     curriculum.TRAIN.NUM_EPOCHS = 2
     assert describe_curriculum(curriculum) == (

@@ -1,4 +1,4 @@
-"""Keys, YAML files, flags and -opts of a small table, and the errors of each."""
+"""YAML files, flags and -opts for a small table of keys, and their errors."""
 from types import SimpleNamespace
 
 import numpy as np
@@ -48,7 +48,7 @@ def parse(*argv):
     return config
 
 
-def test_defaults_are_of_the_table_and_copies():
+def test_defaults_are_copies_from_the_table():
     config = SETTINGS.defaults()
     assert dict(leaves(config)) == {name: key.default for name, key in KEYS.items()}
     assert list(dict(leaves(config))) == list(KEYS)
@@ -167,11 +167,11 @@ EVAL: yes
     assert config.TRAIN.OPTIMIZER.EPS == 1e-8 and 'OLD' not in config.TRAIN
     assert (config.DATA.FOLDER, config.DATA.MEAN, config.DATA.COUNTS) == ('2022-01-01', [0.0, 0.0], [16, 2])
     assert (config.SAVE, config.SEED) == ('', 0)
-    assert read_text(tmp_path, 'TRAIN:\n  LR: 1e-4\n').TRAIN.LR == 1e-4  # text to PyYAML
+    assert read_text(tmp_path, 'TRAIN:\n  LR: 1e-4\n').TRAIN.LR == 1e-4  # which PyYAML reads as text
     assert read_text(tmp_path, '') == SETTINGS.defaults()
 
 
-def test_nulls_are_copies(tmp_path):
+def test_values_for_null_are_copies(tmp_path):
     for _ in range(2):
         config = read_text(tmp_path, 'TRAIN:\n  STAGES: null\nDATA:\n  MEAN: null\n')
         assert (config.TRAIN.STAGES, config.DATA.MEAN) == ([], [0.0, 0.0])
@@ -184,7 +184,7 @@ def test_aliases_and_merge_keys_work(tmp_path):
     assert (config.DATA.COUNTS, config.DATA.MEAN, config.TRAIN.OPTIMIZER.EPS) == ([2, 2], [2.0, 2.0], 1e-7)
 
 
-def test_files_flags_and_opts_in_order_of_precedence(tmp_path):
+def test_precedence_of_files_flags_and_opts(tmp_path):
     (tmp_path / 'x.yaml').write_text('DATA:\n  SIZE: 1\n  FOLDER: a\nSEED: 1\nEVAL: true\n')
     config = parse('-opts', 'SEED', '3', '-cfg', str(tmp_path / 'x.yaml'), '-size', '2')
     assert (config.DATA.SIZE, config.DATA.FOLDER, config.SEED, config.EVAL) == (2, 'a', 3, True)
@@ -192,7 +192,7 @@ def test_files_flags_and_opts_in_order_of_precedence(tmp_path):
     assert parse('-opts', 'DATA.SIZE', '3', '-size=2', '-opts', 'SEED', '4').DATA.SIZE == 3
 
 
-def test_a_namespace_may_lack_flags():
+def test_a_namespace_may_omit_flags():
     config = SETTINGS.defaults()
     config.freeze()
     SETTINGS.merge_args(config, SimpleNamespace(size=0))  # a 0 counts
@@ -267,7 +267,7 @@ def test_checked_values(name, value, message):
     assert str(error.value) == message
 
 
-def test_checked_is_a_frozen_copy_with_the_types_of_the_keys():
+def test_checked_returns_a_frozen_copy_with_the_types_of_the_keys():
     config = SETTINGS.defaults()
     config.BASE, config.TRAIN.LR, config.SAVE, config.TRAIN.MODE, config.DATA.SIZE = ['x'], 1, None, 'ELEM', '10000'
     checked = SETTINGS.checked(config)
@@ -276,7 +276,7 @@ def test_checked_is_a_frozen_copy_with_the_types_of_the_keys():
     assert checked.is_frozen() and checked.TRAIN.is_frozen() and not config.is_frozen() and config.BASE == ['x']
 
 
-def test_with_values_is_a_frozen_copy():
+def test_with_values_returns_a_frozen_copy():
     config = SETTINGS.checked(SETTINGS.defaults())
     changed = SETTINGS.with_values(config, {'TRAIN.LR': 2, 'DATA.MEAN': [0, 0], 'TRAIN.OPTIMIZER.EPS': np.float64(0.5)})
     assert changed.TRAIN.OPTIMIZER.EPS == 0.5 and type(changed.TRAIN.OPTIMIZER.EPS) is float

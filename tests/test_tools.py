@@ -90,9 +90,9 @@ def test_make_list_reports_what_it_leaves_out(tmp_path):
         f'{folder} 1, images already listed under another path: dog/link.jpg',
         f'{folder} 1, images outside the class folders: photo.jpg',
         f'{folder} 1, links to a parent folder: dog/all',
-        f'{folder} 2, .heic files, which Pillow does not read: cat/IMG_1.heic; cat/IMG_2.HEIC',
+        f'{folder} 2, .heic files, which Pillow cannot read: cat/IMG_1.heic; cat/IMG_2.HEIC',
         f'{folder} 2, folders of runs or reports: output/run; report',
-        f"{folder} 2, hidden, or the system's: .Trash-0; cat/.ipynb_checkpoints"]
+        f'{folder} 2, hidden or system files and folders: .Trash-0; cat/.ipynb_checkpoints']
     assert out[7] == f'{tmp_path}/val: left out 1, images already listed under another path: cat/seen.jpg'
     assert read(tmp_path / 'class_names.txt') == ['bird', 'cat', 'dog']
     assert read(tmp_path / 'train_list.txt') == [f'photos/{name} {label}' for label, names in enumerate([
@@ -526,7 +526,7 @@ def test_check_dataset_reads_a_windows_list(tmp_path):
     write_images(tmp_path / 'x', 2)
     (tmp_path / 'val_list.txt').write_bytes('x\\photo 0.jpg\t0\r\nx\\photo 1.jpg\t0\r\n'.encode('utf-16'))
     out = check_dataset(tmp_path, '-save', tmp_path / 'good', status=0)
-    assert f' {tmp_path}/val_list.txt: backslashes in its paths are read as slashes, for there is no file' in out[0]
+    assert f' {tmp_path}/val_list.txt: backslashes in paths are read as slashes, because' in out[0]
     assert out[1] == f'{tmp_path}/val_list.txt: 2 lines, 0 bad'
     assert read(tmp_path / 'good/val_list.txt') == [f'{tmp_path}/x/photo {number}.jpg 0' for number in (0, 1)]
 

@@ -1,4 +1,4 @@
-"""Per-image transforms against Pillow's own steps, and the normalisation on the device."""
+"""Image transforms against the same steps in Pillow, and normalization on the device."""
 import math
 
 import numpy as np
@@ -11,7 +11,7 @@ from transforms import EvalTransform, Normalize, TrainTransform, random_crop_box
 
 
 def photo(width, height, seed=0):
-    """Smooth colour noise, so that filters and positions matter."""
+    """Smooth color noise, so that filters and positions matter."""
     small = np.random.default_rng(seed).integers(0, 256, (9, 13, 3), dtype='uint8')
     return Image.fromarray(small).resize((width, height), Image.Resampling.BICUBIC)
 
@@ -56,7 +56,7 @@ def test_crop_boxes():
 
 @pytest.mark.parametrize('width, height, box', [(1000, 10, (493, 0, 506, 10)), (10, 1000, (0, 493, 10, 506)),
                                                 (1, 1, (0, 0, 1, 1))])
-def test_crop_box_where_none_fits(width, height, box):
+def test_crop_box_when_none_fits(width, height, box):
     assert random_crop_box(width, height, (1.0, 1.0), np.random.default_rng(0)) == box
 
 
@@ -64,7 +64,7 @@ def test_training_crops_and_flips():
     image = photo(60, 40)
     whole = np.asarray(image.resize((32, 32), Image.Resampling.BICUBIC))
     flips = 0
-    for seed in range(40):  # with this scale and a fitting shape, only the flip is random
+    for seed in range(40):  # with this scale and a square image, only the flip is random
         square = photo(32, 32)
         out = TrainTransform(32, (1.0, 1.0), 'bicubic')(InMemory(square), np.random.default_rng(seed))
         flipped = np.array_equal(out, np.asarray(square)[:, ::-1])

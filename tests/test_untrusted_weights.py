@@ -1,4 +1,4 @@
-"""Weight files of strangers: what Paddle writes is read, and nothing in a file is ever executed."""
+"""Untrusted weight files: what Paddle writes is read, and nothing in a file is ever executed."""
 import collections
 import hashlib
 import os
@@ -22,7 +22,7 @@ from weights import load_weights
 
 @pytest.mark.parametrize('protocol', [2, 3, 4])
 def test_what_paddle_writes_is_read(config, tmp_path, protocol):
-    """Tensors, arrays, the states of optimizer, scheduler and scaler, at each of paddle.save's protocols."""
+    """Tensors, arrays, and the states of optimizer, scheduler and scaler, at each protocol of paddle.save."""
     model = build_mobileone(config)
     scheduler = paddle.optimizer.lr.CosineAnnealingDecay(0.1, 10)
     optimizer = paddle.optimizer.AdamW(scheduler, parameters=model.parameters())
@@ -55,7 +55,7 @@ def test_what_paddle_writes_is_read(config, tmp_path, protocol):
 
 
 class Call:
-    """What pickle makes of it: function(*arguments), when it is read."""
+    """Pickled so that reading it calls function(*arguments)."""
 
     def __init__(self, function, *arguments):
         self.call = function, arguments
@@ -75,7 +75,7 @@ def named(module, name):
 
 
 def array_pickle(shape, code='f4', content=b'', dtype_state=(3, '<', None, None, None, -1, -1, 0), made=b'b', count=1):
-    """A pickle of `count` arrays that say of themselves what is given, and share their content (but no tuples)."""
+    """A pickle of `count` arrays that claim this shape and data type and share their content, but not their tuples."""
     class Dtype:
         def __reduce__(self):
             return np.dtype, (code, False, True), tuple([*dtype_state])
@@ -88,7 +88,7 @@ def array_pickle(shape, code='f4', content=b'', dtype_state=(3, '<', None, None,
 
 
 def shared(depth, count):
-    """A list of `count` times the same list of ..., which Python reads in little memory."""
+    """Lists nested `depth` deep, each `count` times the same inner list, which Python reads in little memory."""
     value = []
     for _ in range(depth):
         value = [value] * count
@@ -99,9 +99,9 @@ def text(value):
     return b'X' + len(value.encode()).to_bytes(4, 'little') + value.encode()
 
 
-# tuples in each other: to hash them ends Python
+# nested tuples: hashing them crashes Python
 DEEP = b')' + b'\x85' * 300_000
-# numbers of the same hash: a dictionary compares each with all before it
+# numbers with the same hash: a dictionary compares each with all earlier ones
 SAME_HASH = b''.join(b'\x8a\x0a' + ((2 ** 61 - 1) * k).to_bytes(10, 'little') + b'N' for k in range(1, 100_000))
 
 
@@ -175,10 +175,10 @@ ATTACKS = {
     'less than nothing': (b'\x80\x04}' + text('a') + b'N(st.', 'it is no pickle: it takes more from its stack'),
     'a key without a value': (b'\x80\x04}(' + text('a') + b'u.', 'it is no pickle: it has a key without a value'),
     'a long key': (dumps({'stages.' + 'x' * 200: np.zeros(1)}), 'a key in it is str, not a short text'),
-    'a large memo': (b'\x80\x02}r\xff\xff\xff\xff.', 'holds no MobileOne weights'),
+    'a large memo': (b'\x80\x02}r\xff\xff\xff\xff.', 'contains no MobileOne weights'),
     'large bytes': (b'\x80\x04\x8e' + (2 ** 40).to_bytes(8, 'little') + b'x.', 'ValueError'),
     'large text': (b'\x80\x04\x8d' + (2 ** 62).to_bytes(8, 'little') + b'x.', 'ValueError'),
-    'a large frame': (b'\x80\x04\x95' + (2 ** 40).to_bytes(8, 'little') + b'N.', 'holds NoneType'),
+    'a large frame': (b'\x80\x04\x95' + (2 ** 40).to_bytes(8, 'little') + b'N.', 'contains NoneType'),
     'in itself': (b'\x80\x04}\x94\x8c\x01ah\x00s.', 'nested too deeply'),
     'twice in itself': (b'\x80\x04]\x94(h\x00h\x00e.', 'nested too deeply'),
     'deep': (b'\x80\x04' + b'}\x8c\x01a' * 100000 + b'N' + b's' * 100000 + b'.', 'nested too deeply'),
@@ -206,7 +206,7 @@ def test_attacks_are_refused(tmp_path, monkeypatch, name):
 
 
 def test_the_attacks_are_real(tmp_path, monkeypatch):
-    """Python's own reader runs them."""
+    """Python's own unpickler runs them."""
     monkeypatch.chdir(tmp_path)
     for name in ('os.system', 'eval', 'exec in a checkpoint', 'nested', 'a path and a name'):
         pickle.loads(ATTACKS[name][0])
@@ -216,7 +216,7 @@ def test_the_attacks_are_real(tmp_path, monkeypatch):
     assert os.path.exists('hacked')
 
 
-def test_every_program_reads_safely(fashion, tmp_path):
+def test_all_programs_read_safely(fashion, tmp_path):
     path = tmp_path / 'w.pdparams'
     path.write_bytes(ATTACKS['os.system'][0].replace(b'touch hacked', b'echo hacked '))
     for args in (['main_single_gpu.py', '-eval', '-pretrained', path], ['main_single_gpu.py', '-pretrained', path],
@@ -228,8 +228,8 @@ def test_every_program_reads_safely(fashion, tmp_path):
         assert 'hacked' not in process.stdout + process.stderr
 
 
-def test_the_sha256_of_every_weight_file_is_logged(fashion, tmp_path):
-    """Of weights, of the checkpoint to resume, of a teacher."""
+def test_sha256_of_every_weight_file_is_logged(fashion, tmp_path):
+    """Of weights, resumed checkpoints and teachers."""
     def run_logs(name, *args):
         opts = options(fashion, 'TRAIN.NUM_EPOCHS', '2', *args[1:])
         return run('main_single_gpu.py', '-output', tmp_path / name, *opts, *args[0]).stdout
@@ -244,7 +244,7 @@ def test_the_sha256_of_every_weight_file_is_logged(fashion, tmp_path):
 
 
 def test_safetensors(config, fashion, tmp_path):
-    """Written and read without a pickle; the programs take it where they take .pdparams."""
+    """Written and read without pickle; programs accept it wherever they accept .pdparams."""
     path = str(tmp_path / 'w.safetensors')
     model = build_mobileone(config)
     checkpoint.save(model.state_dict(), path)
@@ -301,9 +301,9 @@ def small(tmp_path_factory):
         return file.read()
 
 
-@pytest.mark.filterwarnings('ignore:invalid escape sequence')  # Python's, of bytes that are text to pickletools
+@pytest.mark.filterwarnings('ignore:invalid escape sequence')  # from pickletools, which decodes bytes as text
 def test_any_bytes_are_read_or_refused(small, long, tmp_path):
-    """A checkpoint's bytes with changes, and pickles of other things: a value, or a UserError of one line."""
+    """Mutated checkpoints and pickles of other objects give a value or a one-line UserError."""
     path = str(tmp_path / 'w.pdparams')
     values = st.recursive(st.none() | st.booleans() | st.integers() | st.floats() | st.text() | st.binary(),
                           lambda inner: st.lists(inner) | st.dictionaries(st.text() | st.integers(), inner)

@@ -1,4 +1,4 @@
-"""MobileOne's weight files: which network they are for, strict loading, the classifier's exception."""
+"""MobileOne's weight files: inferring the network, strict loading, the exception for the classifier."""
 import os
 import pickle
 
@@ -24,7 +24,7 @@ def arrays(model):
 
 def test_released_file_and_round_trip(model, config, tmp_path):
     path = str(tmp_path / 'released.pdparams')
-    paddle.save(model.state_dict(), path)  # as the published files were written
+    paddle.save(model.state_dict(), path)  # as for the released files
     weights, is_ema = load_weights(path)
     assert not is_ema and not is_fused(weights)
     paddle.seed(1)
@@ -37,7 +37,7 @@ def test_released_file_and_round_trip(model, config, tmp_path):
     assert os.listdir(tmp_path) == ['released.pdparams']
 
 
-def test_fused_is_seen_from_the_names(model):
+def test_fused_weights_are_recognized_by_name(model):
     assert not is_fused(model.state_dict())
     assert is_fused(model_convert(model).state_dict())
     config = variant_config('s4')
@@ -53,7 +53,7 @@ def test_ema_weights_come_first(model, tmp_path):
     assert is_ema and all(np.array_equal(weights[name], ema[name]) for name in ema)
     weights, is_ema = load_weights(path, raw=True)
     assert not is_ema and np.array_equal(weights['fc.weight'], model.fc.weight.numpy())
-    paddle.save({'model': model.state_dict(), 'epoch': 3}, path)  # nested tensors, as the ancestor's checkpoints
+    paddle.save({'model': model.state_dict(), 'epoch': 3}, path)  # nested tensors, as in the ancestor's checkpoints
     weights, is_ema = load_weights(path)
     assert not is_ema and np.array_equal(weights['fc.weight'], model.fc.weight.numpy())
     for without in ({}, None):
@@ -77,7 +77,7 @@ def test_loading_is_strict(model):
         assert all(np.array_equal(value, before[key]) for key, value in arrays(model).items())
 
 
-def test_only_a_classifier_of_another_size_may_be_left_out(model, config):
+def test_only_a_classifier_with_a_different_size_may_be_skipped(model, config):
     config.MODEL.NUM_CLASSES = 4
     smaller = build_mobileone(config)
     own = arrays(smaller)
@@ -98,7 +98,7 @@ def test_only_a_classifier_of_another_size_may_be_left_out(model, config):
     (None, 'no such weight file'),
     (b'', 'not a .pdparams file'),
     (b'not a pickle', 'not a .pdparams file'),
-    (pickle.dumps([1, 2], protocol=4), 'holds list'),
+    (pickle.dumps([1, 2], protocol=4), 'contains list'),
     (pickle.dumps({'epoch': 1}, protocol=4), 'no MobileOne weights'),
     (pickle.dumps({1: np.zeros(3)}, protocol=4), 'a key in it is int, not a short text'),
     (pickle.dumps({'stages.0': [[1], [1, 2]]}, protocol=4), 'stages.0 is .*, not an array of floats'),
@@ -106,7 +106,7 @@ def test_only_a_classifier_of_another_size_may_be_left_out(model, config):
     (pickle.dumps({'stem.conv_scale.conv.weight': np.zeros(3), 'stages.0.0.conv_scale.conv.weight': np.zeros(3)},
                   protocol=4), 'load_pytorch_weights.py'),
 ])
-def test_files_that_hold_no_weights(tmp_path, content, message):
+def test_files_without_weights(tmp_path, content, message):
     path = tmp_path / 'w.pdparams'
     if content is not None:
         path.write_bytes(content)
@@ -115,7 +115,7 @@ def test_files_that_hold_no_weights(tmp_path, content, message):
     assert '\n' not in str(error.value)
 
 
-def test_weights_beside_an_average_that_is_none(model, tmp_path):
+def test_raw_weights_are_used_if_the_ema_is_invalid(model, tmp_path):
     for other in (np.zeros(2), 3, [1]):
         checkpoint.save({'model': model.state_dict(), 'model_ema': other}, str(tmp_path / 'x.pdparams'))
         weights, is_ema = load_weights(str(tmp_path / 'x.pdparams'))
@@ -124,7 +124,7 @@ def test_weights_beside_an_average_that_is_none(model, tmp_path):
 
 @pytest.mark.parametrize('fused_file, deploy, fused', [(False, False, False), (False, True, True), (True, False, True),
                                                        (True, True, True)])
-def test_the_keys_decide_which_network_is_built(model, config, tmp_path, fused_file, deploy, fused):
+def test_keys_determine_whether_the_network_is_fused(model, config, tmp_path, fused_file, deploy, fused):
     path = str(tmp_path / 'w.pdparams')
     for layer in model.sublayers():
         if isinstance(layer, paddle.nn.BatchNorm2D):
@@ -140,7 +140,7 @@ def test_the_keys_decide_which_network_is_built(model, config, tmp_path, fused_f
         np.testing.assert_allclose(loaded(images).numpy(), model(images).numpy(), rtol=1e-3, atol=1e-4)
 
 
-def test_the_network_to_train_may_have_other_classes(model, config, tmp_path):
+def test_training_may_start_with_different_classes(model, config, tmp_path):
     path = str(tmp_path / 'w.pdparams')
     checkpoint.save(model.state_dict(), path)
     for classes in (10, 4):
@@ -150,11 +150,11 @@ def test_the_network_to_train_may_have_other_classes(model, config, tmp_path):
         for name, value in arrays(loaded).items():
             assert np.array_equal(value, arrays(model)[name]) or is_new and name.startswith('fc.')
     checkpoint.save(model_convert(model).state_dict(), path)
-    with pytest.raises(UserError, match='w.pdparams: holds fused weights, which cannot be trained'):
+    with pytest.raises(UserError, match='w.pdparams: contains fused weights, which cannot be trained'):
         load_start(config, path)
 
 
-def test_a_config_without_a_number_of_classes_has_that_of_the_weights(model, config, tmp_path):
+def test_num_classes_0_is_taken_from_the_weights(model, config, tmp_path):
     path = str(tmp_path / 'w.pdparams')
     checkpoint.save({'model': model.state_dict(), 'model_ema': {}, 'epoch': 3}, path)
     config.MODEL.NUM_CLASSES = 4

@@ -29,7 +29,7 @@ from dataclasses import dataclass
 from tqdm import tqdm
 
 from config import get_config, get_parser, resolve_config, update_config, with_values
-from runtime.files import copy, write_text
+from runtime.files import CLASS_NAMES, copy, write_text
 from runtime.program import end_with_parent, prepare_runtime, run_program, usable_cores
 from utils import UserError, first_few, program_name, setup_logger
 
@@ -278,14 +278,14 @@ def main():
     if args.unique and not args.save:
         raise UserError('-unique is for the lists that -save writes: add -save DIR')
     if args.save:
-        for name in (*LISTS, 'class_names.txt'):
+        for name in (*LISTS, CLASS_NAMES):
             if os.path.lexists(os.path.join(args.save, name)):
                 raise UserError(f'{os.path.join(args.save, name)}: would be replaced; choose another -save folder, or '
                                 'remove the file')
         os.makedirs(args.save, exist_ok=True)
     prepare_runtime()
     setup_logger()
-    names = os.path.join(data_path, 'class_names.txt')
+    names = os.path.join(data_path, CLASS_NAMES)
     if not config.MODEL.NUM_CLASSES and os.path.isfile(names):
         from datasets import count_classes
         config = with_values(config, {'MODEL.NUM_CLASSES': count_classes(data_path)[0]})
@@ -301,7 +301,7 @@ def main():
     if args.save:
         save_checked(lists, args)
         if os.path.isfile(names):
-            copy(names, os.path.join(args.save, 'class_names.txt'))
+            copy(names, os.path.join(args.save, CLASS_NAMES))
     note = describe_ranges(ranges)
     if note:
         print(note)

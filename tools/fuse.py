@@ -14,7 +14,7 @@ import time
 import numpy as np
 
 from config import get_config, get_parser, resolve_config, update_config
-from runtime.files import copy
+from runtime.files import CLASS_NAMES, copy
 from runtime.program import prepare_runtime, run_program, use_device
 from runtime.settings import add_device_flag
 from utils import UserError, setup_logger
@@ -127,7 +127,7 @@ def main():
     model.eval()
     fused = model_convert(model)
     if args.save:
-        source, target = (os.path.join(os.path.dirname(path), 'class_names.txt')
+        source, target = (os.path.join(os.path.dirname(path), CLASS_NAMES)
                           for path in (config.MODEL.PRETRAINED, args.save))
         check_class_names(source, target)
         checkpoint.save(fused.state_dict(), args.save)

@@ -17,7 +17,7 @@ import numpy as np
 from PIL import Image
 from tqdm import tqdm
 
-from runtime.files import write_text
+from runtime.files import CLASS_NAMES, write_text
 from runtime.program import run_program
 from runtime.settings import ArgumentParser
 from utils import UserError
@@ -69,7 +69,7 @@ def main():
                             'copy the four files again')
         write_split(images, labels, args.output, split, args.format)
         print(f'{args.output}/{split}_list.txt: {len(labels)} images')
-    write_text(os.path.join(args.output, 'class_names.txt'), ''.join(f'{name}\n' for name in CLASSES))
+    write_text(os.path.join(args.output, CLASS_NAMES), ''.join(f'{name}\n' for name in CLASSES))
 
 
 if __name__ == '__main__':

@@ -19,7 +19,7 @@ import re
 import numpy as np
 
 from images import RUNS, find_images
-from runtime.files import write_text
+from runtime.files import CLASS_NAMES, write_text
 from runtime.program import run_program
 from runtime.settings import ArgumentParser
 from utils import UserError, first_few, one_line
@@ -138,7 +138,7 @@ def main():
         write_text(path, text)
         count = text.count('\n')
         print(f'{path}: {count} images')
-    path = os.path.join(args.data_path, 'class_names.txt')
+    path = os.path.join(args.data_path, CLASS_NAMES)
     write_text(path, ''.join(f'{name}\n' for name in train))
     print(f'{path}: {len(train)} classes; configs/finetune.yaml reads the number from here, with other configs add '
           f'-opts MODEL.NUM_CLASSES {len(train)}')

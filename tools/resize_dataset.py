@@ -19,7 +19,7 @@ from tqdm import tqdm
 
 from config import get_config, get_parser, resolve_config, update_config
 from images import ORIENTATION, read_image
-from runtime.files import copy, replace
+from runtime.files import CLASS_NAMES, copy, replace
 from runtime.program import prepare_runtime, run_program, usable_cores
 from tools.check_dataset import find_lists, map_parts, save_list, start_workers
 from utils import UserError, describe_error, one_line
@@ -118,9 +118,9 @@ def main():
     for name, (paths, labels) in lists.items():
         save_list(os.path.join(args.output, name),
                   [(path, label) for path, label in zip(paths, labels.tolist()) if path not in bad])
-    classes = os.path.join(data.DATA_PATH, 'class_names.txt')
+    classes = os.path.join(data.DATA_PATH, CLASS_NAMES)
     if os.path.exists(classes):
-        copy(classes, os.path.join(args.output, 'class_names.txt'))
+        copy(classes, os.path.join(args.output, CLASS_NAMES))
     sys.exit(1 if bad else 0)
 
 

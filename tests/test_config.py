@@ -228,7 +228,7 @@ def test_misspelt_flags_get_a_suggestion(flag, meant, capsys):
     with pytest.raises(SystemExit):
         parse(flag, '3')
     said = f'; did you mean {meant}?' if meant else ''
-    assert capsys.readouterr().err.endswith(f'unrecognized arguments: {flag} 3{said} (-h explains)\n')
+    assert capsys.readouterr().err.endswith(f'unrecognized arguments: {flag} 3{said} (see -h)\n')
 
 
 def test_a_teacher_without_a_number_of_classes_has_the_students():

@@ -86,7 +86,7 @@ def test_utf16_without_its_mark_holds_no_backslashes(tmp_path, monkeypatch):
     (b'a\xff\xfe 0\n', r"train_list.txt:1: 'a.* 0' is not UTF-8 text; .*; python -m tools.check_dataset"),
     ('a 0\n照片 1\n'.encode('gbk'), r'train_list.txt:2: .* is not UTF-8 text; save the list as UTF-8: .* iconv -f GBK'),
     (b'a 0\n' + 'b 1\n'.encode('utf-16-le'), 'train_list.txt:2: .* holds null characters, perhaps UTF-16 text without'),
-    (b'\xff\xfea\0 \x000', 'train_list.txt: is not valid UTF-16 from byte 6 on; save it as UTF-8'),
+    (b'\xff\xfea\0 \x000', 'train_list.txt: is not valid UTF-16 at byte 6; save it as UTF-8'),
     ('a 0\nC:\\photos\\b.jpg 1\n', 'train_list.txt:2: .* is on a drive of Windows; write paths relative to the list'),
     ('a 0\nC:/photos/b.jpg 1\n', 'train_list.txt:2: .* is on a drive of Windows'),
     ('a 0\nD:b.jpg 1\n', 'train_list.txt:2: .* is on a drive of Windows'),
@@ -310,7 +310,7 @@ def test_the_number_of_classes_is_that_of_the_data(config, tmp_path):
     with pytest.raises(UserError, match=f'{fits}$'):
         get_dataset(config, False)
     (tmp_path / 'class_names.txt').write_text('cat\n\nowl\n')
-    with pytest.raises(UserError, match="class_names.txt:2: '' is no name"):
+    with pytest.raises(UserError, match="class_names.txt:2: '' is not a name"):
         count_classes(str(tmp_path))
 
 

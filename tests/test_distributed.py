@@ -178,8 +178,8 @@ def test_a_window_of_batches_meets_once(fashion):
 @pytest.mark.parametrize('option', [('SEED', '7'), ('DATA.BATCH_SIZE', '3'), ('TRAIN.BASE_LR', '0.3')])
 def test_ranks_that_disagree_are_refused(fashion, option):
     process = group(2, 'disagree', fashion, *option, status=2)
-    assert f'rank 1: not as on rank 0: {option[0]} is {option[1]}, not ' in process.stderr or (
-        'another rank has another config' in process.stderr)
+    assert f'rank 1: differs from rank 0: {option[0]} is {option[1]}, not ' in process.stderr or (
+        'config or data of another rank differ' in process.stderr)
 
 
 def test_ranks_with_other_data_are_refused(fashion, tmp_path):
@@ -187,8 +187,8 @@ def test_ranks_with_other_data_are_refused(fashion, tmp_path):
     lines = (fashion / 'train_list.txt').read_text().splitlines()
     shorter = with_lists(fashion, tmp_path / 'shorter', train=lines[:50])
     process = group(2, 'disagree', fashion, 'DATA.DATA_PATH', shorter, status=2)
-    assert 'images of train_list.txt is 50, not 60; start all processes alike' in process.stderr or (
-        'another rank has another config' in process.stderr)
+    assert 'images of train_list.txt is 50, not 60; start all processes with the same' in process.stderr or (
+        'config or data of another rank differ' in process.stderr)
     for name in ('a', 'b'):
         (tmp_path / name).mkdir()
         (tmp_path / name / 'w.pdparams').write_text('x')
@@ -196,8 +196,8 @@ def test_ranks_with_other_data_are_refused(fashion, tmp_path):
     assert group(2, *args).stdout.count('agreed') == 2
     (tmp_path / 'b/w.pdparams').write_text('y')
     process = group(2, *args, status=2)
-    assert 'rank 1: not as on rank 0: the SHA-256 of w.pdparams is ' in process.stderr or (
-        'another rank has another config' in process.stderr)
+    assert 'rank 1: differs from rank 0: the SHA-256 of w.pdparams is ' in process.stderr or (
+        'config or data of another rank differ' in process.stderr)
 
 
 @pytest.mark.parametrize('count', [1, 2])
@@ -218,7 +218,7 @@ def ended(folder):
 
 @pytest.mark.parametrize('how, status, message', [
     ('raise', 1, 'RuntimeError: boom'),
-    ('kill', 128 + signal.SIGKILL, 'rank 1 was ended by SIGKILL'),
+    ('kill', 128 + signal.SIGKILL, 'rank 1 was killed by SIGKILL'),
     ('mistake', 2, 'workers.py: error: rank 1: a mistake'),
     ('together', 2, 'workers.py: error: a mistake'),
 ])
@@ -311,7 +311,7 @@ def test_two_launchers_are_two_nodes(trained, fashion, tmp_path):
             'OUTPUT': str(tmp_path / 'run')}) for rank in range(2)]
     outputs = [node.communicate(timeout=200)[0] for node in nodes]
     assert [node.returncode for node in nodes] == [0, 0], outputs
-    assert 'no checkpoint to resume, so the run starts afresh' in outputs[0]
+    assert 'no checkpoint to resume; starting from scratch' in outputs[0]
     assert without_times(records(tmp_path / 'run')) == without_times(records(trained[0]))
     assert (tmp_path / 'run/launch-0/workerlog.0').exists() and (tmp_path / 'run/launch-1/workerlog.0').exists()
 

@@ -105,7 +105,7 @@ def test_asked_to_stop(whole, tmp_path, fault, number, where):
     latest = tmp_path / 'run/latest.pdparams'
     assert process.stdout.endswith(f'stopped by {name}; {latest} ({where}) is saved: the same command with -output '
                                    f'{tmp_path}/run -resume auto goes on from there\n')
-    assert process.stderr == 'asked to stop: a checkpoint comes first; Ctrl-C again stops at once\n'
+    assert process.stderr == 'stop requested: saving a checkpoint first; Ctrl-C again stops at once\n'
     assert json.loads((tmp_path / 'run/run.json').read_text())[-1]['status'] == 'stopped'
     out = run(MAIN, *args).stdout
     done, step = (int(word) for word in where.replace(',', '').split()[1::2])
@@ -132,7 +132,7 @@ def test_a_data_worker_that_is_killed_ends_all(fashion, tmp_path, fault, count):
     process = run(*start, fault, 1, TWO[0], '-output', tmp_path / 'run', *options(
         fashion, 'DATA.BATCH_SIZE', '2', 'DATA.BATCH_SIZE_EVAL', '1', 'DATA.NUM_WORKERS', '2'), status=2, env=PATHS)
     assert time.monotonic() - began < 60
-    assert re.fullmatch(r'\S+: error: (rank 1: )?data worker \d+ was ended by SIGKILL; memory may not suffice: use '
+    assert re.fullmatch(r'\S+: error: (rank 1: )?data worker \d+ was killed by SIGKILL; probably out of memory: use '
                         r'fewer data workers or smaller batches\n', process.stderr), process.stderr
 
 
@@ -152,7 +152,7 @@ def test_two_runs_do_not_mix(fashion, tmp_path):
     before = (tmp_path / 'run/config.yaml').read_bytes()
     for command in ([MAIN], TWO):
         line = fails(*command, '-output', tmp_path / 'run', '-resume', 'auto', *opts, 'SEED', '5')
-        assert f'{tmp_path}/run: another training is writing there; wait until it has ended, or choose' in line
+        assert f'{tmp_path}/run: another training run is writing here; wait until it ends, or choose' in line
     run(MAIN, '-output', tmp_path / 'run', '-eval', '-pretrained', tmp_path / 'run/latest.pdparams', *opts)
     assert (tmp_path / 'run/config.yaml').read_bytes() == before and process.poll() is None
     process.kill()
@@ -277,7 +277,7 @@ def test_a_full_disk(whole, tmp_path, name, epoch):
     (output / f'{name}.partial').unlink(missing_ok=True)
     (output / f'{name}.partial').symlink_to('/dev/full')
     line = fails(MAIN, *args)
-    assert f'{output}/{name}: cannot write (No space left on device); free the disk' in line
+    assert f'{output}/{name}: cannot write (No space left on device); free up disk space' in line
     assert checkpoint.load(str(output / 'latest.pdparams'))['epoch'] == epoch
     assert name != 'latest.pdparams' or (output / name).read_bytes() == before
     assert not list(output.glob('*.partial'))
@@ -290,7 +290,7 @@ def test_a_full_disk_under_a_log(fashion, tmp_path, name):
     (tmp_path / 'run').mkdir()
     (tmp_path / 'run' / name).symlink_to('/dev/full')
     line = fails(MAIN, '-output', tmp_path / 'run', *options(fashion))
-    assert f'{tmp_path}/run/{name}: No space left on device; free the disk' in line
+    assert f'{tmp_path}/run/{name}: No space left on device; free up disk space' in line
 
 
 def test_a_folder_that_goes_away(whole, tmp_path):
@@ -324,7 +324,7 @@ def test_two_processes_that_are_killed(whole_of_two, tmp_path):
     folder, opts = whole_of_two
     args = ['-output', tmp_path / 'run', '-resume', 'auto', *opts]
     process = run(*FAULTY_TWO, 'step', 9, TWO[0], *args, status=128 + signal.SIGKILL, env=PATHS)
-    assert process.stderr == 'rank 1 was ended by SIGKILL\n'
+    assert process.stderr == 'rank 1 was killed by SIGKILL\n'
     out = run(*TWO, *args).stdout
     assert 'after epoch 1 and 3 of 5 steps of the next, step 8' in out and 'bitwise' not in out
     assert_same_runs(folder, tmp_path / 'run')
@@ -356,7 +356,7 @@ def test_one_of_two_processes_is_asked_to_stop_in_an_evaluation(whole_of_two, tm
     args = ['-output', tmp_path / 'run', '-resume', 'auto', *opts]
     began = time.monotonic()
     process = run(*FAULTY_TWO, 'terminate_evaluation', 6, TWO[0], *args, status=STOPPED, env=PATHS)
-    assert process.stderr.splitlines()[-1] == 'rank 1 was asked to stop; -resume auto goes on'
+    assert process.stderr.splitlines()[-1] == 'rank 1 received a stop request; continue with -resume auto'
     assert time.monotonic() - began < 60
     latest = checkpoint.load(str(tmp_path / 'run/latest.pdparams'))
     assert latest['epoch'] == 1 and latest['progress']['steps'] == latest['progress']['steps_per_epoch'] == 5
@@ -381,7 +381,7 @@ def test_a_parent_and_its_processes_are_asked_to_stop(fashion, tmp_path, number)
     out, error = process.communicate(timeout=30)
     assert process.returncode == STOPPED and time.monotonic() - began < 20
     assert f'stopped by SIGTERM; {tmp_path}/run/latest.pdparams (' in out.splitlines()[-1]
-    assert error.splitlines() == ['asked to stop: a checkpoint comes first; Ctrl-C again stops at once']
+    assert error.splitlines() == ['stop requested: saving a checkpoint first; Ctrl-C again stops at once']
     assert members(process) == []
 
 
@@ -390,7 +390,7 @@ def test_all_are_asked_to_stop_while_they_wait_for_one(fashion, tmp_path):
     process = run(*FAULTY_TWO, 'terminate_all_in_evaluation', 4, TWO[0], '-output', tmp_path / 'run', *options(
         fashion, *RUN, *BOTH), status=STOPPED, env=PATHS)
     assert f'stopped by SIGTERM; {tmp_path}/run/latest.pdparams (' in process.stdout
-    assert process.stderr == 'asked to stop: a checkpoint comes first; Ctrl-C again stops at once\n'
+    assert process.stderr == 'stop requested: saving a checkpoint first; Ctrl-C again stops at once\n'
 
 
 def test_slow_steps_do_not_delay_a_stop(fashion, tmp_path):

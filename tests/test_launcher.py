@@ -57,15 +57,15 @@ time.sleep(60)
 
 
 @pytest.mark.parametrize('tasks, nodes, command', [
-    ('8', '1', 'srun --ntasks=1 python main_multi_gpu.py ... (if'),
+    ('8', '1', 'srun --ntasks=1 python main_multi_gpu.py ... (for'),
     ('2', '2', "srun --ntasks=2 --ntasks-per-node=1 sh -c 'python -m paddle.distributed.launch --nnodes 2 --rank "
                '$SLURM_NODEID --master $SLURM_LAUNCH_NODE_IPADDR:8090 --log_dir log/$SLURM_NODEID main_multi_gpu.py '
-               "...' (if"),
+               "...' (for"),
 ])
 def test_tasks_of_srun_that_would_be_separate_runs(tasks, nodes, command):
     line = fails('main_multi_gpu.py', env={'SLURM_STEP_NUM_TASKS': tasks, 'SLURM_STEP_NUM_NODES': nodes})
-    assert line.startswith(f'main_multi_gpu.py: error: srun has started {tasks} tasks, which would be as many ')
-    assert command in line and line.endswith('if separate runs are meant, give -nproc 1)')
+    assert line.startswith(f'main_multi_gpu.py: error: srun started {tasks} tasks, each of which would be ')
+    assert command in line and line.endswith('(for separate runs, give -nproc 1)')
 
 
 @pytest.mark.parametrize('processes, env', [

@@ -240,7 +240,7 @@ def test_a_nul_in_a_path_that_python_code_gives(config, tmp_path):
 def test_a_folder_with_a_run_is_kept(trained, fashion):
     folder, _ = trained
     before = (folder / 'latest.pdparams').read_bytes(), (folder / 'log.jsonl').read_bytes()
-    assert 'holds the results of another run (best.pdparams)' in fails(MAIN, '-output', folder, *options(fashion))
+    assert 'contains the results of another run (best.pdparams)' in fails(MAIN, '-output', folder, *options(fashion))
     assert before == ((folder / 'latest.pdparams').read_bytes(), (folder / 'log.jsonl').read_bytes())
     assert 'would replace the unfused weights' in fails(
         '-m', 'tools.fuse', '-cfg', folder / 'config.yaml', '-pretrained', folder / 'latest.pdparams', '-save',
@@ -285,10 +285,10 @@ def test_output_that_nobody_reads(fashion, tmp_path):
         return process.communicate(60)[1], process.returncode
     error, status = without_reader(MAIN, '-output', tmp_path / 'run', *options(fashion, 'TRAIN.NUM_EPOCHS', '1'))
     log = tmp_path / 'run/log.txt'
-    assert error == f'nobody reads the output any more; it goes on in {log}\n' and status == 0
+    assert error == f'the program that reads the output has ended; it continues in {log}\n' and status == 0
     assert ' best top-1 ' in log.read_text().splitlines()[-1]
     error, status = without_reader('-m', 'tools.show_recipe', '-cfg', 'configs/mobileone_s0.yaml')
-    assert error == 'tools.show_recipe: error: the program that read the output has ended\n' and status == 1
+    assert error == 'tools.show_recipe: error: the program that reads the output has ended\n' and status == 1
 
 
 @pytest.mark.parametrize('workers', [0, 2])

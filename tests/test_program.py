@@ -152,7 +152,7 @@ def test_stdout_that_cannot_be_written():
     for length in (1, 100_000):  # more than stdout holds back until the program ends
         code = f'from runtime.program import run_program; run_program(lambda: print("a" * {length}))'
         status, _, error = shell('"$@" >/dev/full', '-c', code)
-        message = 'error: stdout or another file: No space left on device; free the disk'
+        message = 'error: stdout or another file: No space left on device; free up disk space'
         assert status == 2 and message in error and error.count('\n') == 1
 
 
@@ -172,7 +172,7 @@ def test_characters_that_the_console_lacks(encoding, shown):
 def test_numbers_in_the_environment(name, value):
     for program_name in ('main_single_gpu.py', 'main_multi_gpu.py'):
         error = run(program_name, status=2, env={name: value}, fork=False).stderr
-        assert f'{name} is {value[:100]!r} in the environment, but must be a whole' in error and error.count('\n') == 1
+        assert f'environment variable {name} is {value[:100]!r}, but must be an ' in error and error.count('\n') == 1
 
 
 def ends(code):
@@ -182,23 +182,23 @@ def ends(code):
 
 
 @pytest.mark.parametrize('code, message', [
-    ('raise MemoryError', 'memory does not suffice: use smaller batches, images or networks'),
-    ('np.empty(10 ** 15)', 'memory does not suffice (Unable to allocate 7.11 PiB for an array'),
-    ('import paddle; paddle.zeros([10 ** 7, 10 ** 7])', 'memory does not suffice (Fail to alloc memory of'),
+    ('raise MemoryError', 'out of memory: use smaller batches, images or networks'),
+    ('np.empty(10 ** 15)', 'out of memory (Unable to allocate 7.11 PiB for an array'),
+    ('import paddle; paddle.zeros([10 ** 7, 10 ** 7])', 'out of memory (Fail to alloc memory of'),
     # as PaddlePaddle says it of a GPU
     (r'raise RuntimeError("C++ Traceback\n\nResourceExhaustedError: \n\nOut of memory error on GPU 0. Cannot allocate '
-     r'9GB.\n\nPlease check")', 'memory does not suffice (Out of memory error on GPU 0. Cannot allocate 9GB.): use'),
-    ('raise RuntimeError("while reading item 3: MemoryError")', 'memory does not suffice: use'),
-    ('bytearray(10 ** 30)', 'a number is larger than can be computed with (cannot fit'),
-    ('raise RuntimeError("can\'t start new thread")', 'raise that limit, `ulimit -u`'),
+     r'9GB.\n\nPlease check")', 'out of memory (Out of memory error on GPU 0. Cannot allocate 9GB.): use'),
+    ('raise RuntimeError("while reading item 3: MemoryError")', 'out of memory: use'),
+    ('bytearray(10 ** 30)', 'a number is too large to compute with (cannot fit'),
+    ('raise RuntimeError("can\'t start new thread")', 'raise the limit with `ulimit -u`'),
     ('resource.setrlimit(resource.RLIMIT_NOFILE, (20, 20)); files = [open(os.devnull) for _ in range(20)]',
-     '/dev/null: Too many open files; a process may not open more files: raise that limit, `ulimit -n`'),
-    ('open("a" * 300)', 'File name too long; a name may have 255 bytes'),
+     '/dev/null: Too many open files; the process may not open more files: raise the limit with `ulimit -n`'),
+    ('open("a" * 300)', 'File name too long; names are limited to 255 bytes'),
     ('raise OSError(errno.EDQUOT, "Disk quota exceeded", "a.txt")', 'a.txt: Disk quota exceeded; your quota'),
-    ('raise OSError(errno.EFBIG, "File too large")', 'stdout or another file: File too large; a file may not be so '
-     'large: raise that limit, `ulimit -f`'),
+    ('raise OSError(errno.EFBIG, "File too large")', 'stdout or another file: File too large; the file would exceed '
+     'the size limit: raise it with `ulimit -f`'),
     ('raise OSError(errno.EROFS, "Read-only", "a")', 'a: Read-only; the file system is read-only'),
-    ('raise OSError(errno.ENOMEM, "Cannot allocate memory")', 'memory does not suffice'),
+    ('raise OSError(errno.ENOMEM, "Cannot allocate memory")', 'out of memory'),
     ('open("/dev/null/x")', '/dev/null/x: Not a directory; check the path and its permissions'),
 ])
 def test_limits_of_the_system_are_named(code, message):
@@ -208,7 +208,7 @@ def test_limits_of_the_system_are_named(code, message):
 def test_a_network_that_does_not_fit_into_memory(tmp_path, fashion):
     line = fails('main_single_gpu.py', '-output', tmp_path / 'run', *options(
         fashion, 'MODEL.CHANNELS', '[4,1000000,1000000,8,8]'))
-    assert 'memory does not suffice (' in line and line.endswith('or a machine with more of it')
+    assert 'out of memory (' in line and line.endswith('or a machine with more memory')
 
 
 STARTS = {
@@ -327,7 +327,7 @@ def gpu_build(monkeypatch):
 
 
 @pytest.mark.parametrize('has_driver, visible, why', [
-    (False, '0', 'there is no NVIDIA driver here (no /dev/nvidia0); install it, or start the container with --gpus '
+    (False, '0', 'no NVIDIA driver found (no /dev/nvidia0); install it, or start the container with --gpus '
                  'all'),
     (True, '', "CUDA_VISIBLE_DEVICES is ''; unset it, or name GPUs that `nvidia-smi -L` lists"),
     (True, '7', "CUDA_VISIBLE_DEVICES is '7'; unset it, or name GPUs that `nvidia-smi -L` lists"),
@@ -344,7 +344,7 @@ def test_a_gpu_build_without_a_gpu_says_why(gpu_build, monkeypatch, capsys, has_
     assert str(error.value) == f'-device is gpu, but PaddlePaddle finds no GPU: {why}'
     assert capsys.readouterr().err == '' and chosen == []
     program.use_device()
-    warning = f'computing on the CPU, as PaddlePaddle finds no GPU: {why}; if the CPU is meant, give -device cpu\n'
+    warning = f'computing on the CPU because PaddlePaddle finds no GPU: {why}; if you want the CPU, give -device cpu\n'
     assert capsys.readouterr().err.partition(': warning: ')[2] == warning and chosen == ['cpu']
 
 
@@ -367,7 +367,7 @@ def test_a_device_that_is_asked_for_or_found_is_used_silently(gpu_build, capsys,
 
 def test_a_build_for_cpus_computes_there_silently(capsys):
     assert program.use_device() == program.use_device('cpu') == 'cpu' and capsys.readouterr().err == ''
-    with pytest.raises(UserError, match='it is a build for CPUs; README.md has the commands'):
+    with pytest.raises(UserError, match='it is a CPU build; README.md has the commands'):
         program.use_device('gpu')
 
 
@@ -375,7 +375,7 @@ def test_a_build_for_cpus_computes_there_silently(capsys):
     ['main_single_gpu.py'], ['main_multi_gpu.py'], ['main_multi_gpu.py', '-nproc', '2'],
     ['-m', 'tools.fuse', '-pretrained', 'w']])
 def test_programs_take_a_device(args):
-    assert '-device is gpu, but PaddlePaddle finds no GPU: it is a build for CPUs' in fails(*args, '-device', 'gpu')
+    assert '-device is gpu, but PaddlePaddle finds no GPU: it is a CPU build' in fails(*args, '-device', 'gpu')
     assert "argument -device: invalid choice: 'tpu'" in fails(*args, '-device=tpu')
 
 

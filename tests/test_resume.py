@@ -45,7 +45,7 @@ def test_a_run_that_is_killed_goes_on_bitwise(whole, tmp_path):
         assert process.poll() is None
         time.sleep(0.01)
     process.kill()
-    assert f'{again}: no checkpoint to resume, so the run starts afresh' in process.communicate()[0]
+    assert f'{again}: no checkpoint to resume; starting from scratch' in process.communicate()[0]
     assert process.returncode == -signal.SIGKILL and not (again / 'epoch_4.pdparams').exists()
     out = run(MAIN, '-output', again, '-resume', 'auto', *opts).stdout
     assert ' resumed ' in out and 'bitwise' not in out
@@ -83,7 +83,7 @@ def test_a_truncated_checkpoint_is_passed_over(whole, tmp_path):
     shutil.copy(folder / 'epoch_1.pdparams', tmp_path / 'again/best.pdparams')
     os.truncate(tmp_path / 'again/latest.pdparams', 1000)
     out = run(MAIN, '-output', tmp_path / 'again', '-resume', 'auto', *opts).stdout
-    assert f'passed over: {tmp_path}/again/latest.pdparams: not a .pdparams file' in out
+    assert f'skipped: {tmp_path}/again/latest.pdparams: not a .pdparams file' in out
     assert 'after epoch 1, step 2' in out
     assert without_times(records(folder)) == without_times(records(tmp_path / 'again'))
 
@@ -95,7 +95,7 @@ def test_a_checkpoint_by_name_in_its_own_folder(whole, tmp_path):
     shutil.copytree(folder, again)
     out = run(MAIN, '-resume', again / 'epoch_2.pdparams', *opts).stdout
     for name in ('latest', 'epoch_3', 'epoch_4'):
-        assert f'{again}/{name}.pdparams: is past the checkpoint to resume' in out
+        assert f'{again}/{name}.pdparams: is further along than the checkpoint to resume' in out
         assert (again / f'{name}.pdparams.past').exists()
     assert without_times(records(folder)) == without_times(records(again))
     assert_same(*(checkpoint.load(str(path / 'latest.pdparams')) for path in (folder, again)))
@@ -172,9 +172,9 @@ def test_checkpoints_that_cannot_be_resumed(whole, fashion, tmp_path):
 
     def message(*args):
         return fails(MAIN, '-output', tmp_path / 'run', *opts[:4], *args, *opts[4:])
-    assert ('old.pdparams: is no checkpoint of this project (no step, best, world_size), and others cannot be resumed; '
+    assert ('old.pdparams: not a checkpoint of this project (no step, best, world_size), so it cannot be resumed; '
             'start from its weights with -pretrained') in message('-resume', tmp_path / 'old.pdparams')
-    assert 'weights alone, which cannot be resumed; start from them with -pretrained' in message(
+    assert 'contains only weights, which cannot be resumed; start from them with -pretrained' in message(
         '-resume', tmp_path / 'weights.pdparams')
     assert 'no such weight file' in message('-resume', tmp_path / 'nowhere.pdparams')
     assert "name the folder with -output" in fails(MAIN, '-resume', 'auto', *opts)
@@ -186,7 +186,7 @@ def test_checkpoints_that_cannot_be_resumed(whole, fashion, tmp_path):
     line = fails(MAIN, '-output', tmp_path / 'b', '-resume', folder / 'epoch_2.pdparams', *opts, *other)
     assert 'its optimizer is another one: missing stages.0.' in line and 'unexpected' not in line.split(';')[0]
     line = fails(MAIN, '-output', folder, '-resume', tmp_path / 'old.pdparams', *opts)
-    assert 'holds the results of another run' in line and '-resume auto' in line
+    assert 'contains the results of another run' in line and '-resume auto' in line
     # but their weights serve
     run(MAIN, '-output', tmp_path / 'tuned', '-pretrained', tmp_path / 'old.pdparams', *opts, 'TRAIN.NUM_EPOCHS', '1')
 
@@ -203,7 +203,7 @@ def test_other_batches_and_no_ema_go_on_and_say_so(whole, tmp_path):
     out = run(MAIN, '-output', tmp_path / 'a', '-resume', 'auto', *opts, 'TRAIN.NUM_EPOCHS', '5', 'TRAIN.ACCUM_ITER',
               '1').stdout
     assert 'the checkpoint holds no EMA: the average starts from its weights' in out
-    assert 'so the run does not go on bitwise as it would have: TRAIN.MODEL_EMA was False and is True' in out
+    assert 'so the run does not go on bitwise as it would have: TRAIN.MODEL_EMA was False and is now True' in out
     assert records(tmp_path / 'a')[-1]['epoch'] == 5
 
 
@@ -219,7 +219,7 @@ def test_checkpoints_of_the_past(name, where, fashion, tmp_path):
     args = ['-cfg', past / 'config.yaml', '-data_path', fashion]
     out = run(MAIN, *args, '-output', again, '-resume', 'auto', '-opts', 'DATA.IMAGE_BACKEND', 'pillow').stdout
     assert f'resumed {again}/latest.pdparams {where}' in out and out.count('bitwise') == 1
-    assert "so the run does not go on bitwise as it would have: DATA.IMAGE_BACKEND was 'auto' and is 'pillow'" in out
+    assert "as it would have: DATA.IMAGE_BACKEND was 'auto' and is now 'pillow'" in out
     run(MAIN, *args, '-output', tmp_path / 'evaluated', '-eval', '-pretrained', past / 'latest.pdparams')
     for first, second in ((past, again), (past / 'evaluation', tmp_path / 'evaluated')):
         expected, rows = without_times(records(first)), without_times(records(second))

@@ -1,4 +1,4 @@
-"""A run that is ended and resumed is the run that was never ended."""
+"""An interrupted and resumed run is bit-identical to an uninterrupted one."""
 import json
 import os
 import shutil
@@ -12,7 +12,7 @@ from forked import Program
 from runtime import checkpoint
 
 MAIN = 'main_single_gpu.py'
-# all that has a state or chance of its own
+# everything that has state or randomness
 STATEFUL = ['TRAIN.NUM_EPOCHS', '4', 'TRAIN.MIXUP_ALPHA', '0.5', 'TRAIN.CUTMIX_ALPHA', '1', 'TRAIN.ACCUM_ITER', '2',
             'TRAIN.AUTO_AUGMENT', 'True', 'TRAIN.RANDOM_ERASE_PROB', '0.5', 'TRAIN.CURRICULUM', str(STAGES),
             'TRAIN.GRAD_CLIP', '1', 'SAVE_FREQ', '1', 'KEEP_CHECKPOINTS', '0', 'TRAIN.LINEAR_SCALED_LR', '16']
@@ -25,7 +25,7 @@ def whole(request, fashion, tmp_path_factory):
     folder = tmp_path_factory.mktemp('whole') / request.param
     opts = options(fashion, *STATEFUL, *OPTIMIZERS[request.param])
     out = run(MAIN, '-output', folder, *opts).stdout
-    # two windows: of two batches, and of the one that is left of 60 // 16
+    # two windows: one of two batches, and one of the remaining batch of 60 // 16
     assert '8 steps of 32 images' in out and '2 per epoch; learning rate up to ' in out
     assert [row['image_size'] for row in records(folder) if row['split'] == 'train'] == [24, 24, 32, 32]
     return folder, opts
@@ -37,7 +37,7 @@ def assert_same_runs(first, second):
         assert_same(*(checkpoint.load(str(folder / f'{name}.pdparams')) for folder in (first, second)))
 
 
-def test_a_run_that_is_killed_goes_on_bitwise(whole, tmp_path):
+def test_a_killed_run_resumes_bitwise(whole, tmp_path):
     folder, opts = whole
     again = tmp_path / 'again'
     process = Program([MAIN, '-output', again, '-resume', 'auto', *opts])
@@ -55,7 +55,7 @@ def test_a_run_that_is_killed_goes_on_bitwise(whole, tmp_path):
 
 
 def copy_until(folder, epoch, target):
-    """The folder of a run as it was when the checkpoint of an epoch had been written."""
+    """Copy a run's folder as it was after the checkpoint of an epoch was written."""
     target.mkdir()
     shutil.copy(folder / f'epoch_{epoch}.pdparams', target / 'latest.pdparams')
     best = checkpoint.load(str(target / 'latest.pdparams'))['best']['epoch']
@@ -63,8 +63,8 @@ def copy_until(folder, epoch, target):
     shutil.copy(folder / 'log.jsonl', target)
 
 
-def test_ended_between_the_files_of_a_save(whole, tmp_path):
-    """best.pdparams of the third epoch is there, latest.pdparams not yet: the newer one is taken."""
+def test_killed_between_the_files_of_a_save(whole, tmp_path):
+    """best.pdparams is already from epoch 3, but latest.pdparams is not: the newer file is resumed."""
     folder, opts = whole
     copy_until(folder, 2, tmp_path / 'again')
     shutil.copy(folder / 'epoch_3.pdparams', tmp_path / 'again/best.pdparams')
@@ -76,7 +76,7 @@ def test_ended_between_the_files_of_a_save(whole, tmp_path):
     assert_same(*(checkpoint.load(str(path / 'latest.pdparams')) for path in (folder, tmp_path / 'again')))
 
 
-def test_a_truncated_checkpoint_is_passed_over(whole, tmp_path):
+def test_a_truncated_checkpoint_is_skipped(whole, tmp_path):
     folder, opts = whole
     copy_until(folder, 2, tmp_path / 'again')
     shutil.copy(folder / 'epoch_1.pdparams', tmp_path / 'again/epoch_1.pdparams')
@@ -88,8 +88,8 @@ def test_a_truncated_checkpoint_is_passed_over(whole, tmp_path):
     assert without_times(records(folder)) == without_times(records(tmp_path / 'again'))
 
 
-def test_a_checkpoint_by_name_in_its_own_folder(whole, tmp_path):
-    """What is past it is put aside; no -output is needed."""
+def test_resuming_a_named_checkpoint_in_its_own_folder(whole, tmp_path):
+    """Checkpoints that are further along are renamed; -output is not needed."""
     folder, opts = whole
     again = tmp_path / 'again'
     shutil.copytree(folder, again)
@@ -102,7 +102,7 @@ def test_a_checkpoint_by_name_in_its_own_folder(whole, tmp_path):
     assert (again / 'config.yaml').read_text().replace(str(again), str(folder)) == (folder / 'config.yaml').read_text()
 
 
-def test_a_run_that_is_done_is_left_as_it_is(whole, tmp_path):
+def test_a_finished_run_is_left_unchanged(whole, tmp_path):
     folder, opts = whole
     again = tmp_path / 'again'
     shutil.copytree(folder, again)
@@ -113,7 +113,7 @@ def test_a_run_that_is_done_is_left_as_it_is(whole, tmp_path):
             assert path.read_bytes() == (again / path.name).read_bytes(), path
 
 
-def test_a_config_of_an_earlier_version_is_no_obstacle(whole, tmp_path):
+def test_a_config_of_an_earlier_version_does_not_block_a_resume(whole, tmp_path):
     folder, opts = whole
     again = tmp_path / 'again'
     shutil.copytree(folder, again)
@@ -126,7 +126,7 @@ def test_a_config_of_an_earlier_version_is_no_obstacle(whole, tmp_path):
 
 
 def test_fewer_steps_do_not_make_a_checkpoint_older(whole, tmp_path):
-    """Two epochs of small batches have more steps than four of which the last two have larger ones."""
+    """Two epochs with small batches count more steps than four epochs of which the last two have larger batches."""
     folder, opts = whole
     again = tmp_path / 'again'
     again.mkdir()
@@ -138,7 +138,7 @@ def test_fewer_steps_do_not_make_a_checkpoint_older(whole, tmp_path):
     assert (again / 'latest.pdparams').read_bytes() == before
 
 
-def test_a_resume_that_fails_leaves_the_folder(whole, tmp_path):
+def test_a_failed_resume_leaves_the_folder_unchanged(whole, tmp_path):
     folder, opts = whole
     again = tmp_path / 'again'
     shutil.copytree(folder, again)
@@ -148,8 +148,8 @@ def test_a_resume_that_fails_leaves_the_folder(whole, tmp_path):
     assert len(list(again.iterdir())) == len(list(folder.iterdir()))
 
 
-def test_ended_in_the_last_save(whole, tmp_path):
-    """best.pdparams of the last epoch is there, epoch_4 and latest are not: they are written from it."""
+def test_killed_in_the_last_save(whole, tmp_path):
+    """best.pdparams is from the last epoch, but epoch_4 and latest are missing: they are written from it."""
     folder, opts = whole
     again = tmp_path / 'again'
     shutil.copytree(folder, again)
@@ -187,16 +187,16 @@ def test_checkpoints_that_cannot_be_resumed(whole, fashion, tmp_path):
     assert 'its optimizer is another one: missing stages.0.' in line and 'unexpected' not in line.split(';')[0]
     line = fails(MAIN, '-output', folder, '-resume', tmp_path / 'old.pdparams', *opts)
     assert 'contains the results of another run' in line and '-resume auto' in line
-    # but their weights serve
+    # but their weights can be used
     run(MAIN, '-output', tmp_path / 'tuned', '-pretrained', tmp_path / 'old.pdparams', *opts, 'TRAIN.NUM_EPOCHS', '1')
 
 
-def test_other_batches_and_no_ema_go_on_and_say_so(whole, tmp_path):
+def test_other_batches_and_no_ema_resume_and_log_it(whole, tmp_path):
     folder, opts = whole
     out = run(MAIN, '-output', tmp_path / 'a', '-resume', folder / 'epoch_2.pdparams', *opts, 'TRAIN.ACCUM_ITER', '1',
               'TRAIN.MODEL_EMA', 'False').stdout
     assert 'the checkpoint counts 4 steps, this run 6: it goes on after epoch 2, but not bitwise' in out
-    assert 'TRAIN.ACCUM_ITER was' not in out  # another folder's config is not at hand
+    assert 'TRAIN.ACCUM_ITER was' not in out  # configs are compared only within a folder
     assert [row['step'] for row in records(tmp_path / 'a')] == [9, 9, 12, 12]
     state = checkpoint.load(str(tmp_path / 'a/latest.pdparams'))
     assert state['model_ema'] == {}
@@ -209,10 +209,10 @@ def test_other_batches_and_no_ema_go_on_and_say_so(whole, tmp_path):
 
 @pytest.mark.parametrize('name, where', [
     ('sgd', 'after epoch 2, step 10'), ('adamw', 'after epoch 1 and 3 of 5 steps of the next, step 8')])
-def test_checkpoints_of_the_past(name, where, fashion, tmp_path):
-    """See checkpoints/README.md: another version of Paddle, or another CPU, computes the same but for roundings.
+def test_checkpoints_of_earlier_versions(name, where, fashion, tmp_path):
+    """See checkpoints/README.md. Other versions of Paddle and other CPUs give the same results up to rounding.
 
-    The images were read by Pillow.
+    The images were read with Pillow.
     """
     past, again = ROOT / 'tests/checkpoints' / name, tmp_path / 'again'
     shutil.copytree(past, again)
@@ -226,6 +226,6 @@ def test_checkpoints_of_the_past(name, where, fashion, tmp_path):
         assert len(rows) == len(expected)
         for row, other in zip(rows, expected):
             assert row.pop('loss') == pytest.approx(other.pop('loss'), rel=1e-3)
-            for key in ('acc1', 'acc5'):  # an image may be on the edge
+            for key in ('acc1', 'acc5'):  # one image may be a borderline case
                 assert row.pop(key) == pytest.approx(other.pop(key), abs=100 / row['n'] + 1e-9)
             assert row == other

@@ -165,7 +165,7 @@ class _ConsoleHandler(logging.Handler):
                 raise
             silence_stdout()
             with contextlib.suppress(OSError):
-                print(f'the program that reads the output has ended; it continues in {self.log}', file=sys.stderr)
+                print(f'the program that reads the output has ended; the log continues in {self.log}', file=sys.stderr)
 
 
 @contextlib.contextmanager

@@ -176,7 +176,7 @@ def check_floats(arrays, path):
 
 
 def _check_finite(arrays, path):
-    """Raise a UserError unless all values of a dictionary of arrays are finite as float32, which they are loaded as."""
+    """Raise a UserError unless the arrays of a dictionary are finite as float32, the type they are loaded as."""
     with np.errstate(over='ignore'):
         bad = [key for key, value in arrays.items() if not np.isfinite(value.astype('float32', copy=False)).all()]
     if bad:

@@ -12,7 +12,7 @@ from utils import UserError, describe_error, one_line
 
 
 def check_regular(path, key=''):
-    """Raise a UserError if `path` is a folder, a device or a pipe, reading which might never end.
+    """Raise a UserError if `path` exists but is not a regular file: reading a pipe or a device may never end.
 
     key: its config key, for the message.
     """

@@ -125,7 +125,7 @@ def wait_for(ranks):
 
 
 def end(ranks, shown, patience=30):
-    """Terminate processes, and kill those still running after `patience` seconds. shown: the one to show stderr of."""
+    """Terminate processes, and kill those still running after `patience` seconds. shown: whose stderr to show."""
     deadline = time.monotonic() + patience
     for rank in ranks:
         rank.process.terminate()

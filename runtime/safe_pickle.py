@@ -121,8 +121,7 @@ def _expect(value, kinds):
 
 
 def check_key(key):
-    """Return a dictionary key of a weight file. Raises: ValueError unless it is printable and at most 200 characters.
-    """
+    """Return a key of a weight file. Raises: ValueError unless it is printable and at most 200 characters long."""
     if not (isinstance(key, str) and key.isprintable() and len(key) <= 200):
         raise ValueError(f'a key in it is {type(key).__name__}, not a short printable string')
     return key

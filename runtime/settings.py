@@ -229,7 +229,7 @@ class Settings:
         return parser
 
     def _meanings(self, flags):
-        """Return {likely wrong flag, from the name of a key: what sets that key}, for the error of an unknown flag."""
+        """Return {flag that a user may guess from a key: what sets the key}, for the error of an unknown flag."""
         flag_of, meanings = {self.flags[flag][0]: f'-{flag}' for flag in flags}, {}
         for key in self.keys:
             name = key.rpartition('.')[2].lower()
@@ -303,7 +303,7 @@ def add_device_flag(parser):
 class ArgumentParser(argparse.ArgumentParser):
     """argparse with exact single-dash flags, values that may start with a minus, and one-line errors.
 
-    meanings: {likely wrong flag: what to give instead}, for the error of an unknown flag.
+    meanings: {flag that a user may guess: what to give instead}, for the error of an unknown flag.
     """
 
     def __init__(self, meanings=(), **kwargs):

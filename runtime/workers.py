@@ -1,4 +1,4 @@
-"""Worker processes that read dataset items into memory shared with the training process.
+"""Worker processes that read dataset items into memory shared with the main process.
 
 Paddle's own loader (2.6.2, 3.3.1) passes each batch in a new file in /dev/shm, whose pages the system clears and maps
 each time; a container has 64 MB of it by default. Here the batches reuse memory that is shared from the start and that

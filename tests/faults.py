@@ -88,8 +88,8 @@ FAULTS = {
     **{name: functools.partial(lambda name, number: on_call(engine, 'train_step', number, send(name)), name)
        for name in ('SIGHUP', 'SIGUSR1', 'SIGUSR2', 'SIGXCPU')},
     'worker': lambda number: on_call(engine, 'train_step', number, kill_worker),
-    'worker_that_starts': lambda number: on_call(Workers, '_receive', number, kill_worker),
-    'worker_that_is_hardly_there': lambda number: on_call(
+    'worker_before_first_batch': lambda number: on_call(Workers, '_receive', number, kill_worker),
+    'first_worker': lambda number: on_call(
         multiprocessing.context.ForkProcess, 'start', number + 1, kill_first_worker),
     'worker_evaluation': lambda number: on_call(engine, 'batch_sums', number, kill_worker,
                                                 lambda *args: not paddle.is_grad_enabled()),

@@ -123,7 +123,7 @@ def test_signals_that_precede_a_shutdown(whole, tmp_path, name):
     assert checkpoint.load_training(str(tmp_path / 'run/latest.pdparams'))['step'] == 3
 
 
-@pytest.mark.parametrize('fault', ['worker', 'worker_evaluation', 'worker_that_starts', 'worker_that_is_hardly_there'])
+@pytest.mark.parametrize('fault', ['worker', 'worker_evaluation', 'worker_before_first_batch', 'first_worker'])
 @pytest.mark.parametrize('count', [1, 2])
 def test_a_killed_data_worker_ends_the_run(fashion, tmp_path, fault, count):
     """For example by the out-of-memory killer."""
@@ -331,8 +331,7 @@ def test_two_killed_processes_resume_bitwise(whole_of_two, tmp_path):
 
 
 def test_a_stop_request_to_one_of_two_processes(whole_of_two, tmp_path):
-    """They agree at the next log line; the resumed run is bit-identical to an uninterrupted one, except for batch-norm
-    statistics."""
+    """They agree at the next log line; the resume is bitwise, except for batch-norm statistics."""
     folder, opts = whole_of_two
     args = ['-output', tmp_path / 'run', '-resume', 'auto', *opts]
     out = run(*FAULTY_TWO, 'terminate', 8, TWO[0], *args, status=STOPPED, env=PATHS).stdout

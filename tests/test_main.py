@@ -285,7 +285,7 @@ def test_output_without_a_reader(fashion, tmp_path):
         return process.communicate(60)[1], process.returncode
     error, status = without_reader(MAIN, '-output', tmp_path / 'run', *options(fashion, 'TRAIN.NUM_EPOCHS', '1'))
     log = tmp_path / 'run/log.txt'
-    assert error == f'the program that reads the output has ended; it continues in {log}\n' and status == 0
+    assert error == f'the program that reads the output has ended; the log continues in {log}\n' and status == 0
     assert ' best top-1 ' in log.read_text().splitlines()[-1]
     error, status = without_reader('-m', 'tools.show_recipe', '-cfg', 'configs/mobileone_s0.yaml')
     assert error == 'tools.show_recipe: error: the program that reads the output has ended\n' and status == 1

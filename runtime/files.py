@@ -28,7 +28,7 @@ def replace(path, write):
     Raises: UserError, naming `path`, if it cannot be written or is not a regular file.
     """
     if '\0' in str(path):
-        raise UserError(f'{path!r}: no file can have this name; choose another')
+        raise UserError(f'{path!r}: a path cannot contain a NUL character; choose another')
     check_regular(path)
     partial = f'{path}.partial'
     try:

@@ -176,7 +176,7 @@ class Settings:
         """
         source = one_line(str(path))
         if '\0' in str(path):
-            raise UserError(f'{source}: no file can have this name; give one with -cfg')
+            raise UserError(f'{source}: a path cannot contain a NUL character; give another with -cfg')
         if os.path.realpath(path) in parents:
             raise UserError(f'{source}: BASE leads back to this file; remove the cycle')
         tree = _read_yaml(path, source)

@@ -1,9 +1,9 @@
-"""Helpers that every room may use: the user's errors, the process group, logging.
+"""Helpers for all modules: user errors, the process group, logging.
 
 Importing this module does not import Paddle.
 """
-# Paddle 2.6.2 crashes when zlib (PNG, gzip, npz) is used for the first time after `import paddle`:
-# its library exports symbols of its own zlib. Loaded before it, all is well. 3.x is not affected.
+# Paddle 2.6.2 crashes when zlib (PNG, gzip, npz) is first used after `import paddle`, because its library exports the
+# symbols of its own zlib. Importing zlib first avoids that. 3.x is not affected.
 import zlib  # noqa: F401  isort: skip
 import contextlib
 import logging
@@ -16,7 +16,7 @@ from tqdm import tqdm
 
 @contextlib.contextmanager
 def blocked(signals):
-    """Hold back signals of this thread, and of what it starts, while it is open, where the system can (not Windows)."""
+    """Block signals in this thread, and in threads and processes it starts, where the system can (not Windows)."""
     if not hasattr(signal, 'pthread_sigmask'):
         yield
         return
@@ -27,7 +27,7 @@ def blocked(signals):
         signal.pthread_sigmask(signal.SIG_SETMASK, before)
 
 
-# NumPy starts threads. They must leave SIGTERM to the main thread, which blocks it while it imports Paddle
+# NumPy starts threads. They must leave SIGTERM to the main thread, which blocks it while importing Paddle
 # (runtime/program.py)
 with blocked([signal.SIGTERM]):
     import numpy as np
@@ -38,30 +38,30 @@ class UserError(ValueError):
 
 
 def silence_stdout():
-    """For when what read it has ended: nothing more can be written, not even at exit."""
+    """Redirect stdout to os.devnull, for when its reader has ended and a write, even at exit, would fail."""
     os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
 
 
 def first_few(problems, count=5):
-    """A list of problems as one line: the first `count`, and how many more there are."""
+    """Join a list of problems into one line: the first `count`, and how many more there are."""
     more = f' and {len(problems) - count} more' if len(problems) > count else ''
     return '; '.join(problems[:count]) + more
 
 
 def one_line(text, length=300):
-    """Text from a file, an error or the command line as a message shows it: cut where it is long, and plain."""
+    """Make text from a file, an error or the command line fit for a message: printable, and cut at `length`."""
     text = ' '.join(text.split())
     text = ''.join(char if char.isprintable() else repr(char)[1:-1] for char in text[:length + 1])
     return text if len(text) <= length else f'{text[:length]}...'
 
 
 def describe_error(error, length=300):
-    """An exception's type and message, as `one_line` cuts it."""
+    """Return an exception's type and message; `one_line` cuts the message at `length`."""
     return f'{type(error).__name__}: {one_line(str(error), length)}'
 
 
 def misfits(expected, found):
-    """What is missing, unexpected or other in one dictionary of shapes or sizes, compared with another: a line each."""
+    """List, one line each, what is missing, unexpected or different in a dictionary of shapes or sizes."""
     problems = [f'missing {name}' for name in expected if name not in found]
     problems += [f'unexpected {name}' for name in found if name not in expected]
     return problems + [f'{name} is {found[name]}, not {expected[name]}' for name in expected
@@ -69,27 +69,27 @@ def misfits(expected, found):
 
 
 def program_name():
-    """How the user called the running program: main_single_gpu.py, or tools.fuse for `python -m tools.fuse`."""
-    # under a debugger, under a profiler and in a notebook `__main__` is theirs, or has no __spec__
+    """Return the program's name as the user typed it: main_single_gpu.py, or tools.fuse for `python -m tools.fuse`."""
+    # with a debugger, a profiler or a notebook, `__main__` is theirs or has no __spec__
     spec = getattr(sys.modules['__main__'], '__spec__', None)
     is_module = spec and spec.origin and os.path.realpath(spec.origin) == os.path.realpath(sys.argv[0])
     return spec.name if is_module else os.path.basename(sys.argv[0])
 
 
 def rank():
-    """This process's number in the process group, from 0; 0 without a group."""
+    """Return this process's rank in the process group, from 0; 0 without a group."""
     from paddle import distributed
     return distributed.get_rank() if distributed.is_initialized() else 0
 
 
 def world_size():
-    """Processes in the process group; 1 without a group."""
+    """Return the number of processes in the process group; 1 without a group."""
     from paddle import distributed
     return distributed.get_world_size() if distributed.is_initialized() else 1
 
 
 def reduce_over_ranks(values, op='SUM'):
-    """Numbers, reduced entry by entry over all processes: float64 NumPy array. op: SUM or MIN."""
+    """Reduce numbers elementwise over all processes, to a float64 NumPy array. op: SUM or MIN."""
     reduced = np.asarray(values, 'float64')
     if world_size() > 1:
         import paddle
@@ -101,7 +101,7 @@ def reduce_over_ranks(values, op='SUM'):
 
 
 def mean_over_ranks(arrays):
-    """The means over all processes of some float arrays, in one reduction."""
+    """Return the means of float arrays over all processes, with a single reduction."""
     if not arrays:
         return []
     flat = reduce_over_ranks(np.concatenate([array.ravel() for array in arrays])) / world_size()
@@ -110,7 +110,7 @@ def mean_over_ranks(arrays):
 
 
 def from_main(function):
-    """What function(), called by rank 0 alone, returned: on every rank; its UserError or OSError is raised on all."""
+    """Call function() only on rank 0 and return its result on every rank; a UserError or OSError is raised on all."""
     result = None
     if rank() == 0:
         try:
@@ -128,24 +128,25 @@ def from_main(function):
 
 
 def check_agreement(find_facts):
-    """Raises: UserError, on all ranks, when one has other facts than rank 0. find_facts() -> {name: value}."""
+    """Raise a UserError on all ranks if the facts of any rank differ from rank 0's. find_facts() -> {name: value}."""
     if world_size() == 1:
         return
     first = from_main(find_facts)
     own = first if rank() == 0 else find_facts()
     differing = [f'{name} is {own.get(name)!r}, not {first[name]!r}' for name in first if own.get(name) != first[name]]
     if reduce_over_ranks([-len(differing)], 'MIN')[0] < 0:
-        raise UserError(f'not as on rank 0: {first_few(differing)}; start all processes alike' if differing else
-                        'another rank has another config or other lists than rank 0; see its message')
+        raise UserError(f'differs from rank 0: {first_few(differing)}; start all processes with the same config and '
+                        'data' if differing else
+                        'the config or data of another rank differ from those of rank 0; see its message')
 
 
 LOG = logging.getLogger('mobileone')
 
 
 class _ConsoleHandler(logging.Handler):
-    """Writes to stdout without tearing a progress bar; not errors, which end the program and go to stderr.
+    """Writes to stdout without breaking a progress bar, except errors, which end the program and go to stderr.
 
-    log: the file that has the messages too, if any. With one, a run goes on when nobody reads stdout any more.
+    log: the file that gets the messages too, if any. With one, a run continues after the reader of stdout has ended.
     """
 
     def __init__(self, level, log=''):
@@ -159,17 +160,17 @@ class _ConsoleHandler(logging.Handler):
         try:
             tqdm.write(self.format(record))
             sys.stdout.flush()
-        except BrokenPipeError:  # `tee` has ended, of a Ctrl-C that asks the run to stop
+        except BrokenPipeError:  # Ctrl-C, which requests a stop of the run, ends `tee` at once
             if not self.log:
                 raise
             silence_stdout()
             with contextlib.suppress(OSError):
-                print(f'nobody reads the output any more; it goes on in {self.log}', file=sys.stderr)
+                print(f'the program that reads the output has ended; the log continues in {self.log}', file=sys.stderr)
 
 
 @contextlib.contextmanager
 def naming(path):
-    """Let an OSError in it say which file it is about."""
+    """Context manager that adds `path` to an OSError that names no file."""
     try:
         yield
     except OSError as error:
@@ -178,17 +179,17 @@ def naming(path):
 
 
 class _FileHandler(logging.FileHandler):
-    """Fails when it cannot write, where logging's own prints a traceback and goes on without a log."""
+    """Raises when it cannot write; logging's handler would print a traceback and continue without a log."""
 
     def handleError(self, record):
         with naming(self.baseFilename):
-            raise  # logging calls this while it handles the exception
+            raise  # logging calls this inside its except block
 
 
 def setup_logger(folder=None):
-    """Let LOG write to the console and, if a folder is given, to `folder`/log.txt, which takes debug messages too.
+    """Make LOG write to the console and, if a folder is given, to `folder`/log.txt, which gets debug messages too.
 
-    Of a process group only rank 0 writes; of the others errors go to the same log.txt.
+    In a process group only rank 0 writes, except for errors of the other ranks, which go to the same log.txt.
     """
     is_main = rank() == 0
     LOG.setLevel(logging.DEBUG if is_main else logging.ERROR)
@@ -199,7 +200,7 @@ def setup_logger(folder=None):
     log = os.path.join(folder, 'log.txt') if folder else ''
     handlers = [_ConsoleHandler(logging.INFO, log)]
     if folder:
-        os.makedirs(folder, exist_ok=True)  # nodes need not share their disks
+        os.makedirs(folder, exist_ok=True)  # nodes may have separate disks
         handlers.append(_FileHandler(log, encoding='utf-8'))
     for handler in handlers:
         handler.setFormatter(logging.Formatter('%(asctime)s %(message)s' if is_main else
@@ -208,26 +209,26 @@ def setup_logger(folder=None):
 
 
 class Progress:
-    """How far a loop over `steps` steps is: a bar on a terminal, elsewhere a log line every `every` steps."""
+    """Progress of a loop over `steps` steps: a bar on a terminal, otherwise a log line every `every` steps."""
 
     def __init__(self, name, steps, every, done=0):
         self.name = name
         self.steps = steps
         self.every = every
         self.done = done
-        # the bar is as wide as the rest, which fits 80 columns, leaves it
+        # the text fits into 80 columns; the bar fills the rest
         self.bar = tqdm(total=steps, initial=done, desc=name, leave=False, file=sys.stdout,
                         bar_format='{desc} |{bar}| {n_fmt}/{total_fmt}{postfix}',
                         disable=rank() > 0 or not sys.stdout.isatty())
 
     def step(self):
-        """Count a step. Returns: whether it is time to `show` how it goes."""
+        """Count a step. Returns: whether it is time to call `show`."""
         self.done += 1
         self.bar.update()
         return self.done % self.every == 0
 
     def show(self, text, more=''):
-        """Show a text on the bar, or both in a log line; on a terminal log.txt alone takes that."""
+        """Show `text` on the bar, and `text` and `more` in a log line; on a terminal that goes only to log.txt."""
         self.bar.set_postfix_str(text)
         LOG.log(logging.INFO if self.bar.disable else logging.DEBUG,
                 f'{self.name} step {self.done}/{self.steps} {text}{more}')
@@ -237,9 +238,9 @@ class Progress:
 
 
 def blend(targets, sources, keep):
-    """target = keep * target + (1 - keep) * source for each pair of float32 tensors, in place, in one operator.
+    """Set target = keep * target + (1 - keep) * source for each pair of float32 tensors, in place, in one operator.
 
-    That is Momentum at a learning rate of 0: its velocity is such a sum, and its weights, here the sources, stay.
+    This is Momentum with a learning rate of 0: its velocity is this sum, and its weights, the sources, do not change.
     """
     import paddle
     with paddle.no_grad():

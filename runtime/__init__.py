@@ -1,1 +1,1 @@
-"""What a program that trains needs and that knows nothing of MobileOne; imports only itself, utils and libraries."""
+"""Machinery for training programs, independent of MobileOne; imports only itself, utils and libraries."""

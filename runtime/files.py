@@ -1,4 +1,4 @@
-"""Files on the disk: written whole or not at all, and read only where they are regular files; text of any system.
+"""Files: atomic writes, reads of regular files only, and text from any operating system.
 
 Importing this module does not import Paddle.
 """
@@ -15,22 +15,23 @@ CLASS_NAMES = 'class_names.txt'
 
 
 def check_regular(path, key=''):
-    """Raises: UserError if `path` is there and is no regular file: a folder, a device, a pipe, which may never end.
+    """Raise a UserError if `path` exists but is not a regular file: reading a pipe or a device may never end.
 
-    key: the config's that names it, for the message.
+    key: its config key, for the message.
     """
     if os.path.exists(path) and not os.path.isfile(path):
         kind = 'a folder' if os.path.isdir(path) else 'a pipe, a socket or a device'
-        raise UserError(f'{one_line(str(path))}: is {kind}, not a regular file; give a file{f", {key}" if key else ""}')
+        raise UserError(f'{one_line(str(path))}: is {kind}, not a regular file; '
+                        f'{f"set {key} to a file" if key else "give a file"}')
 
 
 def replace(path, write):
-    """Let write(path of a new file) make the file `path`, whole or not at all.
+    """Write the file `path` atomically: write(temporary path) makes a new file, which then replaces `path`.
 
-    Raises: UserError, naming `path`, where it cannot be written, and where it is no regular file.
+    Raises: UserError, naming `path`, if it cannot be written or is not a regular file.
     """
     if '\0' in str(path):
-        raise UserError(f'{path!r}: no file can have this name; choose another')
+        raise UserError(f'{path!r}: a path cannot contain a NUL character; choose another')
     check_regular(path)
     partial = f'{path}.partial'
     try:
@@ -46,24 +47,27 @@ def replace(path, write):
 
 
 def write_text(path, text):
-    """Write a text file in UTF-8 as `replace` does."""
+    """Write a UTF-8 text file with `replace`."""
     replace(path, lambda partial: pathlib.Path(partial).write_text(text, 'utf-8'))
 
 
 def copy(source, path):
-    """Copy a file as `replace` does."""
+    """Copy a file with `replace`."""
     replace(path, lambda partial: shutil.copyfile(source, partial))
 
 
 def to_plain(content, path):
-    """The bytes of a text file as UTF-8 text with line feeds, without byte-order marks. Raises: UserError."""
+    """Convert the bytes of a text file to UTF-8 with line feeds and without byte-order marks.
+
+    Raises: UserError for invalid UTF-16.
+    """
     if content.startswith((codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE)):
         try:
             content = bytearray(content.decode('utf-16').encode())
         except UnicodeDecodeError as error:
-            raise UserError(f'{path}: is not valid UTF-16 from byte {error.start} on; save it as UTF-8') from None
-    if codecs.BOM_UTF8[:1] in content:  # one byte is found much faster than three
-        # where lists were joined, within it too
+            raise UserError(f'{path}: is not valid UTF-16 at byte {error.start}; save it as UTF-8') from None
+    if codecs.BOM_UTF8[:1] in content:  # searching for one byte is much faster than for three
+        # joined lists have marks in the middle too
         content = content.replace(codecs.BOM_UTF8, b'')
     if b'\r' in content:
         content = content.replace(b'\r\n', b'\n').replace(b'\r', b'\n')
@@ -71,9 +75,10 @@ def to_plain(content, path):
 
 
 def read_names(path):
-    """The lines of a text file, each a name, as a tuple; empty ones at its end do not count.
+    """Read a text file with one name per line. Returns: a tuple of names, without the empty lines at the end.
 
-    Raises: UserError for a file that cannot be read, is not UTF-8 nor UTF-16 with its mark, or has another empty line.
+    Raises: UserError for a file that cannot be read, is neither UTF-8 nor UTF-16 with a byte-order mark, or has an
+    empty line before its end.
     """
     check_regular(path)
     try:
@@ -81,16 +86,16 @@ def read_names(path):
     except (OSError, UnicodeDecodeError) as error:
         raise UserError(f'{path}: cannot be read ({describe_error(error, 80)}); save it as UTF-8') from None
     for number, name in enumerate(names, 1):
-        if not name.strip() or '\0' in name:  # of UTF-16 without its mark
-            raise UserError(f'{path}:{number}: {name!r} is no name; write one in each line, in UTF-8')
+        if not name.strip() or '\0' in name:  # NUL: UTF-16 without a byte-order mark
+            raise UserError(f'{path}:{number}: {name!r} is not a name; write one name per line, in UTF-8')
     return names
 
 
 def sync(path):
-    """Wait until a file, or the names in a folder, are on the disk."""
+    """Wait until a file, or the entries of a folder, are on disk."""
     is_folder = os.path.isdir(path)
     if is_folder and not hasattr(os, 'O_DIRECTORY'):
-        return  # Windows opens no folders, and syncs only what is open for writing
+        return  # Windows cannot open folders, and syncs only files that are open for writing
     descriptor = os.open(path, os.O_RDONLY if is_folder else os.O_RDWR)
     try:
         os.fsync(descriptor)

@@ -1,4 +1,4 @@
-"""The folder of a run: its run.json, log.jsonl and checkpoints, and what of them a resumed run goes on from."""
+"""The folder of a run: run.json, log.jsonl and the checkpoints, and the state from which a run resumes."""
 import contextlib
 import datetime
 import glob
@@ -21,18 +21,18 @@ from runtime import checkpoint, files
 from runtime.program import usable_cores
 from utils import LOG, UserError, describe_error, naming, program_name, rank, world_size
 
-# whose versions run.json has, of those that are installed
+# run.json records the versions of these packages, where installed
 PACKAGES = ('paddlepaddle', 'paddlepaddle-gpu', 'numpy', 'pillow', 'pyyaml', 'yacs', 'simplejpeg',
             'opencv-python-headless', 'opencv-python')
 
 
 def prepare_folder(save, resume, name, is_evaluation):
-    """Make the folder of a run.
+    """Create the folder of a run if needed, and return its path.
 
-    save: its path; where that is empty, the folder of the checkpoint that the run resumes, or a new one below output/.
-    resume: that checkpoint, 'auto' for the newest in `save`, '' for none; name: begins the name of a new folder.
-    Returns: its path.
-    Raises: UserError for a training in a folder that holds the results of another run.
+    save: its path; if empty, the folder of the checkpoint to resume, or else a new folder below output/.
+    resume: the checkpoint to resume, 'auto' for the newest one in `save`, or ''.
+    name: prefix for the name of a new folder.
+    Raises: UserError for a training run in a folder with the results of another run.
     """
     if resume != 'auto':
         checkpoint.check_exists(resume)
@@ -43,19 +43,19 @@ def prepare_folder(save, resume, name, is_evaluation):
     log = os.path.join(folder, 'log.jsonl')
     results = glob.glob(os.path.join(glob.escape(folder), '*.pdparams'))
     results += [log] if os.path.exists(log) and os.path.getsize(log) else []
-    goes_on = resume == 'auto' or (resume and os.path.realpath(os.path.dirname(resume)) == os.path.realpath(folder))
-    if results and not (is_evaluation or goes_on):
-        raise UserError(f'{folder}: holds the results of another run ({os.path.basename(min(results))}); choose '
-                        'another -output, go on with it by -resume auto, or remove it')
+    continues = resume == 'auto' or (resume and os.path.realpath(os.path.dirname(resume)) == os.path.realpath(folder))
+    if results and not (is_evaluation or continues):
+        raise UserError(f'{folder}: contains the results of another run ({os.path.basename(min(results))}); choose '
+                        'another -output, continue that run with -resume auto, or remove the folder')
     return folder
 
 
 @contextlib.contextmanager
 def locked(folder):
-    """Keep other trainings out of a folder while it is open: by a lock on its log.txt, which ends with the process.
+    """Keep other training runs out of a folder with a lock on its log.txt; the system releases it with the process.
 
-    Network disks have such locks or say that they have none, which is logged.
-    Raises: UserError when another training has it.
+    Where the file system does not support locks, as some network disks do not, a line is logged instead.
+    Raises: UserError if another training run holds the lock.
     """
     with open(os.path.join(folder, 'log.txt'), 'ab') as file:
         deadline = time.monotonic() + 2
@@ -66,18 +66,18 @@ def locked(folder):
                 break
             except BlockingIOError:
                 if time.monotonic() > deadline:
-                    raise UserError(f'{folder}: another training is writing there; wait until it has ended, or choose '
+                    raise UserError(f'{folder}: another training run is writing here; wait until it ends, or choose '
                                     'another -output') from None
-                time.sleep(0.1)  # the workers of one that was killed have it for a moment
+                time.sleep(0.1)  # the workers of a killed run hold it for a moment
             except (ImportError, OSError) as error:  # Windows has no fcntl
                 reason = getattr(error, 'strerror', error)
-                LOG.info(f'{folder}: cannot be locked ({reason}); see to it that one training uses it')
+                LOG.info(f'{folder}: cannot be locked ({reason}); make sure that only one training run uses it')
                 break
         yield
 
 
 def _new_folder(path):
-    """Make a folder that was not there: `path`, or with -2, -3, ... appended, for runs that start together."""
+    """Create a folder that did not exist: `path`, or `path`-2, -3, ... for runs that start at the same time."""
     for number in itertools.count(1):
         try:
             folder = path if number == 1 else f'{path}-{number}'
@@ -88,38 +88,38 @@ def _new_folder(path):
 
 
 def differences(first, second):
-    """Lines on the values that two dictionaries differ in, of the names in both."""
-    return [f'{name} was {value!r} and is {second[name]!r}' for name, value in first.items()
+    """Describe, one line each, the values that differ between two dictionaries, for the names in both."""
+    return [f'{name} was {value!r} and is now {second[name]!r}' for name, value in first.items()
             if name in second and second[name] != value]
 
 
 def find_checkpoint(folder, resume):
-    """(path, state) of the checkpoint that `resume` means, as in `prepare_folder`; None when there is none."""
+    """Return (path, state) of the checkpoint to resume, or None. resume: as in `prepare_folder`."""
     if not resume:
         return None
     if resume != 'auto':
         return resume, checkpoint.load_training(resume)
     found = checkpoint.find_newest(folder)
     if not found:
-        LOG.info(f'{folder}: no checkpoint to resume, so the run starts afresh')
+        LOG.info(f'{folder}: no checkpoint to resume; starting from scratch')
     return found
 
 
 def put_aside(folder, last):
-    """Append .past to the names of a folder's checkpoints that are past `last`, a `checkpoint.position`; say so."""
+    """Append .past to the names of checkpoints that are further along than `last`, a `checkpoint.position`."""
     past = [path for path, state in checkpoint.find_all(folder) if checkpoint.position(state) > last]
     for path in past:
         names = itertools.chain([f'{path}.past'], (f'{path}.past-{number}' for number in itertools.count(2)))
         new = next(name for name in names if not os.path.exists(name))
         os.replace(path, new)
-        LOG.info(f'{path}: is past the checkpoint to resume; put aside as {new}')
+        LOG.info(f'{path}: is further along than the checkpoint to resume; renamed to {new}')
 
 
 def write_checkpoints(folder, state, save_freq, keep):
-    """Write a state to the files that are due; latest.pdparams last, as the mark that the others are.
+    """Write a state to each checkpoint file that is due; latest.pdparams comes last, to mark the others as complete.
 
-    After an epoch these are best.pdparams, if it was the best, and every save_freq epochs (0: never) epoch_N.pdparams,
-    of which the newest `keep` stay.
+    After an epoch, best.pdparams is due if the epoch was the best, and epoch_N.pdparams every save_freq epochs (0:
+    never), of which the newest `keep` are kept.
     """
     epoch = state['epoch']
     if not state['progress']:
@@ -132,7 +132,7 @@ def write_checkpoints(folder, state, save_freq, keep):
 
 
 def prune(folder, keep):
-    """Remove all but the newest `keep` epoch_N.pdparams of a folder; 0 keeps all."""
+    """Remove all but the newest `keep` epoch_N.pdparams files of a folder; 0 keeps all."""
     pattern = re.compile(r'epoch_(\d+)\.pdparams')
     epochs = {int(match[1]): path for path in glob.glob(os.path.join(glob.escape(folder), 'epoch_*.pdparams'))
               for match in [pattern.fullmatch(os.path.basename(path))] if match}
@@ -141,7 +141,7 @@ def prune(folder, keep):
 
 
 def path_beside(folder, name, is_evaluation):
-    """The path of a run's file in a folder; with -eval in its name for an evaluation in the folder of a training."""
+    """Return the path of a run's file; an evaluation in the folder of a training run gets -eval in the name."""
     stem, extension = os.path.splitext(name)
     config = pathlib.Path(folder, 'config.yaml')
     is_guest = is_evaluation and config.exists() and b'EVAL: true' not in config.read_bytes().splitlines()
@@ -149,7 +149,7 @@ def path_beside(folder, name, is_evaluation):
 
 
 def describe_start(paths):
-    """What `recorded` is to keep of the start of a run, as values of JSON. paths: of its lists and weights."""
+    """Describe the start of a run for `recorded`, as JSON values. paths: its list and weight files."""
     device, versions = paddle.device.get_device(), {'python': platform.python_version()}
     for name in PACKAGES:
         with contextlib.suppress(importlib.metadata.PackageNotFoundError):
@@ -163,11 +163,11 @@ def describe_start(paths):
 
 
 def find_revision(root):
-    """{'revision': of a folder that is a git clone, 'clean': whether no file that git tracks is changed}.
+    """Return {'revision': commit of a git clone, 'clean': whether no tracked file is modified}.
 
-    None where the folder is no clone, and where git is missing or fails.
+    None if the folder is not a clone, or if git is missing or fails.
     """
-    # a git hook's name its own repository
+    # inside a git hook, GIT_* point to the hook's repository
     env = {name: value for name, value in os.environ.items() if not name.startswith('GIT_')}
 
     def git(*args):
@@ -184,10 +184,11 @@ def find_revision(root):
 
 @contextlib.contextmanager
 def recorded(path, start):
-    """Keep a record of this start of a run in the JSON list at `path`, newest last: `start`, pid, times, status, error.
+    """Record this start of a run in the JSON list at `path`, newest last: `start`, pid, times, status, error.
 
-    The status is running, and stays so if the process is killed; then finished, stopped (it was asked to) or failed.
-    Raises: UserError for a file that is no such list, or cannot be written.
+    The status is running, and stays so if the process is killed; at the end it becomes finished, stopped (by a stop
+    request) or failed.
+    Raises: UserError for a file that is not such a list or cannot be written.
     """
     record = {**start, 'pid': os.getpid(), 'start': _now(), 'end': None, 'status': 'running', 'error': None}
 
@@ -205,7 +206,7 @@ def recorded(path, start):
         stopped = isinstance(error, KeyboardInterrupt) or (is_exit and isinstance(error.code, int))
         line = str(error) if is_exit or isinstance(error, UserError) else describe_error(error)
         line = line.removeprefix(f'{program_name()}: error: ')
-        with contextlib.suppress(UserError):  # a full disk may be what ends the run: that is the error to show
+        with contextlib.suppress(UserError):  # if a full disk ended the run, that is the error to show
             write(end=_now(), status='stopped' if stopped else 'failed', error=None if stopped else line)
         raise
     write(end=_now(), status='finished')
@@ -216,7 +217,7 @@ def _now():
 
 
 def _read_starts(path):
-    """The list of records at a path; empty where there is no file."""
+    """Read the list of records at a path; empty if there is no file."""
     if not os.path.exists(path):
         return []
     try:
@@ -225,12 +226,12 @@ def _read_starts(path):
     except ValueError:
         starts = None
     if not isinstance(starts, list):
-        raise UserError(f'{path}: is no JSON list of the starts of a run; fix it, or move it away')
+        raise UserError(f'{path}: not a JSON list of the starts of a run; fix it, or move it away')
     return starts
 
 
 class RunLog:
-    """The records of a run, dictionaries with an 'epoch', as lines of its log.jsonl; of a process group, rank 0's."""
+    """The records of a run, dictionaries with an 'epoch', as lines of its log.jsonl; only rank 0 writes."""
 
     def __init__(self, folder):
         self.path = os.path.join(folder, 'log.jsonl')
@@ -241,7 +242,7 @@ class RunLog:
                 file.write(json.dumps(record, allow_nan=False) + '\n')
 
     def drop_after(self, epoch):
-        """Keep the records up to an epoch, for a run that is resumed there; what is left of a broken line goes too."""
+        """Drop the records after an epoch, for a run that resumes there, and any incomplete line."""
         if not os.path.exists(self.path):
             return
         with open(self.path, encoding='utf-8', errors='replace') as file:
@@ -253,7 +254,7 @@ class RunLog:
 
 
 def _epoch_of(line):
-    """The epoch of a record's line; beyond all epochs for what is no whole record."""
+    """Return the epoch of a record's line; infinity for anything that is not a complete record."""
     try:
         return int(json.loads(line)['epoch']) if line.endswith('\n') else math.inf
     except (ValueError, TypeError, KeyError):
@@ -261,7 +262,7 @@ def _epoch_of(line):
 
 
 def message_of_another_rank(folder):
-    """The newest error in a folder's log.txt of another rank than 0, or where else to look for it."""
+    """Return the newest error of a rank other than 0 from a folder's log.txt, or where else to look for it."""
     with open(os.path.join(folder, 'log.txt'), encoding='utf-8', errors='replace') as file:
         messages = re.findall(r' (rank [1-9]\d*: error: .*)', file.read())
     return messages[-1] if messages else 'its message is in its workerlog, on its machine'

@@ -1,4 +1,4 @@
-"""Several processes on one machine that form a group: start them, wait for them, end them together."""
+"""A process group on one machine: start the processes, wait for them, end them together."""
 import contextlib
 import math
 import os
@@ -12,14 +12,14 @@ import time
 from runtime.program import STOPPED, answer, environment_number
 from utils import UserError, program_name
 
-# seconds for which we hold back what a process writes to stderr: when one fails, what the others say of it is no news
+# seconds to hold back the stderr of each process: when one fails, the errors that follow in the others are noise
 HELD = 5.0
 
 
 def check_srun(processes):
-    """Raises: UserError where srun has started several tasks and no launcher has joined them: each would run alone.
+    """Raise a UserError if srun started several tasks that no launcher has joined: each would be a separate run.
 
-    processes: how many this one is to start, if it is said; 1 allows it.
+    processes: the value of -nproc, or None; 1 allows separate runs.
     """
     tasks, nodes = (environment_number(f'SLURM_STEP_NUM_{what}', 1) for what in ('TASKS', 'NODES'))
     if tasks == 1 or processes == 1 or 'PADDLE_TRAINER_ID' in os.environ:
@@ -29,12 +29,12 @@ def check_srun(processes):
         command = (f"srun --ntasks={nodes} --ntasks-per-node=1 sh -c 'python -m paddle.distributed.launch --nnodes "
                    f'{nodes} --rank $SLURM_NODEID --master $SLURM_LAUNCH_NODE_IPADDR:8090 --log_dir log/$SLURM_NODEID '
                    f"{program_name()} ...'")
-    raise UserError(f'srun has started {tasks} tasks, which would be as many separate runs; start one task per '
-                    f'machine: {command} (if separate runs are meant, give -nproc 1)')
+    raise UserError(f'srun started {tasks} tasks, each of which would be a separate run; start one task per machine: '
+                    f'{command} (for separate runs, give -nproc 1)')
 
 
 class Rank:
-    """A process of a group, and what it writes to stderr."""
+    """A process of a group, and its stderr."""
 
     def __init__(self, command, environment):
         self.errors = tempfile.TemporaryFile()  # noqa: SIM115  open until the end
@@ -42,23 +42,24 @@ class Rank:
         self.held, self.read = [], 0
 
     def show(self, held=0.0):
-        """Write to our stderr what it has written more than `held` seconds ago."""
+        """Copy to our stderr what the process wrote more than `held` seconds ago."""
         now = time.monotonic()
         text = os.pread(self.errors.fileno(), 2 ** 20, self.read)
         self.read += len(text)
         self.held += [(now, text)] if text else []
         while self.held and now - self.held[0][0] >= held:
-            with contextlib.suppress(OSError):  # nobody may read it
+            with contextlib.suppress(OSError):  # stderr may have no reader
                 sys.stderr.write(self.held[0][1].decode(errors='replace'))
                 sys.stderr.flush()
             del self.held[0]
 
 
 def run_processes(command, count):
-    """Run a command in `count` processes that form a group; as soon as one fails, or we are asked to, end them all.
+    """Run a command in a group of `count` processes; end them all when one fails or we receive a stop signal.
 
-    Returns: the exit status, that of the process that failed, or of the first one. What the processes write to stderr
-    is written to ours after some seconds; when one fails, what the others wrote last, that it is gone, is not.
+    The stderr of each process is copied to ours after HELD seconds; when one fails, the last lines of the others, which
+    report the lost connection, are dropped.
+    Returns: the exit status of the process that failed, or of rank 0.
     """
     with contextlib.ExitStack() as stack:
         sockets = [stack.enter_context(socket.socket()) for _ in range(count)]
@@ -71,21 +72,21 @@ def run_processes(command, count):
                  'PADDLE_TRAINER_ENDPOINTS': ','.join(endpoints), 'PADDLE_CURRENT_ENDPOINT': endpoint,
                  'FLAGS_selected_gpus': rank, 'RUN_PROCESSES_PID': os.getpid()}
         ranks.append(Rank(command, {**os.environ, **{name: str(value) for name, value in group.items()}}))
-    answer(signal.default_int_handler)  # which raises KeyboardInterrupt
+    answer(signal.default_int_handler)  # raises KeyboardInterrupt
     shown, asked = ranks[0], False
     try:
         failed = wait_for(ranks)
         shown = ranks[failed or 0]
     except KeyboardInterrupt:
         asked = True
-        answer(signal.SIG_IGN)  # the processes answer, those of a second Ctrl-C too
+        answer(signal.SIG_IGN)  # the processes handle it, and a second Ctrl-C too
     finally:
         end(ranks, shown)
     if asked:
         statuses = [rank.process.returncode for rank in ranks]
         if STOPPED in statuses:
             return STOPPED
-        # gloo aborts one that waits for another that has ended
+        # gloo aborts a process that waits for one that has ended
         failed = next((number for number, status in enumerate(statuses) if status != -signal.SIGABRT), 0)
         shown = ranks[failed]
     if failed is None:
@@ -95,16 +96,16 @@ def run_processes(command, count):
     status = shown.process.returncode
     with contextlib.suppress(OSError):
         if status < 0:
-            print(f'rank {failed} was ended by {signal.Signals(-status).name}', file=sys.stderr)
-        elif status == STOPPED and failed:  # of rank 0 it is said already
-            print(f'rank {failed} was asked to stop; -resume auto goes on', file=sys.stderr)
+            print(f'rank {failed} was killed by {signal.Signals(-status).name}', file=sys.stderr)
+        elif status == STOPPED and failed:  # rank 0 reports its own stop
+            print(f'rank {failed} received a stop request; continue with -resume auto', file=sys.stderr)
     return 128 - status if status < 0 else status
 
 
 def wait_for(ranks):
-    """Wait until all processes have ended (returns None) or one has failed: returns its number."""
+    """Wait until all processes have ended or one has failed. Returns: None, or the number of the one that failed."""
     failed, statuses = [], [None]
-    # one that raises may take longer to end than what its end does to the others
+    # a process that raises may take longer to end than the ones that fail because of it
     deadline = math.inf
     while None in statuses and time.monotonic() < deadline:
         time.sleep(0.1)
@@ -115,17 +116,16 @@ def wait_for(ranks):
         else:
             for rank in ranks:
                 rank.show(HELD)
-    # a user's mistake (status 2) is often found by all; gloo aborts the others when one has gone, which is no news
+    # a user's mistake (status 2) is often found by all; SIGABRT is gloo's reaction to the end of another process
     mistakes = [number for number, status in enumerate(statuses) if status == 2]
     causes = [number for number in failed if statuses[number] != -signal.SIGABRT]
-    # one that is asked to stop during an evaluation goes alone, which the others may take for a failure
+    # a process told to stop during an evaluation leaves alone, and the others may then fail
     stopped = [number for number, status in enumerate(statuses) if status == STOPPED]
     return (mistakes or stopped or causes or failed or [None])[0]
 
 
 def end(ranks, shown, patience=30):
-    """Terminate processes, and kill those that have not ended after `patience` seconds. shown: whose stderr is shown.
-    """
+    """Terminate processes, and kill those still running after `patience` seconds. shown: whose stderr to show."""
     deadline = time.monotonic() + patience
     for rank in ranks:
         rank.process.terminate()

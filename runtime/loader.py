@@ -1,4 +1,4 @@
-"""Batches of a dataset as tensors on the device: how they are waited for, and how their errors reach the program."""
+"""Load batches of a dataset as tensors on the device: waiting for them, and passing worker errors to the program."""
 import contextlib
 import queue
 import sys
@@ -13,20 +13,20 @@ from runtime.program import cores_per_process
 from runtime.workers import Workers, default_workers
 from utils import LOG, UserError
 
-# seconds of waiting for a batch after which it is said, and again
+# seconds between log lines while waiting for a batch
 PATIENCE = 60
-# what makes an iteration slow: waits of more than this share of its time, and of more than these seconds
+# an iteration is slow when its waits exceed this share of its time and this many seconds
 SLOW_SHARE, SLOW_SECONDS = 0.2, 10
 
 
 class StoppedWaiting(Exception):
-    """Raised by a loader that waits for a batch when its user should stop."""
+    """Raised by a loader that is waiting for a batch when `should_stop` returns true."""
 
 
 class Waits:
-    """Adds up an iteration's waits for batches, and calls on_slow(their share of the time) once when it is slow.
+    """Adds up the waits for batches in an iteration, and calls on_slow(share of the time) once if it is slow.
 
-    The first wait does not count, for the workers start in it.
+    The first wait does not count because it includes the start of the workers.
     """
 
     def __init__(self, on_slow):
@@ -35,7 +35,7 @@ class Waits:
         self.seconds = 0.0
 
     def add(self, start, end):
-        """Count a wait from start to end, in seconds of one clock."""
+        """Count a wait from start to end, in seconds of the same clock."""
         if self.began is None:
             self.began = end
             return
@@ -46,22 +46,22 @@ class Waits:
 
 
 def warn_of_waiting(num_workers, share):
-    """Log that waiting for images takes this share of the time, and what to do about it."""
+    """Log the share of the time spent waiting for images, and what to do about it."""
     cores = cores_per_process()
     if num_workers < cores - 1:
         more = min(cores - 1, 2 * num_workers or 8)
         remedy = f'set DATA.NUM_WORKERS {more} (now {num_workers}; cores: {cores})'
     else:
-        remedy = (f'use more cores, a faster disk, or images that are resized beforehand; more than {num_workers} data '
-                  f'workers would hardly help (cores: {cores})')
+        remedy = (f'use more cores, a faster disk, or images resized in advance; more than {num_workers} data workers '
+                  f'would hardly help (cores: {cores})')
     LOG.warning(f'warning: {share:.0%} of the time is spent waiting for images: {remedy}')
 
 
 class _Stream(IterableDataset):
-    """The batches of `Workers` for Paddle's loader, which copies them to the device while the device computes.
+    """The batches of `Workers` for Paddle's DataLoader, which copies them to the device while the device computes.
 
-    It hangs when its dataset raises (2.6.2, 3.3.1): an error ends the stream and is kept as `error`. thread: Paddle's,
-    which reads it.
+    The DataLoader hangs when its dataset raises (2.6.2, 3.3.1), so an error ends the stream and is kept as `error`.
+    thread: the DataLoader's thread that reads the stream.
     """
 
     def __init__(self, batches):
@@ -73,18 +73,18 @@ class _Stream(IterableDataset):
         self.thread = threading.current_thread()
         try:
             for images, labels in self.batches:
-                # to_tensor would copy the images (as this does on 2.6.2), and hold up Python's other threads for it
+                # to_tensor would copy the images (2.6.2 does so here too) while holding the GIL
                 yield from_dlpack(images.__dlpack__()), labels
         except Exception as error:
             self.error = error
 
 
 def _fetch(batches, place, requests, results):
-    """Put the next batch, None at the end, or the error into results for each request, until there is one of None.
+    """For each request, put the next batch, None at the end, or the error into results; a None request ends this.
 
-    In a thread, for who waits for a batch in Paddle's own code (2.6.2, 3.3.1) cannot answer a signal.
+    Runs in a thread, because a thread that waits for a batch in Paddle's code (2.6.2, 3.3.1) cannot handle signals.
     """
-    paddle.framework._set_expected_place(place)  # which a thread does not inherit
+    paddle.framework._set_expected_place(place)  # threads do not inherit it
     while requests.get():
         try:
             results.put(next(batches, None))
@@ -93,22 +93,22 @@ def _fetch(batches, place, requests, results):
 
 
 class Loader:
-    """Iterates over batches of tensors (uint8 [N, H, W, 3], int64 [N]); `waited` adds up the seconds this took.
+    """Iterates over batches of tensors (uint8 [N, H, W, 3], int64 [N]); `waited` adds up the seconds of waiting.
 
-    dataset: of (uint8 [H, W, 3], label); has `shape`, (H, W, 3), and name_of(index).
-    batch_sampler: yields lists of items; has `batch_size`, the length of the longest.
-    num_workers: processes that read images; 0: none, this one does; -1: `default_workers`. As an attribute, how many
-    there are.
+    dataset: yields (uint8 [H, W, 3], label); has `shape`, (H, W, 3), and name_of(index).
+    batch_sampler: yields lists of items; has `batch_size`, the length of the longest list.
+    num_workers: processes that read images; 0: read in this process; -1: `default_workers`. The attribute has the
+        actual number.
     timeout: seconds after which a wait for a batch is an error; 0: never.
-    should_stop(): whether a wait is to end by StoppedWaiting, asked a few times a second.
-    on_slow(share): called at most once in an iteration, when waiting for batches takes too much of the time (`Waits`).
-    Raises: UserError for an image that cannot be read, when it is read, and after the timeout.
+    should_stop(): polled a few times a second while waiting; if true, the wait ends with StoppedWaiting.
+    on_slow(share): called at most once per iteration, if waiting for batches takes too much of the time (`Waits`).
+    Raises: UserError when it reaches an image that cannot be read, and after the timeout.
     """
 
     def __init__(self, dataset, batch_sampler, num_workers, timeout=0):
         self.dataset = dataset
         self.batch_sampler = batch_sampler
-        # elsewhere there is no fork, or it breaks the system's libraries (macOS)
+        # other systems have no fork, or it breaks system libraries (macOS)
         self.num_workers = 0 if sys.platform != 'linux' else default_workers() if num_workers < 0 else num_workers
         self.timeout = timeout
         self.should_stop = lambda: False
@@ -144,16 +144,17 @@ class Loader:
                 yield tuple(batch)
         finally:
             requests.put(None)
-            batches._shutdown = True  # or it would wait, at exit too, for its thread, which may read from a dead disk
+            batches._shutdown = True  # or it waits, at exit too, for its thread, which may be stuck on a dead disk
             batches._exit_thread_expectedly()
             workers.end()
-            # one in C++ code when Python ends would abort the process; one that ends while it forks may stop a worker
+            # a thread in C++ code when Python exits would abort the process; one that ends during a fork may block the
+            # new worker
             for ending in filter(None, [thread, stream.thread]):
                 ending.join(1)
 
     def _wait(self, results, workers):
-        """What is put into results next. Says after a minute at which items the workers are."""
-        start = said = time.monotonic()
+        """Return the next entry of results; after PATIENCE seconds, log which items the workers are reading."""
+        start = logged = time.monotonic()
         while True:
             with contextlib.suppress(queue.Empty):
                 return results.get(timeout=0.2)
@@ -163,10 +164,10 @@ class Loader:
             if self.timeout and now - start > self.timeout:
                 raise UserError(f'no batch for {self.timeout} seconds, {self._places(workers)}; check the disk and the '
                                 'file')
-            if now - said > PATIENCE:
-                said = now
+            if now - logged > PATIENCE:
+                logged = now
                 LOG.info(f'no batch for {now - start:.0f} seconds, {self._places(workers)}')
 
     def _places(self, workers):
-        return ', '.join(f'worker {worker} is at {self.dataset.name_of(index)}'
+        return ', '.join(f'worker {worker} is reading {self.dataset.name_of(index)}'
                          for worker, index in enumerate(workers.places))

@@ -1,7 +1,7 @@
-"""Reading what Paddle pickles without executing it.
+"""Read Paddle's pickles without executing them.
 
-A .pdparams file is a pickle: a program for a machine with a stack. Python's machine imports and calls what the program
-names; this one knows only the instructions of Paddle's files, imports nothing and calls nothing.
+A .pdparams file is a pickle: a program for a stack machine. Python's machine imports and calls whatever the program
+names; this one knows only the instructions in Paddle's files, imports nothing and calls nothing.
 """
 import itertools
 import math
@@ -14,7 +14,7 @@ import numpy as np
 
 @dataclass
 class _Global:
-    """A name in a pickle."""
+    """The name of a class or function in a pickle."""
     name: str
 
 
@@ -25,12 +25,12 @@ class _Dtype:
 
 @dataclass
 class _Array:
-    """An array whose content comes later in the pickle than its name."""
+    """An array whose content follows later in the pickle."""
     value: Optional[np.ndarray] = None
 
 
-# what paddle.save (2.6, 3.x) names: arrays and numbers as NumPy 1 and 2 pickle them, tensors as the tuples (name,
-# array), and for protocol 2 bytes as text
+# what pickles of paddle.save (2.6, 3.x) name: arrays and numbers as NumPy 1 and 2 pickle them, tensors as tuples (name,
+# array), and in protocol 2 bytes as text
 _GLOBALS = {f'{module}.{name}' for module, name in [
     ('numpy.core.multiarray', '_reconstruct'), ('numpy._core.multiarray', '_reconstruct'), ('numpy', 'ndarray'),
     ('numpy.core.multiarray', 'scalar'), ('numpy._core.multiarray', 'scalar'), ('numpy', 'dtype'),
@@ -41,22 +41,23 @@ _LITERALS = {'BININT', 'BININT1', 'BININT2', 'LONG1', 'BINFLOAT', 'SHORT_BINUNIC
              'SHORT_BINBYTES', 'BINBYTES', 'BINBYTES8'}
 _CONSTANTS = {'NONE': None, 'NEWTRUE': True, 'NEWFALSE': False, 'EMPTY_TUPLE': ()}
 _TUPLES = {'TUPLE1': 1, 'TUPLE2': 2, 'TUPLE3': 3}
-# instructions of a pickle, and values in what they make: a checkpoint of a thousand tensors has up to 0.2 million
+# limit on the instructions of a pickle and on the values they make; a checkpoint of a thousand tensors has at most 0.2
+# million
 _MOST = 1_000_000
 
 
 def read_pickle(data):
-    """The nested dictionaries and lists of arrays and plain values that `paddle.save` (2.6, 3.x) pickled to bytes.
+    """Read the nested dictionaries and lists of arrays and plain values that `paddle.save` (2.6, 3.x) pickled.
 
-    NumPy's numbers become Python's. Takes time and memory in proportion to the bytes, whatever they say.
-    Raises: ValueError for anything else in the pickle, naming it; for bytes that are no pickle nearly every type.
+    NumPy scalars become Python numbers. Time and memory are proportional to the size of the data, whatever it contains.
+    Raises: ValueError for anything else in the pickle, naming it; almost any exception for bytes that are not a pickle.
     """
     stack, marks, memo = [], [], {}
-    made = 0  # bytes of arrays, and of text that is made bytes
+    made = 0  # bytes of arrays, and of text encoded as bytes
 
     def pop(count):
         if not 0 <= count <= len(stack):
-            raise ValueError('it is no pickle: it takes more from its stack than that holds')
+            raise ValueError('not a pickle: it pops more than its stack contains')
         items = stack[len(stack) - count:]
         del stack[len(stack) - count:]
         return items
@@ -64,7 +65,7 @@ def read_pickle(data):
     for index, (opcode, argument, offset) in enumerate(pickletools.genops(data)):
         name = opcode.name
         if index == _MOST or made > 2 * len(data):
-            raise ValueError('it describes more than weights of its size can be')
+            raise ValueError('it describes more data than a weight file of its size can contain')
         if name in ('PROTO', 'FRAME'):
             pass
         elif name in _LITERALS:
@@ -84,8 +85,8 @@ def read_pickle(data):
         elif name in ('SETITEM', 'SETITEMS'):
             items = pop(2 if name == 'SETITEM' else len(stack) - marks.pop())
             if len(items) % 2:
-                raise ValueError('it is no pickle: it has a key without a value')
-            # keys are checked before they are hashed, which deep tuples and chosen numbers make costly
+                raise ValueError('not a pickle: it has a key without a value')
+            # check keys before hashing them: deep tuples and chosen numbers would make that slow
             _expect(stack[-1], dict).update(zip(map(check_key, items[::2]), items[1::2]))
         elif name in ('APPEND', 'APPENDS'):
             items = pop(1 if name == 'APPEND' else len(stack) - marks.pop())
@@ -110,30 +111,30 @@ def read_pickle(data):
             value, = stack
             return _plain(value, itertools.count())
         else:
-            raise ValueError(f'it holds the pickle instruction {name}, which no weights need')
+            raise ValueError(f'it contains the pickle instruction {name}, which weights never need')
 
 
 def _expect(value, kinds):
     if not isinstance(value, kinds):
-        raise ValueError(f'it holds {type(value).__name__} where no weights have it')
+        raise ValueError(f'it contains {type(value).__name__} where weights never do')
     return value
 
 
 def check_key(key):
-    """A key of a dictionary in a weight file. Raises: ValueError for one that no message could show."""
+    """Return a key of a weight file. Raises: ValueError unless it is printable and at most 200 characters long."""
     if not (isinstance(key, str) and key.isprintable() and len(key) <= 200):
-        raise ValueError(f'a key in it is {type(key).__name__}, not a short text')
+        raise ValueError(f'a key in it is {type(key).__name__}, not a short printable string')
     return key
 
 
 def _find(name):
     if name not in _GLOBALS:
-        raise ValueError(f'it holds {name[:100]!r}, which is no part of weights')
+        raise ValueError(f'it contains {name[:100]!r}, which does not belong in weights')
     return _Global(name)
 
 
 def _reduce(function, arguments):
-    """What a call of one of `_GLOBALS` in a pickle makes, for the arguments that Paddle's files have."""
+    """Return the result of a pickle's call of one of `_GLOBALS`, for the arguments that occur in Paddle's files."""
     name = _expect(function, _Global).name
     if name.endswith('._reconstruct') and arguments == (_Global('numpy.ndarray'), (0,), b'b'):
         return _Array()
@@ -153,40 +154,40 @@ def _reduce(function, arguments):
         return _expect(arguments[0], str).encode('latin1')
     if name == '__builtin__.bytes' and arguments == ():
         return b''
-    raise ValueError(f'it calls {name} with arguments that no weights have')
+    raise ValueError(f'it calls {name} with arguments that weights never have')
 
 
 def _build(target, state):
-    """A data type or an array of a pickle with its state: of the array the shape, which must fit its bytes."""
+    """Set the state of a pickle's data type or array; an array's shape must match its bytes."""
     if isinstance(target, _Dtype):
         if _expect(state, tuple) not in [(3, order, None, None, None, -1, -1, 0) for order in ('<', '|')]:
-            raise ValueError('it holds a data type that no weights have')
+            raise ValueError('it contains a data type that weights never have')
         return target
     _, shape, dtype, is_fortran, content = _expect(state, tuple)
     array = _array(dtype, content)
     if len(_expect(shape, tuple)) > 32:
-        raise ValueError(f'it holds an array of {len(shape)} sides')
+        raise ValueError(f'it contains an array of {len(shape)} dimensions')
     if any(_expect(side, int) < 0 for side in shape) or math.prod(shape) != array.size:
         sides = ', '.join(str(side) if 0 <= side < 2 ** 53 else 'out of range' for side in shape)
-        raise ValueError(f'it holds an array of shape [{sides}] in {array.nbytes} bytes')
+        raise ValueError(f'it contains an array of shape [{sides}] in {array.nbytes} bytes')
     _expect(target, _Array).value = array.reshape(shape, order='F' if is_fortran else 'C').copy()
     return target
 
 
 def _array(dtype, content):
-    """The bytes of a pickle as the numbers of a _Dtype, not copied."""
+    """Return bytes of a pickle as an array of a _Dtype, without copying."""
     return np.frombuffer(_expect(content, bytes), '<' + _expect(dtype, _Dtype).code)
 
 
 def _plain(value, counter, depth=0):
-    """A finished value of a pickle with its arrays in their places.
+    """Return a finished value of a pickle with its arrays filled in.
 
-    counter: counts the values. A dictionary may have several places, and so a small file could describe an endless one.
+    counter: counts the values. A dictionary may occur several times, so a small file could describe an endless value.
     """
     if depth > 10:
         raise ValueError('its dictionaries are nested too deeply')
     if next(counter) == _MOST:
-        raise ValueError('it describes more than weights of its size can be')
+        raise ValueError('it describes more data than a weight file of its size can contain')
     if isinstance(value, dict):
         return {key: _plain(item, counter, depth + 1) for key, item in value.items()}
     if isinstance(value, list):

@@ -1,7 +1,7 @@
-"""Settings of a program: keys from YAML files and flags, by a table of defaults.
+"""Settings of a program: keys from YAML files and flags, checked against a table of defaults.
 
-The order of precedence is: defaults < files named in BASE < the YAML file < flags < `-opts`.
-Nothing here imports Paddle, so a wrong command line is answered at once.
+Precedence: defaults < files named in BASE < the YAML file < flags < `-opts`.
+Nothing here imports Paddle, so a mistake on the command line is reported at once.
 """
 import argparse
 import ast
@@ -20,19 +20,19 @@ from utils import UserError, one_line, program_name
 
 
 def refusal(name, value, why):
-    """The UserError of a key whose value cannot be. why: what goes on after "but", with the remedy."""
+    """Return the UserError for a key with an invalid value. why: completes the sentence after "but"; the remedy."""
     return UserError(f'{name} is {one_line(repr(value))}, but {why}')
 
 
 @dataclasses.dataclass(frozen=True)
 class Key:
-    """What a key is by default, which decides its type, and what else it may be.
+    """The default of a key, which determines its type, and its other valid values.
 
-    low, high: inclusive bounds of a number, or of each number of a list; high only with low
-    choices: what a text may be, compared without regard to case
-    length: of a list
-    null: what `null` of older YAML files means; without it `null` is refused
-    fields: of each mapping in a list of mappings, {name: Key}
+    low, high: inclusive bounds of a number, or of each number in a list; high requires low
+    choices: valid strings, compared without regard to case
+    length: required length of a list
+    null: what `null` in older YAML files means; None: `null` is an error
+    fields: {name: Key} of each mapping in a list of mappings
     """
     default: object  # bool, int, float, str, a list of one of them, or [] for a list of mappings
     low: float = -math.inf
@@ -44,17 +44,17 @@ class Key:
 
     @property
     def entry(self):
-        """The key of each entry of a list."""
+        """The Key for each entry of a list."""
         if self.fields:
             return Key({name: key.default for name, key in self.fields.items()}, fields=self.fields)
         return Key(self.default[0], self.low, self.high)
 
     def read(self, value, name):
-        """A value as the type of the key. name: the key's, for errors.
+        """Convert a value to the key's type. name: the key's name, for errors.
 
-        Text is read as a Python literal where a number, a list or a truth value is meant: PyYAML takes `1e-4` for text,
-        and the command line has nothing else.
-        Raises: UserError for a value of another type, an infinite one, or one that is not a number.
+        Where a number, list or bool is expected, a string is parsed as a Python literal: PyYAML reads `1e-4` as a
+        string, and every value on the command line is one.
+        Raises: UserError for a value with a different type, and for infinity and NaN.
         """
         kind = type(self.default)
         if isinstance(value, str) and kind is not str:
@@ -76,7 +76,7 @@ class Key:
         raise refusal(name, value, f'must be {described}, like {example!r}')
 
     def check(self, value, name):
-        """Raise a UserError for a value, of the key's type, that it may not be. name: the key's."""
+        """Raise a UserError for an invalid value of the key's type. name: the key's name."""
         if isinstance(value, list):
             if self.length not in (None, len(value)):
                 raise refusal(name, value, f'must have {self.length} entries')
@@ -94,7 +94,7 @@ class Key:
 
 
 def _literal(text):
-    """What a text means as a Python literal; the text itself where it is none."""
+    """Parse a string as a Python literal; return the string itself if it is not one."""
     text = text.strip()
     try:
         return ast.literal_eval({'true': 'True', 'false': 'False', 'null': 'None'}.get(text.lower(), text))
@@ -103,7 +103,7 @@ def _literal(text):
 
 
 def _is_text(value):
-    """Whether a value is text that can be the name of a file and be written to one."""
+    """Whether a value is a string that can name a file and be written to one."""
     return isinstance(value, str) and not re.search('[\0\ud800-\udfff]', value)
 
 
@@ -119,10 +119,9 @@ def leaves(node, prefix=''):
 class Settings:
     """The keys and flags of a program. Its configs are CfgNodes.
 
-    keys: {dotted name: Key}; BASE, YAML files that are merged before the one that names them, is one of them
-    flags: {flag: (name of its key, placeholder or None, help)}; a truth value has no placeholder, for it takes no
-        argument
-    unsupported: names of older YAML files whose feature is not there: False is ignored, anything else an error
+    keys: {dotted name: Key}; includes BASE, a list of YAML files that are merged before the one that names them
+    flags: {flag: (name of its key, placeholder or None, help)}; a boolean flag takes no argument and has no placeholder
+    unsupported: keys of older YAML files whose feature does not exist: False is ignored, anything else is an error
     """
 
     def __init__(self, keys, flags, unsupported=()):
@@ -132,14 +131,14 @@ class Settings:
         self.sections = {name[:dot.start()] for name in keys for dot in re.finditer(r'\.', name)}
 
     def defaults(self):
-        """A config of the defaults, not frozen: what is changed in it changes no other."""
+        """Return a new config of the defaults, not frozen; it shares nothing with other configs."""
         config = CfgNode()
         for name, key in self.keys.items():
             _put(config, name, copy.copy(key.default))
         return config
 
     def set(self, config, name, value, source):
-        """Set a key by its dotted name. source: where the value is from, for errors.
+        """Set a key by its dotted name. source: where the value comes from, for errors.
 
         Raises: UserError for an unknown key or a value of the wrong type.
         """
@@ -155,9 +154,9 @@ class Settings:
         _put(config, name, self.keys[name].read(value, f'{source}: {name}'))
 
     def _nearest(self, name):
-        """The key most like a name, without regard to case; the last part counts most, for sections are mixed up.
+        """Return the key most similar to a name, ignoring case. The last part counts most: users mix up sections.
 
-        The first key of which that is a whole word goes first: of the keys that end in LR, LR means the main one.
+        The first key in which that part is a whole word wins: LR means the first of the keys that end in LR.
         """
         word = re.escape(name.rpartition('.')[2].upper().removesuffix('S'))
         for known in self.keys if word else ():
@@ -171,15 +170,15 @@ class Settings:
         return max(self.keys, key=likeness)
 
     def merge_file(self, config, path, parents=()):
-        """Merge a YAML file into a config, the files of its BASE first. parents: the files whose BASE led to it.
+        """Merge a YAML file into a config, after the files in its BASE. parents: the files whose BASE led to it.
 
         Raises: UserError for a file that cannot be read, and as `set`.
         """
         source = one_line(str(path))
         if '\0' in str(path):
-            raise UserError(f'{source}: no file can have this name; give one with -cfg')
+            raise UserError(f'{source}: a path cannot contain a NUL character; give another with -cfg')
         if os.path.realpath(path) in parents:
-            raise UserError(f'{source}: BASE leads back to this file; remove the circle')
+            raise UserError(f'{source}: BASE leads back to this file; remove the cycle')
         tree = _read_yaml(path, source)
         base = tree.pop('BASE', None) or []
         base = [base] if isinstance(base, str) else base
@@ -200,9 +199,9 @@ class Settings:
                 raise refusal(f'{source}: {name}', value, 'is a section: write its keys below it')
 
     def merge_args(self, config, args):
-        """Merge what `parser` has parsed into a config, -cfg first and -opts last. args may lack any of the flags.
+        """Merge arguments parsed by `parser` into a config, -cfg first and -opts last. args may lack any of the flags.
 
-        Raises: UserError as `merge_file`, and for a key of -opts without a value.
+        Raises: UserError as `merge_file`, and for a key in -opts without a value.
         """
         config.defrost()
         if getattr(args, 'cfg', None):
@@ -213,12 +212,12 @@ class Settings:
                 self.set(config, name, value, f'-{flag}')
         for pairs in getattr(args, 'opts', None) or []:
             if len(pairs) % 2:
-                raise UserError(f'-opts: no value after {one_line(pairs[-1])}; give pairs KEY VALUE')
+                raise UserError(f'-opts: no value after {one_line(pairs[-1])}; give KEY VALUE pairs')
             for name, value in zip(pairs[::2], pairs[1::2]):
                 self.set(config, name, value, '-opts')
 
     def parser(self, description, flags, example):
-        """An ArgumentParser of -cfg, -opts and the named flags. -h shows description, and example as pairs of -opts."""
+        """Return an ArgumentParser with -cfg, -opts and the named flags. example: KEY VALUE pairs of -opts for -h."""
         parser = ArgumentParser(self._meanings(flags), description=description)
         parser.add_argument('-cfg', metavar='FILE', help='YAML config file, see configs/')
         for flag in flags:
@@ -230,7 +229,7 @@ class Settings:
         return parser
 
     def _meanings(self, flags):
-        """{-name: what sets its key}, with the names that users may take for flags, for the error of an unknown one."""
+        """Return {flag that a user may guess from a key: what sets the key}, for the error of an unknown flag."""
         flag_of, meanings = {self.flags[flag][0]: f'-{flag}' for flag in flags}, {}
         for key in self.keys:
             name = key.rpartition('.')[2].lower()
@@ -239,7 +238,7 @@ class Settings:
         return meanings
 
     def checked(self, config):
-        """A frozen copy of a config in which each value is of its key's type and one that it may be; BASE is emptied.
+        """Return a frozen, validated copy of a config, with values converted to the types of their keys and BASE empty.
 
         Raises: UserError that names key, value and remedy.
         """
@@ -250,7 +249,7 @@ class Settings:
         return checked
 
     def with_values(self, config, values):
-        """A frozen copy of a config with other values. values: {dotted name: value}. Raises: UserError as `set`."""
+        """Return a frozen copy of a config with changes. values: {dotted name: value}. Raises: UserError as `set`."""
         changed = config.clone()
         for name, value in values.items():
             self.set(changed, name, value, 'config')
@@ -259,7 +258,7 @@ class Settings:
 
 
 def _put(config, name, value):
-    """Set a dotted name in a config, its sections made where they are missing."""
+    """Set a dotted name in a config, creating missing sections."""
     *sections, leaf = name.split('.')
     for section in sections:
         config = config.setdefault(section, CfgNode())
@@ -267,44 +266,44 @@ def _put(config, name, value):
 
 
 def _read_yaml(path, source):
-    """The mapping that a YAML file holds; an empty one has none. source: the path, for errors."""
+    """Read the mapping in a YAML file; {} for an empty file. source: the path, for errors."""
     check_regular(path)
     try:
         with open(path, encoding='utf-8') as file:
             tree = yaml.load(file, Loader=_Loader)
     except OSError as error:
         raise UserError(f'{source}: cannot read the config file ({error.strerror}); give one with -cfg') from None
-    # PyYAML's own, and what else it raises, for values like the date 2022-02-30 or `!!int ""`
+    # PyYAML's own errors, and others that it raises for values like the date 2022-02-30 or `!!int ""`
     except (yaml.YAMLError, ValueError, LookupError, AttributeError) as error:
         raise UserError(f'{source}: not a YAML file ({one_line(str(error))}); fix it, or give another with '
                         '-cfg') from None
     tree = {} if tree is None else tree
     if not isinstance(tree, dict):
-        raise UserError(f'{source}: holds {one_line(repr(tree))}, but a config file is a mapping of keys to values')
+        raise UserError(f'{source}: contains {one_line(repr(tree))}, but must be a mapping of keys to values')
     return tree
 
 
 class _Loader(yaml.SafeLoader):
-    """PyYAML's safe loader, which would let the last of two equal keys win without a word."""
+    """PyYAML's safe loader, but duplicate keys are errors: PyYAML would silently use the last one."""
 
     def construct_mapping(self, node, deep=False):
         names = [key.value for key, _ in node.value if isinstance(key, yaml.ScalarNode)]
         for name in names:
             if names.count(name) > 1:
-                raise yaml.constructor.ConstructorError(None, None, f'{name} stands there twice', node.start_mark)
+                raise yaml.constructor.ConstructorError(None, None, f'duplicate key {name}', node.start_mark)
         return super().construct_mapping(node, deep)
 
 
 def add_device_flag(parser):
-    """Give a parser the flag -device, for `prepare_runtime` and `use_device` of runtime/program.py."""
-    parser.add_argument('-device', choices=['gpu', 'cpu'], help='gpu: an error if there is none; cpu: even if there is '
-                        'a GPU (default: the GPU, or the CPU where there is none)')
+    """Add the flag -device to a parser, for `prepare_runtime` and `use_device` of runtime/program.py."""
+    parser.add_argument('-device', choices=['gpu', 'cpu'], help='gpu: fail if no GPU is found; cpu: use the CPU '
+                        'even if a GPU is found (default: the GPU if one is found, otherwise the CPU)')
 
 
 class ArgumentParser(argparse.ArgumentParser):
-    """argparse with exact single-dash flags, values that may start with a minus, and errors of one line.
+    """argparse with exact single-dash flags, values that may start with a minus, and one-line errors.
 
-    meanings: {what may be taken for a flag: what to give instead}, for the error of an unknown flag.
+    meanings: {flag that a user may guess: what to give instead}, for the error of an unknown flag.
     """
 
     def __init__(self, meanings=(), **kwargs):
@@ -319,7 +318,7 @@ class ArgumentParser(argparse.ArgumentParser):
         return args
 
     def _suggestion(self, argument):
-        """What an unknown flag may have been meant for; '' for what is none, or like none."""
+        """Return what an unknown flag may have meant; '' if it is not a flag or resembles none."""
         name = '-' + argument.lstrip('-').partition('=')[0].lower()
         if not argument.startswith('-') or name == '-':
             return ''
@@ -331,11 +330,11 @@ class ArgumentParser(argparse.ArgumentParser):
         return f'; did you mean {known[near[0]]}?' if near else ''
 
     def _get_option_tuples(self, option_string):
-        """No abbreviations: `allow_abbrev=False` spares only double-dash flags (Python 3.9 to 3.13)."""
+        """Disable abbreviations: `allow_abbrev=False` affects only double-dash flags (Python 3.9 to 3.13)."""
         return []
 
     def _parse_optional(self, arg_string):
-        """What starts with a minus and is a number or a list of numbers is a value, `-1e-5` too, never a flag."""
+        """Treat a number or list of numbers that starts with a minus, like `-1e-5`, as a value, never as a flag."""
         try:
             float(arg_string.strip('[](),').split(',')[0])
             return None
@@ -343,4 +342,4 @@ class ArgumentParser(argparse.ArgumentParser):
             return super()._parse_optional(arg_string)
 
     def error(self, message):
-        self.exit(2, f'{self.prog}: error: {" ".join(message.split())} (-h explains)\n')
+        self.exit(2, f'{self.prog}: error: {" ".join(message.split())} (see -h)\n')

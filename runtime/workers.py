@@ -1,8 +1,8 @@
-"""Processes that read the items of a dataset into memory that they share with the process that uses them.
+"""Worker processes that read dataset items into memory shared with the main process.
 
-Paddle's own loader (2.6.2, 3.3.1) passes each batch on in a new file of /dev/shm, whose pages the system clears and
-maps each time, and of which a container has 64 MB by default. Here batches take turns in memory that is shared from the
-start and that the size of /dev/shm does not limit. Nothing here imports Paddle.
+Paddle's own loader (2.6.2, 3.3.1) passes each batch in a new file in /dev/shm, whose pages the system clears and maps
+each time; a container has 64 MB of it by default. Here the batches reuse memory that is shared from the start and that
+the size of /dev/shm does not limit. Nothing here imports Paddle.
 """
 import atexit
 import collections
@@ -21,39 +21,39 @@ import numpy as np
 from runtime.program import STOP_SIGNALS, cores_per_process, end_with_parent
 from utils import UserError, blocked
 
-# batches that each worker has to read, or has read, at a time
+# batches per worker that are queued or waiting to be used
 PREFETCH = 2
 _WORKERS = weakref.WeakSet()
 
 
 @atexit.register
 def _end_workers():
-    """End workers that were left, before multiprocessing waits for them: the SIGTERM that it sends is ignored."""
+    """Kill leftover workers before multiprocessing waits for them: they ignore the SIGTERM that it sends."""
     for process in _WORKERS:
         process.kill()
 
 
 def default_workers():
-    """Data workers of this process where nobody says how many: its share of the cores less one, from 1 to 8."""
+    """Return the default number of data workers: this process's share of the cores minus one, from 1 to 8."""
     return max(1, min(8, cores_per_process() - 1))
 
 
 def _shared_array(shape, dtype):
-    """Zeros in memory that processes forked from now on share. Raises: UserError where there is not so much."""
+    """Return an array of zeros in memory shared with processes forked later. Raises: UserError if memory is short."""
     count = math.prod(shape)
     size = count * np.dtype(dtype).itemsize
     try:
         memory = mmap.mmap(-1, max(1, size))
     except OSError as error:
-        raise UserError(f'no memory for the batches of data workers, {size >> 20} MiB ({error.strerror}); use fewer '
-                        'workers or smaller batches') from None
+        raise UserError(f'not enough memory for the batches of the data workers, {size >> 20} MiB ({error.strerror}); '
+                        'use fewer workers or smaller batches') from None
     return np.frombuffer(memory, dtype, count).reshape(shape)
 
 
 def read_items(dataset, items, images, labels, place):
-    """Put the images and labels of a dataset's items into arrays, [N, H, W, 3] and [N]. place: where to say which one.
+    """Read dataset items into arrays of images, [N, H, W, 3], and labels, [N]. place: receives the current index.
 
-    Returns: the exception that one has raised, with its traceback unless it is a UserError; None otherwise.
+    Returns: None, or the exception that an item raised: a UserError as it is, others as a RuntimeError with traceback.
     """
     for number, item in enumerate(items):
         place[...] = item[1] if isinstance(item, tuple) else item
@@ -68,9 +68,9 @@ def read_items(dataset, items, images, labels, place):
 
 @contextlib.contextmanager
 def _without_collection():
-    """While it is open, no garbage is collected.
+    """Disable garbage collection.
 
-    A new process would end objects of Paddle (2.6.2, 3.3.1) that wait for threads, which it does not have.
+    In a forked process it would destroy Paddle objects (2.6.2, 3.3.1) that wait for threads of the parent.
     """
     was_enabled = gc.isenabled()
     gc.disable()
@@ -82,9 +82,9 @@ def _without_collection():
 
 
 def _start_worker(parent):
-    """Let a worker live as long as its parent: the parent alone answers STOP_SIGNALS, which all processes may get.
+    """Tie a worker's life to its parent: only the parent handles STOP_SIGNALS, which all processes may receive.
 
-    What the parent has left as garbage stays.
+    Garbage inherited from the parent is never collected (see `_without_collection`).
     """
     end_with_parent(parent)
     for number in STOP_SIGNALS:
@@ -95,8 +95,7 @@ def _start_worker(parent):
 
 
 def _work(dataset, images, labels, place, connection, parent):
-    """What a worker does: for each (slot, items) that it receives, read the items into the slot, send what came of it.
-    """
+    """Run a worker: for each (slot, items) received, read the items into the slot and send back an error or None."""
     _start_worker(parent)
     while True:
         slot, items = connection.recv()
@@ -104,21 +103,22 @@ def _work(dataset, images, labels, place, connection, parent):
 
 
 def _death(worker):
-    """The error that a worker has ended, and what may be the cause."""
+    """Return the error for a worker that has ended, with the likely cause."""
     worker.join()
     if worker.exitcode == -signal.SIGKILL:
-        cause = 'memory may not suffice: use fewer data workers or smaller batches'
+        cause = 'probably out of memory: use fewer data workers or smaller batches'
     else:
-        cause = 'see what ended it'
-    how = signal.Signals(-worker.exitcode).name if worker.exitcode < 0 else f'exit status {worker.exitcode}'
-    return UserError(f'data worker {worker.pid} was ended by {how}; {cause}')
+        cause = 'find out what ended it'
+    how = (f'was killed by {signal.Signals(-worker.exitcode).name}' if worker.exitcode < 0 else
+           f'ended with exit status {worker.exitcode}')
+    return UserError(f'data worker {worker.pid} {how}; {cause}')
 
 
 class Workers:
-    """`count` processes (0: this one) that read batches of a dataset's items, until `end`.
+    """`count` processes (0: this one) that read batches of dataset items, until `end`.
 
-    batch_size: the largest number of items in a batch. dataset.shape: that of its images, (H, W, 3), uint8.
-    places: of each worker, the index of the item that it reads.
+    batch_size: the largest number of items in a batch. dataset.shape: shape of its uint8 images, (H, W, 3).
+    places: the index of the item that each worker is reading.
     """
 
     def __init__(self, dataset, batch_size, count):
@@ -134,22 +134,22 @@ class Workers:
                 args=[dataset, self.images, self.labels, self.places[number:number + 1], its, os.getpid()])
             with blocked(STOP_SIGNALS), _without_collection():  # in the worker too, until `_start_worker`
                 worker.start()
-            its.close()  # its end of the connection is seen here then
+            its.close()  # so that the parent notices when the worker ends
             _WORKERS.add(worker)
             self.workers.append(worker)
             self.connections.append(mine)
 
     def end(self):
         for worker in self.workers:
-            worker.kill()  # it may be in the middle of an image, and has nothing to clean up
+            worker.kill()  # may interrupt the reading of an image; nothing needs cleanup
         for worker in self.workers:
-            worker.join(1)  # not for ever: one that waits for a dead disk does not end
-        self.images = None  # Paddle's loader (2.6.2, 3.3.1) keeps its last iterator, and with it this object
+            worker.join(1)  # not forever: a worker stuck on a dead disk does not end
+        self.images = None  # Paddle's loader (2.6.2, 3.3.1) keeps its last iterator, and thus this object, alive
 
     def read(self, batches):
-        """Yield (uint8 [N, H, W, 3], int64 [N]) of batches of items, in their order.
+        """Yield (uint8 [N, H, W, 3], int64 [N]) for each batch of items, in order.
 
-        Raises: what an item raises; UserError when a worker has ended.
+        Raises: what an item raises; UserError if a worker has ended.
         """
         return self._read_by_workers(batches) if self.workers else self._read_here(batches)
 
@@ -165,7 +165,7 @@ class Workers:
         sent, slots = collections.deque(), PREFETCH * len(self.workers)
         for number, items in enumerate(batches):
             done = self._receive(*sent.popleft()) if len(sent) == slots else None
-            slot = number % slots  # which is free now; a slot always has the same worker
+            slot = number % slots  # free by now; a slot always belongs to the same worker
             with self._watching(slot) as connection:
                 connection.send((slot, items))
             sent.append((slot, len(items)))
@@ -175,7 +175,7 @@ class Workers:
             yield self._receive(*sent.popleft())
 
     def _receive(self, slot, length):
-        """Copies of the images and labels that a worker has in a slot, when they are read."""
+        """Wait until a worker has filled a slot, and return copies of its images and labels."""
         with self._watching(slot) as connection:
             error = connection.recv()
         if error:
@@ -184,7 +184,7 @@ class Workers:
 
     @contextlib.contextmanager
     def _watching(self, slot):
-        """Gives the connection to the worker of a slot. Raises: UserError when it turns out that it has ended."""
+        """Yield the connection to a slot's worker. Raises: UserError if that worker has ended."""
         number = slot % len(self.workers)
         try:
             yield self.connections[number]

@@ -1,4 +1,4 @@
-"""What the tests share: the runtime's settings, a narrow config, small data sets of real images, running programs."""
+"""Shared by the tests: runtime settings, a narrow config, small data sets of real images, helpers to run programs."""
 import json
 import os
 import pathlib
@@ -10,9 +10,9 @@ import pytest
 
 from runtime.program import prepare_runtime
 
-os.environ.setdefault('OMP_NUM_THREADS', '1')  # a worker of pytest-xdist for every core
-signal.signal(signal.SIGINT, signal.default_int_handler)  # which a shell ignores for what runs in its background
-signal.signal(signal.SIGHUP, signal.SIG_DFL)  # which nohup ignores
+os.environ.setdefault('OMP_NUM_THREADS', '1')  # pytest-xdist starts a worker per core
+signal.signal(signal.SIGINT, signal.default_int_handler)  # shells ignore it for background jobs
+signal.signal(signal.SIGHUP, signal.SIG_DFL)  # nohup ignores it
 prepare_runtime()
 
 import forked  # noqa: E402
@@ -24,17 +24,17 @@ from config import get_config  # noqa: E402
 
 ROOT = pathlib.Path(__file__).resolve().parent.parent
 VARIANTS = ['s0', 's1', 's2', 's3', 's4']
-# options of a network that trains in seconds: every kind of branch, and SE
+# options of a model that trains in seconds, with every kind of branch and SE
 NARROW = ['MODEL.NUM_BLOCKS', '[1,1,1,2,1]', 'MODEL.CHANNELS', '[4,4,8,8,8]', 'MODEL.EXPANSIONS', '[1,1,1,1,1]',
           'MODEL.NUM_BRANCHES', '[1,2,1,1,2]', 'MODEL.USE_SE', 'True', 'DATA.IMAGE_SIZE', '32', 'DATA.CROP_PCT', '1',
           'TRAIN.LINEAR_SCALED_LR', '0', 'TRAIN.WARMUP_EPOCHS', '0', 'DATA.NUM_WORKERS', '1']
-# a curriculum of two stages for runs of four epochs
+# a two-stage curriculum for runs of four epochs
 STAGES = [{'EPOCH': 1, 'IMAGE_SIZE': 24, 'AUTO_AUGMENT_STRENGTH': 0.3},
           {'EPOCH': 3, 'IMAGE_SIZE': 32, 'AUTO_AUGMENT_STRENGTH': 1.0}]
 
 
 def pytest_addoption(parser):
-    parser.addoption('--long', action='store_true', help='more faults and mutations than fit into minutes')
+    parser.addoption('--long', action='store_true', help='more random faults and mutations; may take an hour')
 
 
 @pytest.fixture(scope='session')
@@ -49,7 +49,7 @@ def variant_config(variant):
 
 @pytest.fixture
 def config():
-    """A config like NARROW, 10 classes, to edit."""
+    """An editable config like NARROW, with 10 classes."""
     config = get_config()
     config.DATA.IMAGE_SIZE = 32
     config.DATA.NUM_WORKERS = 1
@@ -70,13 +70,13 @@ def _seed():
 @pytest.fixture(autouse=True)
 def _no_program_is_left():
     yield
-    forked.Program.kill_all()  # those of a test that has failed
+    forked.Program.kill_all()  # left over from a failed test
 
 
 def run(*args, status=0, cwd=ROOT, env=(), fork=True):
-    """Run `python *args` from the top level; returns the finished process, its status as expected.
+    """Run `python *args` from the top level, check its exit status, and return the finished process.
 
-    fork: as forked.py does; tests of how a program starts say no.
+    fork: start it with forked.py; False for tests of how a program starts.
     """
     start = forked.run if fork else subprocess.run
     process = start([sys.executable, *map(str, args)], cwd=cwd, capture_output=True, text=True, timeout=500,
@@ -86,7 +86,7 @@ def run(*args, status=0, cwd=ROOT, env=(), fork=True):
 
 
 def fails(*args, cwd=ROOT, env=()):
-    """Run a program that must end as a user's mistake does; returns its one line on stderr."""
+    """Run a program that must end like a user's mistake. Returns: its one line on stderr."""
     process = run(*args, status=2, cwd=cwd, env=env)
     lines = process.stderr.splitlines()
     assert len(lines) == 1 and ': error: ' in lines[0], process.stderr
@@ -102,13 +102,13 @@ def without_times(rows):
 
 
 def options(fashion, *more):
-    """Flags of a run on a narrow network; `more` are pairs for -opts."""
+    """Return the flags of a run with a narrow model. more: KEY VALUE pairs for -opts."""
     return ['-data_path', fashion, '-batch_size', '16', '-opts', *NARROW, 'MODEL.NUM_CLASSES', '10', 'REPORT_FREQ', '2',
             *more]
 
 
 def assert_same(first, second, path=''):
-    """Two checkpoints, bit by bit."""
+    """Check that two checkpoints are bit-identical."""
     assert type(first) is type(second), path
     if isinstance(first, dict):
         assert list(first) == list(second), path
@@ -122,7 +122,7 @@ def assert_same(first, second, path=''):
 
 @pytest.fixture
 def call_main(monkeypatch, capsys):
-    """Calls main() of a tool, and forks what it runs with Python; returns the lines on stdout. stderr is empty."""
+    """Call a tool's main() with forked Python programs and an empty stderr. Returns: its lines on stdout."""
     def call(tool, *args):
         monkeypatch.setattr(tool, 'subprocess', forked)
         monkeypatch.setattr(sys, 'argv', [tool.__name__, *map(str, args)])
@@ -135,7 +135,7 @@ def call_main(monkeypatch, capsys):
 
 
 def with_lists(fashion, folder, **lists):
-    """A data set of the images of `fashion` and other list files: split -> lines."""
+    """Make a data set of the images of `fashion` with other list files. lists: {split: lines}."""
     folder.mkdir()
     for split in ('train', 'val'):
         (folder / split).symlink_to(fashion / split)
@@ -146,7 +146,7 @@ def with_lists(fashion, folder, **lists):
 
 @pytest.fixture(scope='session')
 def fashion(tmp_path_factory):
-    """The demo set as image files, with lists of the first 60 training and 35 validation images."""
+    """The demo data set as image files, with lists of the first 60 training and 35 validation images."""
     folder = tmp_path_factory.mktemp('fashion')
     run('-m', 'tools.make_fashion_mnist', '-source', 'demo', '-output', folder)
     for split, count in (('train', 60), ('val', 35)):
@@ -156,7 +156,7 @@ def fashion(tmp_path_factory):
 
 
 def write_images(folder, count, size=(40, 30), seed=0):
-    """`count` random JPEG images in a new folder."""
+    """Write `count` random JPEG images to a new folder. size: (width, height)."""
     folder.mkdir(parents=True)
     for index in range(count):
         pixels = np.random.default_rng([seed, index]).integers(0, 256, (*size[::-1], 3), dtype='uint8')

@@ -1,4 +1,5 @@
-"""Run a program with a fault at a NUMBER-th call: python faults.py FAULT NUMBER PROGRAM [ARGUMENT ...]."""
+"""Run a program with a fault at the NUMBER-th call of a function: python faults.py FAULT NUMBER PROGRAM [ARGUMENT ...].
+"""
 import functools
 import multiprocessing
 import os
@@ -18,7 +19,7 @@ from runtime.workers import Workers  # noqa: E402
 
 
 def on_call(owner, name, number, fault, counts=lambda *args: True):
-    """Let fault(original, *arguments) take the place of the number-th of the calls that count."""
+    """Call fault(original, *arguments) before the number-th call for which counts(*arguments) is true."""
     original, calls = getattr(owner, name), []
 
     def call(*args, **kwargs):
@@ -56,7 +57,7 @@ def kill_worker(*args):
 
 
 def kill_first_worker(*args):
-    """Before the others are made."""
+    """Kill the first worker before the others start."""
     worker, = multiprocessing.active_children()
     os.kill(worker.pid, signal.SIGKILL)
     time.sleep(1)
@@ -67,7 +68,7 @@ def send(name):
 
 
 def terminate_all(*args):
-    """All processes of a group, when the others have got as far as they can without this one."""
+    """Terminate all processes of a group, after the others have gone as far as they can without this one."""
     time.sleep(2)
     os.kill(os.getppid(), signal.SIGTERM)
     time.sleep(1)
@@ -78,7 +79,7 @@ def raise_error(*args):
 
 
 FAULTS = {
-    # in the step: between the optimizer and the average
+    # within a step, between the optimizer and the EMA
     'step': lambda number: on_call(engine.optim.ModelEma, 'update', number, die),
     'write': lambda number: on_call(paddle, 'save', number, die_half_written),
     'rename': lambda number: on_call(os, 'replace', number, die, lambda source, path: path.endswith('.pdparams')),
@@ -87,8 +88,8 @@ FAULTS = {
     **{name: functools.partial(lambda name, number: on_call(engine, 'train_step', number, send(name)), name)
        for name in ('SIGHUP', 'SIGUSR1', 'SIGUSR2', 'SIGXCPU')},
     'worker': lambda number: on_call(engine, 'train_step', number, kill_worker),
-    'worker_that_starts': lambda number: on_call(Workers, '_receive', number, kill_worker),
-    'worker_that_is_hardly_there': lambda number: on_call(
+    'worker_before_first_batch': lambda number: on_call(Workers, '_receive', number, kill_worker),
+    'first_worker': lambda number: on_call(
         multiprocessing.context.ForkProcess, 'start', number + 1, kill_first_worker),
     'worker_evaluation': lambda number: on_call(engine, 'batch_sums', number, kill_worker,
                                                 lambda *args: not paddle.is_grad_enabled()),
@@ -97,14 +98,14 @@ FAULTS = {
                                                    lambda *args: not paddle.is_grad_enabled()),
     'terminate_all_in_evaluation': lambda number: on_call(engine, 'batch_sums', number, terminate_all,
                                                           lambda *args: not paddle.is_grad_enabled()),
-    # each step takes NUMBER seconds more
+    # delays each step by NUMBER seconds
     'slow': lambda number: slow_down(engine, 'train_step', number),
     'raise': lambda number: on_call(engine, 'train_step', number, raise_error),
 }
 
 
 if __name__ == '__main__':
-    # of several processes: in the last one
+    # with several processes, only in the last one
     if int(os.environ.get('PADDLE_TRAINER_ID', 0)) == int(os.environ.get('PADDLE_TRAINERS_NUM', 1)) - 1:
         FAULTS[sys.argv[1]](int(sys.argv[2]))
     program = sys.argv[3]

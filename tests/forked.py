@@ -1,9 +1,9 @@
-"""Start programs in a hundredth of a second: forks of a server that has imported Paddle and computed nothing.
+"""Start programs in a hundredth of a second by forking a server that has imported Paddle but computed nothing.
 
-A forked program is `python ARGUMENT ...` in all but its start and its last moment. Paddle, NumPy and the project's
-modules are imported, so what they read then (OMP_NUM_THREADS, MKL_*, GLOG_*) and Python's hash seed are the server's.
-`ps` shows the server's command line. The ranks that main_multi_gpu.py starts are forked from it in turn. Tests of how a
-program starts need a real process.
+A forked program behaves like `python ARGUMENT ...` except when it starts and exits. Paddle, NumPy and the project's
+modules are already imported, so the environment they read then (OMP_NUM_THREADS, MKL_*, GLOG_*) and Python's hash seed
+are the server's. `ps` shows the server's command line. The ranks that main_multi_gpu.py starts are forked from its
+process in turn. Tests of how a program starts need a real process.
 """
 import atexit
 import contextlib
@@ -28,9 +28,9 @@ ROOT = pathlib.Path(__file__).resolve().parent.parent
 
 
 class Program:
-    """A forked program, with what tests use of subprocess.Popen.
+    """A forked program, with the part of subprocess.Popen's interface that the tests use.
 
-    stdout, stderr: file descriptors; without one, the output is what `communicate` returns.
+    stdout, stderr: file descriptors; if None, `communicate` returns the output.
     """
     _started = []
 
@@ -49,7 +49,7 @@ class Program:
         self._started.append((self, start_new_session))
 
     def _receive(self):
-        """The next number from `_serve`: the process's, then its wait status."""
+        """Return the next number from `_serve`: first the process ID, then the wait status."""
         return struct.unpack('i', os.read(self._report, 4))[0]
 
     def wait(self, timeout=None):
@@ -84,7 +84,7 @@ class Program:
 
     @classmethod
     def kill_all(cls):
-        """Kill the programs that still run, and what is left of the sessions that they have started."""
+        """Kill the programs that are still running, and the rest of the sessions that they started."""
         for program, has_session in cls._started:
             program.kill()
             if has_session:
@@ -94,7 +94,7 @@ class Program:
 
 
 def run(command, cwd=ROOT, env=None, timeout=None, capture_output=True, text=True):
-    """subprocess.run of a command that begins with sys.executable, forked."""
+    """Like subprocess.run, for a command that begins with sys.executable, but forked."""
     process = Program(command[1:], cwd, env)
     try:
         outputs = process.communicate(timeout)
@@ -105,7 +105,7 @@ def run(command, cwd=ROOT, env=None, timeout=None, capture_output=True, text=Tru
 
 @functools.lru_cache(None)
 def _server():
-    """A socket to a server of this process, which ends with it."""
+    """Start this process's server, which ends with it. Returns: a socket to it."""
     ours, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
     with theirs:
         subprocess.Popen([sys.executable, __file__, str(theirs.fileno())], pass_fds=[theirs.fileno()], cwd=ROOT,
@@ -114,25 +114,25 @@ def _server():
     return ours
 
 
-# what follows runs in the server and in the programs
+# the code below runs in the server and in the programs
 
 
 class _Forked(BaseException):
-    """Raised in a process just forked: unwinds the stack that it has inherited, down to where `args` can run."""
+    """Raised in a new fork to unwind the inherited stack to where `args` can run."""
 
     def __init__(self, args):
         super().__init__()
         self.argv = args
 
     def run(self):
-        # not the server's, which know what could be done with its own stdout and stderr
+        # new stream objects: the server's were configured for its own stdout and stderr
         sys.stdout = open(1, 'w', 1 if os.isatty(1) else -1, closefd=False)  # noqa: SIM115
         sys.stderr = io.TextIOWrapper(open(2, 'wb', 0, closefd=False), errors='backslashreplace', write_through=True)  # noqa: SIM115
-        # after Python's own end, no C++ destructors: one of Paddle's (2.6.2) waits for ever for a lock that a thread of
-        # the server may have held when this process was forked
+        # run no C++ destructors after Python exits: one of Paddle's (2.6.2) waits forever for a lock that a thread of
+        # the server may have held during the fork
         libc = ctypes.CDLL(None)
         libc.on_exit(libc._exit, None)
-        np.random.seed()  # Python's own generator and Paddle's do this by themselves
+        np.random.seed()  # Python's generator and Paddle's reseed themselves
         if 'PADDLE_TRAINER_ID' in os.environ:
             _take_time_as_rank()
         first, *rest = self.argv
@@ -152,12 +152,12 @@ class _Forked(BaseException):
 
 
 def _take_time_as_rank():
-    """Start and end no faster than a real process, for the other ranks' sake."""
-    # Python takes this long to end. A rank that goes at once aborts a reduction that the others are just ending; and
-    # one that goes because another has must be seen later than that one
+    """Start and exit no faster than a real process, because the other ranks depend on it."""
+    # Python takes this long to exit. A rank that ends at once aborts a reduction that the others are about to finish,
+    # and a rank that ends because of another must be seen to end after it
     atexit.register(time.sleep, 0.2)
     if os.environ['PADDLE_TRAINER_ID'] != '0':
-        # until rank 0 listens: one that it refuses tries again after three seconds
+        # wait until rank 0 listens: a refused rank would retry only after three seconds
         port = int(os.environ['PADDLE_TRAINER_ENDPOINTS'].split(',')[0].rpartition(':')[2])
         deadline = time.monotonic() + 2
         while time.monotonic() < deadline and (
@@ -166,7 +166,7 @@ def _take_time_as_rank():
 
 
 def _become(args, cwd, env, fds):
-    """Let this process, just forked, run a program. fds: its stdin, stdout and stderr; -1 keeps the parent's."""
+    """Run a program in this new fork. fds: its stdin, stdout and stderr; -1 keeps the parent's."""
     for number, fd in enumerate(fds):
         if fd >= 0:
             os.dup2(fd, number)
@@ -179,7 +179,7 @@ def _become(args, cwd, env, fds):
 
 
 class _Popen(subprocess.Popen):
-    """Forks the ranks of main_multi_gpu.py, which are to run when its stack is unwound."""
+    """Forks the ranks of main_multi_gpu.py, which run after the inherited stack is unwound."""
 
     def _execute_child(self, args, executable, preexec_fn, close_fds, pass_fds, cwd, env, startupinfo, creationflags,
                        shell, p2cread, p2cwrite, c2pread, c2pwrite, errread, errwrite, *more):
@@ -196,11 +196,11 @@ class _Popen(subprocess.Popen):
 
 
 def _serve(requests):
-    """Fork a program for every request, until the process that asks has ended."""
+    """Fork a program for every request, until the requesting process ends."""
     while True:
         request, fds, *_ = socket.recv_fds(requests, 2 ** 20, 3)
         if not request:
-            os.killpg(0, signal.SIGKILL)  # the programs that are left too
+            os.killpg(0, signal.SIGKILL)  # the remaining programs too
         if not os.fork():
             break
         for fd in fds:
@@ -208,7 +208,7 @@ def _serve(requests):
     requests.close()
     args, cwd, env, start_new_session = json.loads(request)
     stdout, stderr, report = fds
-    # in between, a process that waits for the program, as its parent
+    # an intermediate process that waits for the program, as its parent
     signal.signal(signal.SIGCHLD, signal.SIG_DFL)
     pid = os.fork()
     if pid:
@@ -227,13 +227,13 @@ if __name__ == '__main__':
     _PATH = [place for place in sys.path[1:] if place != str(ROOT)]
     from runtime.program import prepare_runtime
     prepare_runtime()
-    import conftest  # noqa: F401  which workers.py imports
+    import conftest  # noqa: F401  imported by workers.py
     import numpy as np
 
-    import run as _  # noqa: F401  all that programs import
+    import run as _  # noqa: F401  everything that programs import
 
     subprocess.Popen = _Popen
-    gc.freeze()  # so that the end of a program does not go through all that is imported: 0.1 s instead of 0.3
+    gc.freeze()  # a program's exit does not collect all imported objects: 0.1 s instead of 0.3
     signal.signal(signal.SIGCHLD, signal.SIG_IGN)
     run = functools.partial(_serve, socket.socket(fileno=int(sys.argv[1])))
     while run:

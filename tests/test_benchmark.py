@@ -223,8 +223,8 @@ def test_training_next_to_timm(train, tmp_path):
     rows = [line.split() for line in lines]
     assert [row[:3] for row in rows] == [[name, 'float32', batch] for batch in '23' for name in ('paddle', 'timm')]
     assert rows[1][-1] == '1.00' and float(rows[0][-1]) > 0 and rows[2][-1] == '1.00'
-    assert lines[3].endswith('  memory does not suffice: use smaller batches, images or networks, or a machine with '
-                             'more of it')
+    assert lines[3].endswith('  out of memory: use smaller batches, images or networks, or a machine with '
+                             'more memory')
     assert 'timm has no network wide' in train('-opts', 'MODEL.NAME', 'wide', env=env, fork=False).stdout
 
 

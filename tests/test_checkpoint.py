@@ -97,31 +97,31 @@ def test_newest_and_past_checkpoints(tmp_path, caplog):
     assert os.path.basename(checkpoint.find_newest(str(tmp_path))[0]) == 'epoch_1.pdparams'
     assert (tmp_path / 'weights.pdparams').exists()
     (tmp_path / 'epoch_1.pdparams').unlink()
-    with pytest.raises(UserError, match='latest.pdparams: cannot be resumed .* nor is there another checkpoint'):
+    with pytest.raises(UserError, match='latest.pdparams: cannot be resumed .* no other checkpoint'):
         checkpoint.find_newest(str(tmp_path))
 
 
 @pytest.mark.parametrize('parts, message', [
     ({'step': 1.5}, 'no step'), ({'best': 3, 'epoch': 'x'}, 'no epoch, best'),
-    ({'model': np.zeros(2)}, 'weights alone'), ({'best': {'epoch': 1}}, 'no best.acc1'),
+    ({'model': np.zeros(2)}, 'contains only weights'), ({'best': {'epoch': 1}}, 'no best.acc1'),
     ({'model_ema': {'x': 3}}, 'x is int, not an array of floats'),
     ({'model_ema': {'x': np.zeros(2, 'uint16')}}, 'x is an array of uint16, not .* floats; save bfloat16 as float32'),
-    *(({part: {'x': np.array([1, value])}}, 'x.pdparams: x hold numbers that are not finite')
+    *(({part: {'x': np.array([1, value])}}, 'x.pdparams: non-finite numbers in x')
       for part, value in (('model', math.nan), ('model_ema', math.inf), ('optimizer', -math.inf), ('model', 1e300))),
     ({'optimizer': {'x': {}}}, 'x is dict, not an array of floats'),
     ({'progress': {'steps': 1}}, 'no progress.seconds, progress.sums'),
     ({'amp_grad_scaler': {'scale': 1.0}}, 'no amp_grad_scaler.scale, amp_grad_scaler.incr_ratio'),
-    *(({part: {**parts, key: value}}, f'x.pdparams: {part}.{key} hold numbers that are not finite')
+    *(({part: {**parts, key: value}}, f'x.pdparams: non-finite numbers in {part}.{key}')
       for part, parts, key, value in (
           ('best', BEST, 'acc1', math.nan), ('best', BEST, 'acc1', math.inf),
           ('progress', PROGRESS, 'seconds', math.nan), ('progress', PROGRESS, 'sums', np.full([1, 4], math.inf)),
           ('amp_grad_scaler', SCALER, 'incr_ratio', math.inf),
           ('amp_grad_scaler', SCALER, 'scale', np.full([1], math.nan, 'float32')))),
     ({'progress': {**PROGRESS, 'sums': np.zeros([2, 4])}},
-     r'is broken: progress.sums is float64 \[2, 4\], not float64 \[1, 4\]'),
-    ({'progress': {**PROGRESS, 'sums': np.zeros([1, 4], 'float32')}}, 'is broken: progress.sums is float32'),
-    ({'progress': PROGRESS, 'world_size': 2}, r'is broken: progress.sums is float64 \[1, 4\], not float64 \[2, 4\]'),
-    *(({'amp_grad_scaler': {**SCALER, 'scale': np.array(scale)}}, 'is broken: amp_grad_scaler.scale is ')
+     r'is corrupt: progress.sums is float64 \[2, 4\], not float64 \[1, 4\]'),
+    ({'progress': {**PROGRESS, 'sums': np.zeros([1, 4], 'float32')}}, 'is corrupt: progress.sums is float32'),
+    ({'progress': PROGRESS, 'world_size': 2}, r'is corrupt: progress.sums is float64 \[1, 4\], not float64 \[2, 4\]'),
+    *(({'amp_grad_scaler': {**SCALER, 'scale': np.array(scale)}}, 'is corrupt: amp_grad_scaler.scale is ')
       for scale in ([1.0], np.float32(1), [[np.float32(1)]]))])
 def test_invalid_training_checkpoints_are_refused(tmp_path, parts, message):
     write_checkpoint(tmp_path / 'x.pdparams', **{'epoch': 1, **parts})
@@ -148,7 +148,7 @@ def test_a_file_that_does_not_fit_into_memory(tmp_path, monkeypatch, fashion):
     with open(path, 'wb') as file:
         file.truncate(os.sysconf('SC_PHYS_PAGES') * os.sysconf('SC_PAGE_SIZE') + 1)
     line = fails('main_single_gpu.py', '-eval', '-pretrained', path, '-output', tmp_path / 'run', *options(fashion))
-    message = f'{path}: memory does not suffice for its {os.path.getsize(path):,} bytes; check that it is the file'
+    message = f'{path}: its {os.path.getsize(path):,} bytes do not fit into memory; check that it is the right file'
     assert message in line and not (tmp_path / 'run').exists()
 
     def read(data):
@@ -156,12 +156,12 @@ def test_a_file_that_does_not_fit_into_memory(tmp_path, monkeypatch, fashion):
     path = str(tmp_path / 'small.pdparams')
     checkpoint.save({'a': np.zeros(3)}, path)
     monkeypatch.setattr(checkpoint, 'read_pickle', read)
-    with pytest.raises(UserError, match='small.pdparams: memory does not suffice for its .* bytes'):
+    with pytest.raises(UserError, match='small.pdparams: its .* bytes do not fit into memory'):
         checkpoint.load(path)
 
 
 @pytest.mark.parametrize('number, message', [
-    (errno.ENOSPC, 'free the disk'), (errno.EFBIG, 'raise that limit, `ulimit -f`'), (errno.EDQUOT, 'quota'),
+    (errno.ENOSPC, 'free up disk space'), (errno.EFBIG, 'raise it with `ulimit -f`'), (errno.EDQUOT, 'quota'),
     (errno.EROFS, 'the file system is read-only'), (errno.EACCES, 'check the path and its permissions')])
 def test_write_errors_name_the_remedy(tmp_path, number, message):
     def write(path):

@@ -228,7 +228,7 @@ def test_misspelled_flags_get_a_suggestion(flag, meant, capsys):
     with pytest.raises(SystemExit):
         parse(flag, '3')
     suggestion = f'; did you mean {meant}?' if meant else ''
-    assert capsys.readouterr().err.endswith(f'unrecognized arguments: {flag} 3{suggestion} (-h explains)\n')
+    assert capsys.readouterr().err.endswith(f'unrecognized arguments: {flag} 3{suggestion} (see -h)\n')
 
 
 def test_teacher_with_num_classes_0_takes_the_students():

@@ -86,7 +86,7 @@ def test_backslashes_stay_in_utf16_without_a_byte_order_mark(tmp_path, monkeypat
     (b'a\xff\xfe 0\n', r"train_list.txt:1: 'a.* 0' is not UTF-8 text; .*; python -m tools.check_dataset"),
     ('a 0\n照片 1\n'.encode('gbk'), r'train_list.txt:2: .* is not UTF-8 text; save the list as UTF-8 .*-f GBK'),
     (b'a 0\n' + 'b 1\n'.encode('utf-16-le'), r'train_list.txt:2: .* contains null characters \(UTF-16 without'),
-    (b'\xff\xfea\0 \x000', 'train_list.txt: is not valid UTF-16 from byte 6 on; save it as UTF-8'),
+    (b'\xff\xfea\0 \x000', 'train_list.txt: is not valid UTF-16 at byte 6; save it as UTF-8'),
     ('a 0\nC:\\photos\\b.jpg 1\n', 'train_list.txt:2: .* is on a Windows drive or share; write paths relative'),
     ('a 0\nC:/photos/b.jpg 1\n', 'train_list.txt:2: .* is on a Windows drive'),
     ('a 0\nD:b.jpg 1\n', 'train_list.txt:2: .* is on a Windows drive'),
@@ -310,7 +310,7 @@ def test_num_classes_0_counts_the_classes_of_the_data(config, tmp_path):
     with pytest.raises(UserError, match=f'{line}$'):
         get_dataset(config, False)
     (tmp_path / 'class_names.txt').write_text('cat\n\nowl\n')
-    with pytest.raises(UserError, match="class_names.txt:2: '' is no name"):
+    with pytest.raises(UserError, match="class_names.txt:2: '' is not a name"):
         count_classes(str(tmp_path))
 
 

@@ -1,4 +1,4 @@
-"""Several processes, on gloo: the ways to start them, exact evaluation, equal training, failures."""
+"""Several processes with gloo: ways to start them, exact evaluation, equivalent training, failures."""
 import os
 import shutil
 import signal
@@ -28,7 +28,7 @@ def group(count, *args, status=0):
                env={'PYTHONPATH': f'{ROOT}:{ROOT / "tests"}'})
 
 
-# of a run in which the images change, and are changed
+# a run with a curriculum of image sizes and with augmentations
 FOUR_EPOCHS = ['TRAIN.NUM_EPOCHS', '4', 'SAVE_FREQ', '1', 'KEEP_CHECKPOINTS', '0', 'DATA.BATCH_SIZE', '8',
                'TRAIN.END_WEIGHT_DECAY', '1e-5', 'TRAIN.AUTO_AUGMENT', 'True', 'TRAIN.RANDOM_ERASE_PROB', '0.5',
                'TRAIN.CURRICULUM', str(STAGES)]
@@ -56,8 +56,8 @@ def test_a_run_of_two_processes(trained):
     assert checkpoint.load(str(folder / 'latest.pdparams'))['world_size'] == 2
 
 
-def test_two_processes_tune_the_classifier_alone(trained, fashion, tmp_path):
-    """Their first evaluation is that of the start, and a run that goes on does not repeat it."""
+def test_two_processes_tune_only_the_classifier(trained, fashion, tmp_path):
+    """The run first evaluates the initial weights; a resumed run does not repeat that."""
     folder, flags = tmp_path / 'run', ['-pretrained', trained[0] / 'best.pdparams', '-output', tmp_path / 'run']
     for epochs, extra in (('1', []), ('2', ['-resume', 'auto'])):
         process = run(MAIN, '-nproc', '2', *flags, *extra, *options(
@@ -76,7 +76,7 @@ def test_two_processes_resume_bitwise(trained, fashion, tmp_path):
     folder, _ = trained
     again = tmp_path / 'again'
     again.mkdir()
-    # what a run leaves that is ended while it writes the third epoch's checkpoints
+    # the files of a run killed while it was writing the third epoch's checkpoints
     os.link(folder / 'epoch_2.pdparams', again / 'latest.pdparams')
     best = checkpoint.load(str(again / 'latest.pdparams'))['best']['epoch']
     os.link(folder / f'epoch_{best}.pdparams', again / 'best.pdparams')
@@ -92,12 +92,12 @@ def test_two_processes_resume_bitwise(trained, fashion, tmp_path):
     assert (again / 'config.yaml').read_text().replace(str(again), str(folder)) == (folder / 'config.yaml').read_text()
 
 
-def test_another_world_size_goes_on_and_says_so(trained, fashion, tmp_path):
+def test_another_world_size_resumes_and_logs_it(trained, fashion, tmp_path):
     folder, _ = trained
     out = run(MAIN, '-output', tmp_path / 'one', '-resume', folder / 'epoch_2.pdparams', *options(
         fashion, 'TRAIN.NUM_EPOCHS', '4')).stdout
     assert 'the checkpoint counts 2 processes, this run 1: it resumes after epoch 2, but the result will not be' in out
-    assert 'counts 6 steps' not in out  # the batch is the same in all
+    assert 'counts 6 steps' not in out  # the total batch size is the same
     assert [row['epoch'] for row in records(tmp_path / 'one')] == [3, 3, 3, 4, 4, 4]
 
 
@@ -123,7 +123,7 @@ def test_helpers(count):
 
 
 def test_world_size_and_accumulation_make_no_difference(fashion, tmp_path):
-    """Without batch norm: processes x batch x accumulated batches = 20 in all four."""
+    """Without batch norm; processes x batch size x accumulated batches = 20 in all four cases."""
     results = []
     for count, batch, accumulated in ((1, 20, 1), (2, 10, 1), (1, 10, 2), (2, 5, 2)):
         target = tmp_path / f'{count}-{accumulated}.npz'
@@ -143,17 +143,17 @@ def test_statistics_are_averaged_at_the_end_of_an_epoch(fashion):
     assert len(counts) == 1 and counts.pop() > 20
 
 
-def test_merged_branches_in_a_data_parallel(fashion):
+def test_merged_branches_with_data_parallel(fashion):
     lines = group(2, 'merged', fashion).stdout.splitlines()
     assert sorted(line.split(':')[0] for line in lines) == ['rank 0', 'rank 1'] and 'norms' in lines[0]
 
 
-def test_all_wait_for_a_save_within_an_epoch(fashion, tmp_path):
-    assert group(2, 'save', fashion, tmp_path).stdout.count('went on') == 2
+def test_all_ranks_wait_for_a_save_within_an_epoch(fashion, tmp_path):
+    assert group(2, 'save', fashion, tmp_path).stdout.count('continued') == 2
 
 
 @pytest.mark.parametrize('count', [1, 2])
-def test_nothing_synchronises_between_log_lines(fashion, count):
+def test_nothing_synchronizes_between_log_lines(fashion, count):
     args = ['count', fashion, 'DATA.BATCH_SIZE', 12 // count, 'REPORT_FREQ', '2', 'TRAIN.ACCUM_ITER', '1',
             'TRAIN.RANDOM_ERASE_PROB', '1', 'TRAIN.MIXUP_ALPHA', '1', 'TRAIN.CUTMIX_ALPHA', '1']
     out = group(count, *args).stdout
@@ -162,33 +162,33 @@ def test_nothing_synchronises_between_log_lines(fashion, count):
     for line in lines:
         steps = eval(line.split(': ')[1].split(' then ')[0])
         calls = line.split(' then ')[1].split()
-        # five steps; the ranks agree after the first and at the lines after the second, fourth and fifth
+        # five steps; the ranks synchronize after the first, and for the log lines after the second, fourth and fifth
         once = steps[1]
         assert steps == [0, once, 2 * once, 2 * once, 3 * once] and once <= len(calls[:once])
         assert calls[:once].count('tolist') == 1 and calls[:once].count('all_reduce') == count - 1
-        assert calls.count('all_reduce') == (5 if count > 1 else 0)  # of these, and of the batch-norm statistics
+        assert calls.count('all_reduce') == (5 if count > 1 else 0)  # with the batch-norm statistics
 
 
-def test_a_window_of_batches_meets_once(fashion):
-    """DataParallel synchronises at the last batch of each window alone."""
+def test_gradients_are_synchronized_once_per_window(fashion):
+    """DataParallel synchronizes only at the last batch of each accumulation window."""
     out = group(2, 'windows', fashion, 'DATA.BATCH_SIZE', '6', 'TRAIN.ACCUM_ITER', '2').stdout
-    assert sorted(out.splitlines()) == [f'rank {rank}: 5 batches, 2 without meeting' for rank in range(2)]
+    assert sorted(out.splitlines()) == [f'rank {rank}: 5 batches, 2 without synchronization' for rank in range(2)]
 
 
 @pytest.mark.parametrize('option', [('SEED', '7'), ('DATA.BATCH_SIZE', '3'), ('TRAIN.BASE_LR', '0.3')])
 def test_ranks_that_disagree_are_refused(fashion, option):
     process = group(2, 'disagree', fashion, *option, status=2)
-    assert f'rank 1: not as on rank 0: {option[0]} is {option[1]}, not ' in process.stderr or (
-        'another rank has another config' in process.stderr)
+    assert f'rank 1: differs from rank 0: {option[0]} is {option[1]}, not ' in process.stderr or (
+        'config or data of another rank differ' in process.stderr)
 
 
-def test_ranks_with_other_data_are_refused(fashion, tmp_path):
-    """Where the lists are may differ, and weight files of one name, but not what is in them."""
+def test_ranks_with_different_data_are_refused(fashion, tmp_path):
+    """The paths of lists and the folders of weight files may differ, but not the contents."""
     lines = (fashion / 'train_list.txt').read_text().splitlines()
     shorter = with_lists(fashion, tmp_path / 'shorter', train=lines[:50])
     process = group(2, 'disagree', fashion, 'DATA.DATA_PATH', shorter, status=2)
-    assert 'images of train_list.txt is 50, not 60; start all processes alike' in process.stderr or (
-        'another rank has another config' in process.stderr)
+    assert 'images of train_list.txt is 50, not 60; start all processes with the same' in process.stderr or (
+        'config or data of another rank differ' in process.stderr)
     for name in ('a', 'b'):
         (tmp_path / name).mkdir()
         (tmp_path / name / 'w.pdparams').write_text('x')
@@ -196,33 +196,33 @@ def test_ranks_with_other_data_are_refused(fashion, tmp_path):
     assert group(2, *args).stdout.count('agreed') == 2
     (tmp_path / 'b/w.pdparams').write_text('y')
     process = group(2, *args, status=2)
-    assert 'rank 1: not as on rank 0: the SHA-256 of w.pdparams is ' in process.stderr or (
-        'another rank has another config' in process.stderr)
+    assert 'rank 1: differs from rank 0: the SHA-256 of w.pdparams is ' in process.stderr or (
+        'config or data of another rank differ' in process.stderr)
 
 
 @pytest.mark.parametrize('count', [1, 2])
-def test_a_loss_that_is_not_finite_ends_all_ranks_together(fashion, count):
+def test_a_non_finite_loss_ends_all_ranks_together(fashion, count):
     args = ['not_finite', fashion, 'DATA.BATCH_SIZE', 10 // count, 'REPORT_FREQ', '5']
     process = group(count, *args, status=2)
-    # the sum over the steps so far: infinite at step 4, not a number after the next, with the weights of that step
+    # the sum over the steps so far: inf at step 4, and nan after the next step, with the weights from step 4
     assert process.stderr.replace('inf', 'nan') == (
         'workers.py: error: the training loss in epoch 1, steps 2 to 5, is nan: lower TRAIN.BASE_LR, or check '
         'MODEL.PRETRAINED and the labels\n')
 
 
 def ended(folder):
-    """Whether the processes that left their number in a folder have ended."""
+    """Whether the processes that left a PID file in a folder have ended."""
     pids = [int(path.stem) for path in folder.glob('*.pid')]
     return pids and not any(os.path.exists(f'/proc/{pid}') for pid in pids)
 
 
 @pytest.mark.parametrize('how, status, message', [
     ('raise', 1, 'RuntimeError: boom'),
-    ('kill', 128 + signal.SIGKILL, 'rank 1 was ended by SIGKILL'),
+    ('kill', 128 + signal.SIGKILL, 'rank 1 was killed by SIGKILL'),
     ('mistake', 2, 'workers.py: error: rank 1: a mistake'),
     ('together', 2, 'workers.py: error: a mistake'),
 ])
-def test_a_rank_that_fails_ends_all(tmp_path, how, status, message):
+def test_a_failed_rank_ends_all(tmp_path, how, status, message):
     start = time.monotonic()
     process = group(3, 'fail', tmp_path, how, status=status)
     assert process.stderr.splitlines()[-1] == message and ended(tmp_path)
@@ -231,7 +231,7 @@ def test_a_rank_that_fails_ends_all(tmp_path, how, status, message):
 
 
 @pytest.mark.parametrize('how, status', [('sleep', 128 + signal.SIGTERM), ('end', 0)])
-def test_a_parent_that_is_terminated_ends_its_processes(tmp_path, how, status):
+def test_a_terminated_parent_ends_its_processes(tmp_path, how, status):
     process = Program(['-c', GROUP, '2', ROOT / 'tests/workers.py', 'fail', tmp_path, how],
                       env={**os.environ, 'PYTHONPATH': f'{ROOT}:{ROOT / "tests"}'})
     while len(list(tmp_path.glob('*.pid'))) < 2:
@@ -242,10 +242,10 @@ def test_a_parent_that_is_terminated_ends_its_processes(tmp_path, how, status):
 
 
 def test_an_image_that_one_rank_cannot_read(trained, fashion, tmp_path):
-    """Its name reaches the console and log.txt, and the others do not hang."""
+    """Its name is shown on the console and in log.txt, and the other ranks do not hang."""
     lines = (fashion / 'val_list.txt').read_text().splitlines()[:6]
     data = with_lists(fashion, tmp_path / 'data', val=[*lines, 'val/no such.png 3'])
-    # the last of seven images is the first rank's among three, the last of six the second's among two
+    # the last of seven images belongs to the first of three ranks, the last of six to the second of two
     args = ['-eval', '-pretrained', trained[0] / 'latest.pdparams', *options(fashion), '-data_path', data, '-output']
     line = fails(MAIN, '-nproc', '3', *args, tmp_path / 'three')
     assert line.startswith(f'main_multi_gpu.py: error: {data}/val/no such.png: cannot read the image')
@@ -265,19 +265,19 @@ def test_an_image_that_one_rank_cannot_read(trained, fashion, tmp_path):
     (['-nproc', '0'], '-nproc is 0, but must be at least 1'),
     (['-output', '/dev/null/x'], '/dev/null/x: Not a directory'),
 ])
-def test_mistakes_are_said_once(fashion, tmp_path, args, message):
+def test_mistakes_are_reported_once(fashion, tmp_path, args, message):
     line = fails(MAIN, '-nproc', '2', '-output', tmp_path / 'run', *options(fashion), *args)
     assert line.startswith('main_multi_gpu.py: error: ') and message in line
 
 
-def test_one_process_is_main_single_gpu(fashion, tmp_path):
+def test_one_process_matches_main_single_gpu(fashion, tmp_path):
     for main in (MAIN, 'main_single_gpu.py'):
         run(main, '-output', tmp_path / main, *options(fashion, 'TRAIN.NUM_EPOCHS', '1'))
     assert without_times(records(tmp_path / MAIN)) == without_times(records(tmp_path / 'main_single_gpu.py'))
 
 
-def test_the_commands_of_the_first_readme(trained, fashion, tmp_path):
-    """Devices that are not there, quotes, equals signs, -amp; only the paths differ."""
+def test_commands_of_the_first_readme(trained, fashion, tmp_path):
+    """Missing devices, quotes, equals signs, -amp; only the paths differ."""
     narrow = ' '.join(map(str, options(fashion, 'TRAIN.NUM_EPOCHS', '1')[5:]))
     for task in ('', f"-eval -pretrained='{trained[0]}/best.pdparams'"):
         command = (f"CUDA_VISIBLE_DEVICES=0,1,2,3,4,5,6,7 {sys.executable} main_multi_gpu.py "
@@ -311,7 +311,7 @@ def test_two_launchers_are_two_nodes(trained, fashion, tmp_path):
             'OUTPUT': str(tmp_path / 'run')}) for rank in range(2)]
     outputs = [node.communicate(timeout=200)[0] for node in nodes]
     assert [node.returncode for node in nodes] == [0, 0], outputs
-    assert 'no checkpoint to resume, so the run starts afresh' in outputs[0]
+    assert 'no checkpoint to resume; starting from scratch' in outputs[0]
     assert without_times(records(tmp_path / 'run')) == without_times(records(trained[0]))
     assert (tmp_path / 'run/launch-0/workerlog.0').exists() and (tmp_path / 'run/launch-1/workerlog.0').exists()
 
@@ -350,8 +350,8 @@ def test_scripts(trained, fashion, tmp_path):
      '-m paddle.distributed.launch --devices 0,1 --nnodes 2 --master a:80 --rank 1 --log_dir OUT/launch-1 '
      'main_multi_gpu.py -output OUT -amp REST -x'),
 ])
-def test_what_the_scripts_start(tmp_path, variables, flags, command):
-    """On one machine main_multi_gpu.py itself."""
+def test_commands_that_the_scripts_start(tmp_path, variables, flags, command):
+    """On one machine, main_multi_gpu.py itself."""
     python = tmp_path / 'python'
     python.write_text('#!/bin/sh\necho ${CUDA_VISIBLE_DEVICES:+devices $CUDA_VISIBLE_DEVICES:} "$@"\n')
     python.chmod(0o755)
@@ -367,14 +367,14 @@ def test_what_the_scripts_start(tmp_path, variables, flags, command):
         assert out == command.replace('OUT', 'o').replace('REST', rest) + '\n'
 
 
-def test_gpus_are_some_of_those_that_are_visible(tmp_path):
+def test_gpus_must_be_visible(tmp_path):
     process = subprocess.run(['sh', 'run_train_multi.sh'], cwd=ROOT, capture_output=True, text=True, env={
         **os.environ, 'CUDA_VISIBLE_DEVICES': '4,15', 'GPUS': '4,5', 'PYTHON': 'false'})
     assert process.returncode == 2
     assert process.stderr == 'launch.sh: error: GPUS is 4,5, but CUDA_VISIBLE_DEVICES allows only 4,15\n'
 
 
-def test_several_machines_need_an_address_and_a_number(tmp_path):
+def test_several_machines_need_an_address_and_a_rank(tmp_path):
     process = subprocess.run(['sh', 'run_train_multi.sh'], cwd=ROOT, capture_output=True, text=True, env={
         **os.environ, 'NNODES': '2', 'RANK': '0', 'OUTPUT': str(tmp_path / 'run')})
     assert process.returncode == 2 and not (tmp_path / 'run').exists()
@@ -383,12 +383,13 @@ def test_several_machines_need_an_address_and_a_number(tmp_path):
 
 
 def command_lines(folder):
-    """Those of the processes that name a folder: of Paddle's launcher and its ranks, which are in other sessions."""
+    """Return the command lines that contain a folder: of Paddle's launcher and its ranks, which are in other sessions.
+    """
     out = subprocess.run(['ps', '-ww', '-eo', 'args='], capture_output=True, text=True).stdout
     return [line for line in out.splitlines() if str(folder) in line]
 
 
-def test_a_script_that_is_ended_ends_python(fashion, tmp_path):
+def test_stopping_a_script_stops_python(fashion, tmp_path):
     narrow = map(str, options(fashion, 'TRAIN.NUM_EPOCHS', '3000')[4:])
     process = subprocess.Popen(['sh', 'run_train_multi.sh', *narrow], cwd=ROOT, stdout=subprocess.DEVNULL,
                                stderr=subprocess.DEVNULL, env={
@@ -397,7 +398,7 @@ def test_a_script_that_is_ended_ends_python(fashion, tmp_path):
     while not (tmp_path / 'run/latest.pdparams').exists():
         assert process.poll() is None
         time.sleep(0.1)
-    assert len(command_lines(tmp_path)) >= 3  # main_multi_gpu.py in the shell's place, and two ranks
+    assert len(command_lines(tmp_path)) >= 3  # main_multi_gpu.py, which replaced the shell, and two ranks
     process.send_signal(signal.SIGUSR1)
     assert process.wait(60) == STOPPED
     assert f'stopped by SIGTERM; {tmp_path}/run/latest.pdparams (' in (tmp_path / 'run/log.txt').read_text()

@@ -1,4 +1,4 @@
-"""Faults while a run goes on: kills, signals, disks that are full. What docs/reliability.md promises."""
+"""Faults during a run: kills, signals, full disks. Covers the promises of docs/reliability.md."""
 import contextlib
 import json
 import os
@@ -21,7 +21,7 @@ from runtime.program import STOPPED
 MAIN = 'main_single_gpu.py'
 FAULTS = ROOT / 'tests/faults.py'
 PATHS = {'PYTHONPATH': f'{ROOT}:{ROOT / "tests"}'}
-# four epochs of five steps, with a save within each
+# four epochs of five steps, with saves within each epoch
 RUN = ['TRAIN.NUM_EPOCHS', '4', 'TRAIN.ACCUM_ITER', '2', 'DATA.BATCH_SIZE', '6', 'TRAIN.MIXUP_ALPHA', '0.5',
        'TRAIN.AUTO_AUGMENT', 'True', 'TRAIN.RANDOM_ERASE_PROB', '0.5', 'TRAIN.CURRICULUM', str(STAGES),
        'SAVE_FREQ', '2', 'SAVE_FREQ_STEPS', '2', 'DATA.NUM_WORKERS', '2']
@@ -33,7 +33,7 @@ TWO = ['main_multi_gpu.py', '-nproc', '2']
 
 @pytest.fixture(scope='module')
 def whole(fashion, tmp_path_factory):
-    """A run that nothing interrupts, and its options."""
+    """An uninterrupted run, and its options."""
     folder = tmp_path_factory.mktemp('faults') / 'whole'
     opts = options(fashion, *RUN)
     run(MAIN, '-output', folder, *opts)
@@ -48,14 +48,14 @@ def assert_same_runs(first, second):
 
 
 def faulty(fault, number, *args, status):
-    """A run with a fault of faults.py; returns what it printed."""
+    """Run with a fault from faults.py. Returns: the output."""
     return run(FAULTS, fault, number, MAIN, *args, status=status, env=PATHS).stdout
 
 
 @pytest.mark.parametrize('faults', [
-    # in the 4th step; then 2 of 5 are done, and the run is killed in the 2nd epoch's evaluation
+    # killed in step 4, so 2 of 5 steps are saved; after resuming, killed in the evaluation of epoch 2
     [('step', 4), ('evaluation', 9)],
-    # the file is half written; whole, but not in its place yet
+    # killed with a half-written file, then with complete files that are not renamed yet
     [('write', 4), ('rename', 5), ('rename', 1)],
 ])
 def test_killed_at_a_chosen_point(whole, tmp_path, faults):
@@ -72,7 +72,7 @@ def test_killed_at_a_chosen_point(whole, tmp_path, faults):
 
 @pytest.mark.parametrize('count', [1, 2, 3])
 def test_killed_at_random(fashion, tmp_path, long, count):
-    """Again and again, until the run is done: the parent, a rank or a data worker, between the chosen points too."""
+    """Kill the parent, a rank or a data worker several times, at any point, and then let the run finish."""
     command = ['main_multi_gpu.py', '-nproc', count, '-resume', 'auto', *options(
         fashion, *RUN, 'DATA.BATCH_SIZE', 6 // count, 'REPORT_FREQ', '2'), '-output']
     run(*command, tmp_path / 'whole')
@@ -81,14 +81,14 @@ def test_killed_at_random(fashion, tmp_path, long, count):
         output = tmp_path / str(chain)
         for _ in range(4 if long else 3 if count == 1 else 1):
             process = Program([*command, output], start_new_session=True)
-            # from the first file of the run on: before, there is nothing to lose
+            # not before the run's first file: until then there is nothing to lose
             while not (output / 'log.txt').exists():
                 time.sleep(0.01)
             time.sleep(chance.uniform(0, 3))
             with contextlib.suppress(ProcessLookupError, IndexError):
                 os.kill(chance.choice(sorted(members(process))), signal.SIGKILL)
             process.wait(60)
-            wait_until(lambda: not members(process))  # noqa: B023  called here
+            wait_until(lambda: not members(process))  # noqa: B023  called at once
         run(*command, output)
         assert_same_runs(tmp_path / 'whole', output)
 
@@ -96,8 +96,8 @@ def test_killed_at_random(fashion, tmp_path, long, count):
 @pytest.mark.parametrize('fault, number, where', [
     ('terminate', 8, 'epoch 2, step 3'), ('interrupt', 5, 'epoch 1, step 5'),
     ('terminate_evaluation', 2, 'epoch 1, step 5')])
-def test_asked_to_stop(whole, tmp_path, fault, number, where):
-    """SIGTERM and Ctrl-C end a run at the next step, with a checkpoint from which it goes on bitwise."""
+def test_a_stop_request_saves_and_resumes_bitwise(whole, tmp_path, fault, number, where):
+    """SIGTERM and Ctrl-C end a run after the current step, with a checkpoint from which it resumes bitwise."""
     folder, opts = whole
     args = ['-output', tmp_path / 'run', '-resume', 'auto', *opts, 'SAVE_FREQ_STEPS', '0', 'REPORT_FREQ', '1000']
     process = run(FAULTS, fault, number, MAIN, *args, status=STOPPED, env=PATHS)
@@ -105,7 +105,7 @@ def test_asked_to_stop(whole, tmp_path, fault, number, where):
     latest = tmp_path / 'run/latest.pdparams'
     assert process.stdout.endswith(f'stopped by {name}; {latest} ({where}) is saved: the same command with -output '
                                    f'{tmp_path}/run -resume auto resumes from it\n')
-    assert process.stderr == 'asked to stop: a checkpoint comes first; Ctrl-C again stops at once\n'
+    assert process.stderr == 'stop requested: saving a checkpoint first; Ctrl-C again stops at once\n'
     assert json.loads((tmp_path / 'run/run.json').read_text())[-1]['status'] == 'stopped'
     out = run(MAIN, *args).stdout
     done, step = (int(word) for word in where.replace(',', '').split()[1::2])
@@ -115,28 +115,28 @@ def test_asked_to_stop(whole, tmp_path, fault, number, where):
 
 
 @pytest.mark.parametrize('name', ['SIGHUP', 'SIGUSR1', 'SIGUSR2', 'SIGXCPU'])
-def test_signals_before_a_machine_is_taken_away(whole, tmp_path, name):
-    """SLURM's --signal, a closed terminal, a limit of the processor's time."""
+def test_signals_that_precede_a_shutdown(whole, tmp_path, name):
+    """SLURM's --signal, a closed terminal, a CPU time limit."""
     _, opts = whole
     process = run(FAULTS, name, 3, MAIN, '-output', tmp_path / 'run', *opts, status=STOPPED, env=PATHS)
     assert f'stopped by {name}; {tmp_path}/run/latest.pdparams (epoch 1, step 3) is saved' in process.stdout
     assert checkpoint.load_training(str(tmp_path / 'run/latest.pdparams'))['step'] == 3
 
 
-@pytest.mark.parametrize('fault', ['worker', 'worker_evaluation', 'worker_that_starts', 'worker_that_is_hardly_there'])
+@pytest.mark.parametrize('fault', ['worker', 'worker_evaluation', 'worker_before_first_batch', 'first_worker'])
 @pytest.mark.parametrize('count', [1, 2])
-def test_a_data_worker_that_is_killed_ends_all(fashion, tmp_path, fault, count):
-    """By the out-of-memory killer, for example."""
+def test_a_killed_data_worker_ends_the_run(fashion, tmp_path, fault, count):
+    """For example by the out-of-memory killer."""
     start = [FAULTS] if count == 1 else ['-c', GROUP, '2', FAULTS]
     began = time.monotonic()
     process = run(*start, fault, 1, TWO[0], '-output', tmp_path / 'run', *options(
         fashion, 'DATA.BATCH_SIZE', '2', 'DATA.BATCH_SIZE_EVAL', '1', 'DATA.NUM_WORKERS', '2'), status=2, env=PATHS)
     assert time.monotonic() - began < 60
-    assert re.fullmatch(r'\S+: error: (rank 1: )?data worker \d+ was ended by SIGKILL; memory may not suffice: use '
+    assert re.fullmatch(r'\S+: error: (rank 1: )?data worker \d+ was killed by SIGKILL; probably out of memory: use '
                         r'fewer data workers or smaller batches\n', process.stderr), process.stderr
 
 
-def test_nohup_is_heeded(whole, tmp_path):
+def test_nohup_is_respected(whole, tmp_path):
     _, opts = whole
     code = ('import runpy, signal, sys; signal.signal(signal.SIGHUP, signal.SIG_IGN); sys.argv[:1] = []; '
             'runpy.run_path(sys.argv[0], run_name="__main__")')
@@ -145,14 +145,14 @@ def test_nohup_is_heeded(whole, tmp_path):
     assert 'stopped' not in process.stdout and process.stderr == ''
 
 
-def test_two_runs_do_not_mix(fashion, tmp_path):
-    """The lock of a run ends with it, however it ends; an evaluation needs none."""
+def test_two_training_runs_cannot_share_a_folder(fashion, tmp_path):
+    """A run's lock is released however the run ends; an evaluation needs no lock."""
     opts = options(fashion, *LONG)
     process = start([MAIN, '-output', tmp_path / 'run', *opts], tmp_path / 'run')
     before = (tmp_path / 'run/config.yaml').read_bytes()
     for command in ([MAIN], TWO):
         line = fails(*command, '-output', tmp_path / 'run', '-resume', 'auto', *opts, 'SEED', '5')
-        assert f'{tmp_path}/run: another training is writing there; wait until it has ended, or choose' in line
+        assert f'{tmp_path}/run: another training run is writing here; wait until it ends, or choose' in line
     run(MAIN, '-output', tmp_path / 'run', '-eval', '-pretrained', tmp_path / 'run/latest.pdparams', *opts)
     assert (tmp_path / 'run/config.yaml').read_bytes() == before and process.poll() is None
     process.kill()
@@ -161,7 +161,7 @@ def test_two_runs_do_not_mix(fashion, tmp_path):
     assert 'resumed' in out
 
 
-def test_other_batches_begin_the_epoch_again(whole, tmp_path):
+def test_another_batch_size_restarts_the_epoch(whole, tmp_path):
     _, opts = whole
     faulty('terminate', 8, '-output', tmp_path / 'run', *opts, status=STOPPED)
     out = run(MAIN, '-output', tmp_path / 'run', '-resume', 'auto', *opts, 'DATA.BATCH_SIZE', '5').stdout
@@ -174,7 +174,7 @@ def test_other_batches_begin_the_epoch_again(whole, tmp_path):
 
 
 def members(process):
-    """Numbers of the running processes of the session that a forked program has begun, the oldest first."""
+    """Return the PIDs of the running processes in a forked program's session, oldest first."""
     out = subprocess.run(['ps', '-o', 'pid=,stat=', '--sort', 'start_time', '--sid', str(process.pid)],
                          capture_output=True, text=True).stdout
     return [int(number) for number, state in map(str.split, out.splitlines()) if not state.startswith('Z')]
@@ -188,7 +188,7 @@ def wait_until(condition, seconds=30):
 
 
 def start(args, folder, **kwargs):
-    """Start a program that goes on for long, in a session; returns when it has made a first checkpoint."""
+    """Start a long-running program in its own session, and return once it has written its first checkpoint."""
     process = Program(args, start_new_session=True, **kwargs)
     wait_for_checkpoint(process, folder)
     return process
@@ -199,8 +199,8 @@ def wait_for_checkpoint(process, folder):
     assert process.poll() is None
 
 
-def test_a_signal_to_all_of_a_group(fashion, tmp_path):
-    """As a launcher and a terminal send it: data workers do not answer, and the run can save."""
+def test_a_signal_to_the_whole_process_group(fashion, tmp_path):
+    """As launchers and terminals send it: data workers ignore it, and the run can save."""
     process = start([MAIN, '-output', tmp_path / 'run', *options(fashion, *LONG)], tmp_path / 'run')
     wait_until(lambda: len(members(process)) == 3)
     began = time.monotonic()
@@ -212,8 +212,8 @@ def test_a_signal_to_all_of_a_group(fashion, tmp_path):
 
 
 @pytest.mark.parametrize('count', [1, 2])
-def test_a_run_that_waits_for_its_workers_can_be_stopped(fashion, tmp_path, count):
-    """They are stopped, as a dead network disk stops them; of two processes one."""
+def test_a_run_waiting_for_its_workers_can_be_stopped(fashion, tmp_path, count):
+    """The workers are suspended, as by a dead network disk; with two processes, only those of one."""
     process = start(['main_multi_gpu.py', '-nproc', count, '-output', tmp_path / 'run', *options(
         fashion, *LONG, 'TRAIN.NUM_EPOCHS', '30000', 'VALIDATE_FREQ', '30000', 'SAVE_FREQ', '0')], tmp_path / 'run')
     wait_until(lambda: len(members(process)) == (3 if count == 1 else 7))
@@ -239,7 +239,7 @@ def test_workers_do_not_outlive_their_parent(fashion, tmp_path):
 
 
 def test_a_second_interrupt_stops_at_once(fashion, tmp_path):
-    """REPORT_FREQ and two processes: the stop would come at the next log line, which is far."""
+    """With two processes the stop would come at the next log line, which REPORT_FREQ puts far away."""
     process = start([*TWO, '-output', tmp_path / 'run', *options(
         fashion, *LONG, 'SAVE_FREQ_STEPS', '1', 'REPORT_FREQ', '1000000', 'TRAIN.NUM_EPOCHS', '1', 'DATA.BATCH_SIZE',
         '1')], tmp_path / 'run')
@@ -252,7 +252,7 @@ def test_a_second_interrupt_stops_at_once(fashion, tmp_path):
 
 
 @pytest.mark.parametrize('count', [1, 2])
-def test_a_stop_with_nobody_to_tell(fashion, tmp_path, count):
+def test_a_stop_without_a_reader_of_the_output(fashion, tmp_path, count):
     """`python ... 2>&1 | tee log`: Ctrl-C ends tee too."""
     reader, writer = os.pipe()
     process = start(['main_multi_gpu.py', '-nproc', count, '-output', tmp_path / 'run', *options(
@@ -267,17 +267,17 @@ def test_a_stop_with_nobody_to_tell(fashion, tmp_path, count):
 
 @pytest.mark.parametrize('name, epoch', [('latest.pdparams', 1), ('epoch_4.pdparams', 3)])
 def test_a_full_disk(whole, tmp_path, name, epoch):
-    """The error names the path, the checkpoint before is whole, and the run goes on from it."""
+    """The error names the path, the previous checkpoint is intact, and the run resumes from it."""
     folder, opts = whole
     output = tmp_path / 'run'
     args = ['-output', output, '-resume', 'auto', *opts, 'SAVE_FREQ_STEPS', '0']
-    # after latest before the evaluation of the first epoch, then best and latest
+    # at the fourth file: in epoch 1, latest is written before the evaluation, then best and latest
     faulty('rename', 4, *args, status=-signal.SIGKILL)
     before = (output / 'latest.pdparams').read_bytes()
     (output / f'{name}.partial').unlink(missing_ok=True)
     (output / f'{name}.partial').symlink_to('/dev/full')
     line = fails(MAIN, *args)
-    assert f'{output}/{name}: cannot write (No space left on device); free the disk' in line
+    assert f'{output}/{name}: cannot write (No space left on device); free up disk space' in line
     assert checkpoint.load(str(output / 'latest.pdparams'))['epoch'] == epoch
     assert name != 'latest.pdparams' or (output / name).read_bytes() == before
     assert not list(output.glob('*.partial'))
@@ -286,15 +286,15 @@ def test_a_full_disk(whole, tmp_path, name, epoch):
 
 
 @pytest.mark.parametrize('name', ['log.txt', 'log.jsonl'])
-def test_a_full_disk_under_a_log(fashion, tmp_path, name):
+def test_a_full_disk_for_a_log(fashion, tmp_path, name):
     (tmp_path / 'run').mkdir()
     (tmp_path / 'run' / name).symlink_to('/dev/full')
     line = fails(MAIN, '-output', tmp_path / 'run', *options(fashion))
-    assert f'{tmp_path}/run/{name}: No space left on device; free the disk' in line
+    assert f'{tmp_path}/run/{name}: No space left on device; free up disk space' in line
 
 
-def test_a_folder_that_goes_away(whole, tmp_path):
-    """The error names it."""
+def test_a_folder_that_disappears(whole, tmp_path):
+    """The error names the folder."""
     _, opts = whole
     process = start([MAIN, '-output', tmp_path / 'run', *opts, 'TRAIN.NUM_EPOCHS', '3000'], tmp_path / 'run')
     shutil.move(tmp_path / 'run', tmp_path / 'elsewhere')
@@ -304,7 +304,7 @@ def test_a_folder_that_goes_away(whole, tmp_path):
     checkpoint.load_training(str(tmp_path / 'elsewhere/latest.pdparams'))
 
 
-# several processes: what a run of two has that is asked to stop, and one that is killed
+# several processes: stop requests and kills
 
 LAUNCHER = [sys.executable, '-m', 'paddle.distributed.launch', '--nproc_per_node', '2']
 FAULTY_TWO = ['-c', GROUP, '2', FAULTS]
@@ -319,24 +319,24 @@ def whole_of_two(fashion, tmp_path_factory):
     return folder, opts
 
 
-def test_two_processes_that_are_killed(whole_of_two, tmp_path):
-    """With the same SAVE_FREQ_STEPS bitwise, batch-norm statistics too."""
+def test_two_killed_processes_resume_bitwise(whole_of_two, tmp_path):
+    """With the same SAVE_FREQ_STEPS, including the batch-norm statistics."""
     folder, opts = whole_of_two
     args = ['-output', tmp_path / 'run', '-resume', 'auto', *opts]
     process = run(*FAULTY_TWO, 'step', 9, TWO[0], *args, status=128 + signal.SIGKILL, env=PATHS)
-    assert process.stderr == 'rank 1 was ended by SIGKILL\n'
+    assert process.stderr == 'rank 1 was killed by SIGKILL\n'
     out = run(*TWO, *args).stdout
     assert 'after epoch 1 and 3 of 5 steps of the next, step 8' in out and 'bitwise' not in out
     assert_same_runs(folder, tmp_path / 'run')
 
 
-def test_one_of_two_processes_is_asked_to_stop(whole_of_two, tmp_path):
-    """They agree at the next log line; weights are bitwise those of a run that was not, but batch-norm statistics."""
+def test_a_stop_request_to_one_of_two_processes(whole_of_two, tmp_path):
+    """They agree at the next log line; the resume is bitwise, except for batch-norm statistics."""
     folder, opts = whole_of_two
     args = ['-output', tmp_path / 'run', '-resume', 'auto', *opts]
     out = run(*FAULTY_TWO, 'terminate', 8, TWO[0], *args, status=STOPPED, env=PATHS).stdout
     assert f'stopped by a signal to another process; {tmp_path}/run/latest.pdparams (' in out
-    # at the next log line, or before it where steps are slow
+    # at the next log line, or earlier if steps are slow
     where = re.search(r'\(epoch 2, step ([34])\)', out.splitlines()[-1])
     out = run(*TWO, *args).stdout
     assert f'after epoch 1 and {where[1]} of 5 steps of the next' in out and 'bitwise' not in out
@@ -350,18 +350,18 @@ def test_one_of_two_processes_is_asked_to_stop(whole_of_two, tmp_path):
     assert_same(*states)
 
 
-def test_one_of_two_processes_is_asked_to_stop_in_an_evaluation(whole_of_two, tmp_path):
-    """It ends alone, and the other with it; the checkpoint was written before. Bitwise, statistics too."""
+def test_a_stop_request_to_one_of_two_processes_in_an_evaluation(whole_of_two, tmp_path):
+    """It stops alone, which ends the other; the checkpoint was saved before. The resume is bitwise, statistics too."""
     folder, opts = whole_of_two
     args = ['-output', tmp_path / 'run', '-resume', 'auto', *opts]
     began = time.monotonic()
     process = run(*FAULTY_TWO, 'terminate_evaluation', 6, TWO[0], *args, status=STOPPED, env=PATHS)
-    assert process.stderr.splitlines()[-1] == 'rank 1 was asked to stop; -resume auto goes on'
+    assert process.stderr.splitlines()[-1] == 'rank 1 received a stop request; continue with -resume auto'
     assert time.monotonic() - began < 60
     latest = checkpoint.load(str(tmp_path / 'run/latest.pdparams'))
     assert latest['epoch'] == 1 and latest['progress']['steps'] == latest['progress']['steps_per_epoch'] == 5
     assert [row['split'] for row in records(tmp_path / 'run') if row['epoch'] == 2] == ['train']
-    # one process with batches twice as large trains no step of that epoch again
+    # a single process with twice the batch size repeats no step of that epoch
     shutil.copytree(tmp_path / 'run', tmp_path / 'one')
     out = run(MAIN, '-output', tmp_path / 'one', '-resume', 'auto', *opts, 'DATA.BATCH_SIZE', '6', 'TRAIN.NUM_EPOCHS',
               '2').stdout
@@ -374,31 +374,31 @@ def test_one_of_two_processes_is_asked_to_stop_in_an_evaluation(whole_of_two, tm
 
 
 @pytest.mark.parametrize('number', [signal.SIGTERM, signal.SIGUSR1])
-def test_a_parent_and_its_processes_are_asked_to_stop(fashion, tmp_path, number):
+def test_a_stop_request_to_the_parent(fashion, tmp_path, number):
     process = start([*TWO, '-output', tmp_path / 'run', *options(fashion, *LONG)], tmp_path / 'run')
     began = time.monotonic()
     process.send_signal(number)
     out, error = process.communicate(timeout=30)
     assert process.returncode == STOPPED and time.monotonic() - began < 20
     assert f'stopped by SIGTERM; {tmp_path}/run/latest.pdparams (' in out.splitlines()[-1]
-    assert error.splitlines() == ['asked to stop: a checkpoint comes first; Ctrl-C again stops at once']
+    assert error.splitlines() == ['stop requested: saving a checkpoint first; Ctrl-C again stops at once']
     assert members(process) == []
 
 
-def test_all_are_asked_to_stop_while_they_wait_for_one(fashion, tmp_path):
-    """At the end of an evaluation, which that one leaves."""
+def test_a_stop_request_to_all_while_they_wait_for_one(fashion, tmp_path):
+    """At the end of an evaluation, while one process is late."""
     process = run(*FAULTY_TWO, 'terminate_all_in_evaluation', 4, TWO[0], '-output', tmp_path / 'run', *options(
         fashion, *RUN, *BOTH), status=STOPPED, env=PATHS)
     assert f'stopped by SIGTERM; {tmp_path}/run/latest.pdparams (' in process.stdout
-    assert process.stderr == 'asked to stop: a checkpoint comes first; Ctrl-C again stops at once\n'
+    assert process.stderr == 'stop requested: saving a checkpoint first; Ctrl-C again stops at once\n'
 
 
 def test_slow_steps_do_not_delay_a_stop(fashion, tmp_path):
-    """Of several processes: log lines are a minute apart, and their parent kills them after half of one."""
+    """With several processes: log lines are a minute apart, and the parent kills them after 30 seconds."""
     process = start([*FAULTY_TWO, 'slow', '1', TWO[0], '-output', tmp_path / 'run', *options(
         fashion, *LONG, 'SAVE_FREQ_STEPS', '1', 'REPORT_FREQ', '1000', 'DATA.BATCH_SIZE', '1')], tmp_path / 'run',
         env={**os.environ, **PATHS})
-    time.sleep(8)  # until they know how long a step takes
+    time.sleep(8)  # until they have measured how long a step takes
     began = time.monotonic()
     process.terminate()
     out, _ = process.communicate(timeout=40)
@@ -406,8 +406,8 @@ def test_slow_steps_do_not_delay_a_stop(fashion, tmp_path):
     assert f'stopped by SIGTERM; {tmp_path}/run/latest.pdparams (' in out and members(process) == []
 
 
-def test_the_launcher_is_asked_to_stop(fashion, tmp_path):
-    """Its own status is 15 whatever the processes return."""
+def test_a_stop_request_to_the_launcher(fashion, tmp_path):
+    """The launcher's own status is 15, whatever the processes return."""
     command = [*LAUNCHER, '--log_dir', tmp_path / 'log', TWO[0], '-output', tmp_path / 'run', *options(fashion, *LONG)]
     process = subprocess.Popen([*map(str, command)], cwd=ROOT, stdout=subprocess.DEVNULL)
     wait_for_checkpoint(process, tmp_path / 'run')
@@ -418,9 +418,8 @@ def test_the_launcher_is_asked_to_stop(fashion, tmp_path):
 
 
 @pytest.mark.parametrize('launcher', [False, True])
-def test_an_error_of_one_process_is_seen(fashion, tmp_path, launcher):
-    """Of main_multi_gpu.py's processes on the console; of those of Paddle's launcher, which shows rank 0's, in its log.
-    """
+def test_an_error_in_one_process_is_shown(fashion, tmp_path, launcher):
+    """On the console with main_multi_gpu.py; in the rank's log with Paddle's launcher, which shows only rank 0."""
     args = [FAULTS, 'raise', '5', TWO[0], '-output', tmp_path / 'run', *options(fashion, 'TRAIN.NUM_EPOCHS', '3000')]
     env = {**os.environ, **PATHS}
     if launcher:

@@ -88,7 +88,7 @@ def test_a_full_disk_leaves_the_old_file(prepare, name, fashion, tmp_path):
     path = tmp_path / name
     path.write_text('')
     (tmp_path / f'{name}.partial').symlink_to('/dev/full')
-    assert f'error: {path}: cannot write (No space left on device); free the disk' in fails(*command)
+    assert f'error: {path}: cannot write (No space left on device); free up disk space' in fails(*command)
     assert path.read_text() == '' and not os.path.lexists(tmp_path / f'{name}.partial')
 
 
@@ -140,7 +140,7 @@ def test_irregular_files_are_refused(function, kind, tmp_path):
 
 
 def test_errors_name_the_config_key_of_the_path(tmp_path):
-    with pytest.raises(UserError, match='give a file, MODEL.PRETRAINED$'):
+    with pytest.raises(UserError, match='set MODEL.PRETRAINED to a file$'):
         checkpoint.check_exists(str(tmp_path), 'MODEL.PRETRAINED')
 
 
@@ -166,7 +166,7 @@ def test_programs_refuse_pipes(kind, fashion, tmp_path):
                'TRAIN.DISTILLATION.TEACHER_WEIGHTS', pipe, 'MODEL.NUM_CLASSES', '1000']
     line = fails('main_single_gpu.py', '-output', tmp_path / 'run', *args, *options(
         data, 'TRAIN.NUM_EPOCHS', '1', *(teacher if kind == 'teacher' else [])))
-    assert f'{pipe}: is a pipe, a socket or a device, not a regular file; give a file' in line
+    assert f'{pipe}: is a pipe, a socket or a device, not a regular file; ' in line
 
 
 def test_check_dataset_lists_pipes(fashion, tmp_path):
@@ -193,11 +193,11 @@ def test_names_from_any_system(content, tmp_path):
 
 
 @pytest.mark.parametrize('content, message', [
-    (b'', "names.txt:1: '' is no name; write one in each line, in UTF-8"),
-    (b'a\n \nb\n', "names.txt:2: ' ' is no name"),
-    ('a\nb\n'.encode('utf-16-le'), r"names.txt:1: 'a\\x00' is no name"),
+    (b'', "names.txt:1: '' is not a name; write one name per line, in UTF-8"),
+    (b'a\n \nb\n', "names.txt:2: ' ' is not a name"),
+    ('a\nb\n'.encode('utf-16-le'), r"names.txt:1: 'a\\x00' is not a name"),
     ('Mäuse\nb'.encode('latin-1'), 'names.txt: cannot be read .*; save it as UTF-8'),
-    (b'\xff\xfea\0\n', 'names.txt: is not valid UTF-16 from byte 4 on; save it as UTF-8'),
+    (b'\xff\xfea\0\n', 'names.txt: is not valid UTF-16 at byte 4; save it as UTF-8'),
 ])
 def test_invalid_names_are_refused(content, message, tmp_path):
     (tmp_path / 'names.txt').write_bytes(content)

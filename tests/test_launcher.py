@@ -1,4 +1,4 @@
-"""Several processes on one machine: what is seen of them while they run."""
+"""Process groups on one machine: their output while they run, their exit status, tasks of srun."""
 import os
 import time
 
@@ -12,8 +12,8 @@ GROUP = ('import sys, runtime.launcher as l; l.HELD = 0.5; '
          'sys.exit(l.run_processes([sys.executable, *sys.argv[1:]], 2))')
 
 
-def test_what_a_process_writes_is_seen_while_it_runs(tmp_path):
-    """Of each process; an error that ends one is seen once, whatever the others say of it."""
+def test_stderr_of_a_process_is_shown_while_it_runs(tmp_path):
+    """For each process; the error that ends one is shown once, whatever the others report after it."""
     script = tmp_path / 'script.py'
     script.write_text("""
 import os, pathlib, sys, time
@@ -36,8 +36,8 @@ sys.exit(2)
     assert sorted((tmp_path / 'errors').read_text().splitlines()) == ['a mistake', 'a warning of 0', 'a warning of 1']
 
 
-def test_a_group_that_is_asked_to_stop_ends_as_one_of_it_does(tmp_path):
-    """Gloo aborts a process that waits for another which has stopped."""
+def test_a_stopped_group_returns_the_status_of_a_clean_stop(tmp_path):
+    """Gloo aborts a process that waits for one that has stopped."""
     script = tmp_path / 'script.py'
     script.write_text("""
 import os, pathlib, signal, sys, time
@@ -57,22 +57,22 @@ time.sleep(60)
 
 
 @pytest.mark.parametrize('tasks, nodes, command', [
-    ('8', '1', 'srun --ntasks=1 python main_multi_gpu.py ... (if'),
+    ('8', '1', 'srun --ntasks=1 python main_multi_gpu.py ... (for'),
     ('2', '2', "srun --ntasks=2 --ntasks-per-node=1 sh -c 'python -m paddle.distributed.launch --nnodes 2 --rank "
                '$SLURM_NODEID --master $SLURM_LAUNCH_NODE_IPADDR:8090 --log_dir log/$SLURM_NODEID main_multi_gpu.py '
-               "...' (if"),
+               "...' (for"),
 ])
-def test_tasks_of_srun_that_would_be_separate_runs(tasks, nodes, command):
+def test_srun_tasks_that_would_be_separate_runs_are_refused(tasks, nodes, command):
     line = fails('main_multi_gpu.py', env={'SLURM_STEP_NUM_TASKS': tasks, 'SLURM_STEP_NUM_NODES': nodes})
-    assert line.startswith(f'main_multi_gpu.py: error: srun has started {tasks} tasks, which would be as many ')
-    assert command in line and line.endswith('if separate runs are meant, give -nproc 1)')
+    assert line.startswith(f'main_multi_gpu.py: error: srun started {tasks} tasks, each of which would be ')
+    assert command in line and line.endswith('(for separate runs, give -nproc 1)')
 
 
 @pytest.mark.parametrize('processes, env', [
     (None, {}), (None, {'SLURM_STEP_NUM_TASKS': '1', 'SLURM_STEP_NUM_NODES': '1'}),
     (1, {'SLURM_STEP_NUM_TASKS': '8'}), (None, {'SLURM_STEP_NUM_TASKS': '2', 'PADDLE_TRAINER_ID': '3'})])
-def test_tasks_of_srun_that_are_meant(monkeypatch, processes, env):
-    """One task, -nproc 1, and those that Paddle's launcher has joined."""
+def test_intended_srun_tasks_are_allowed(monkeypatch, processes, env):
+    """A single task, -nproc 1, and tasks that Paddle's launcher has joined."""
     for name in ('SLURM_STEP_NUM_TASKS', 'SLURM_STEP_NUM_NODES', 'PADDLE_TRAINER_ID'):
         monkeypatch.delenv(name, raising=False)
     for name, value in env.items():

@@ -132,7 +132,7 @@ def test_large_batches():
 
 def test_batches_that_do_not_fit_into_memory():
     loader = Loader(Images(0, 10 ** 6), Batches([[0] * 100]), 1)
-    with pytest.raises(UserError, match='no memory for the batches of data workers, 572204589 MiB .*; use fewer'):
+    with pytest.raises(UserError, match='not enough memory for the batches .*, 572204589 MiB .*; use fewer'):
         next(iter(loader))
 
 
@@ -252,7 +252,7 @@ def test_long_waits_report_the_images_being_read_and_end(workers, monkeypatch, c
     monkeypatch.setattr(runtime.loader, 'PATIENCE', 0.5)
     monkeypatch.setattr(LOG, 'propagate', True)
     caplog.set_level('INFO', LOG.name)
-    places = ', '.join(f'worker {worker} is at image {7 + worker}' for worker in range(max(1, workers)))
+    places = ', '.join(f'worker {worker} is reading image {7 + worker}' for worker in range(max(1, workers)))
     loader = Loader(Images(1000), Batches([[7], [8]]), workers, timeout=2)
     began = time.monotonic()
     with pytest.raises(UserError, match=f'no batch for 2 seconds, {places}; check the disk and the file'):
@@ -328,7 +328,7 @@ def test_a_slow_loader_calls_on_slow(monkeypatch):
     (0, 64, 'set DATA.NUM_WORKERS 8 (now 0; cores: 64)'),
     (8, 64, 'set DATA.NUM_WORKERS 16 (now 8; cores: 64)'),
     (8, 12, 'set DATA.NUM_WORKERS 11 (now 8; cores: 12)'),
-    (7, 8, 'use more cores, a faster disk, or images that are resized beforehand; more than 7 data workers would '
+    (7, 8, 'use more cores, a faster disk, or images resized in advance; more than 7 data workers would '
            'hardly help (cores: 8)'),
 ])
 def test_the_remedy_for_slow_loading_depends_on_the_cores(monkeypatch, workers, cores, remedy):

@@ -72,13 +72,13 @@ def test_log(trained, fashion):
     assert any(line.endswith('train_list.txt: 60 images, labels 0 to 9, 16.7% of them in the largest class')
                for line in lines)
     assert '  DATA.BATCH_SIZE 16' in lines and 'TRAIN.ACCUM_ITER 1:' in process.stdout
-    assert not any('WEIGHT_DECAY' in line for line in lines)  # is as by default
+    assert not any('WEIGHT_DECAY' in line for line in lines)  # has its default value
     assert len(lines[:lines.index(next(line for line in lines if ' step 2/3 ' in line))]) < 35
     assert any(line.endswith('12 of 60 training images, different ones each epoch, are dropped: they do not fill a '
                              'batch of 16') for line in lines)
     steps = [line for line in lines if ' step ' in line and 'loss' in line]
     assert len(steps) == 8  # REPORT_FREQ 2: steps 2 and 3 of 3
-    assert sum('evaluation step 2/3' in line for line in lines) == 2  # epochs; raw and EMA in one pass
+    assert sum('evaluation step 2/3' in line for line in lines) == 2  # two evaluations; raw and EMA in one pass
     assert all(word in steps[0] for word in ('epoch 1/4', 'step 2/3', 'loss', 'lr', 'images/s', 'data', 'ETA'))
 
 
@@ -102,7 +102,7 @@ def test_checkpoint_content(trained):
     assert plain(state)
 
 
-def test_same_run_same_weights_whatever_the_workers(trained, fashion, tmp_path):
+def test_the_number_of_workers_does_not_change_the_weights(trained, fashion, tmp_path):
     folder, _ = trained
     run(MAIN, '-output', tmp_path / 'again', *options(
         fashion, 'TRAIN.NUM_EPOCHS', '4', 'VALIDATE_FREQ', '3', 'DATA.NUM_WORKERS', '0', 'SAVE_FREQ', '0'))
@@ -112,7 +112,7 @@ def test_same_run_same_weights_whatever_the_workers(trained, fashion, tmp_path):
     assert not (tmp_path / 'again/epoch_4.pdparams').exists()
 
 
-def test_evaluation_of_checkpoints_fused_and_not(trained, fashion, tmp_path):
+def test_evaluation_of_fused_and_unfused_checkpoints(trained, fashion, tmp_path):
     folder, _ = trained
     expected = {row['weights']: row for row in records(folder) if row['epoch'] == 4 and row['split'] == 'val'}
     accuracy = []
@@ -143,7 +143,7 @@ def test_evaluation_of_checkpoints_fused_and_not(trained, fashion, tmp_path):
     assert counts == sizes and sizes[0] > sizes[1]
     assert '8 random images' in run('-m', 'tools.fuse', '-cfg', folder / 'config.yaml', '-pretrained',
                                     folder / 'latest.pdparams', '-no_data', '-data_path', 'nowhere').stdout
-    for extra in ([], ['-deploy']):  # fused weights build the fused network by themselves
+    for extra in ([], ['-deploy']):  # fused weights build the fused model without the flag too
         target = tmp_path / f'fused-eval{len(extra)}'
         out = run(MAIN, '-eval', '-pretrained', fused, '-output', target, *extra, *options(fashion)).stdout
         row, = records(target)
@@ -173,7 +173,7 @@ def test_raw_weights_are_evaluated_without_ema(fashion, tmp_path):
 
 
 def test_fine_tuning_with_other_classes(trained, fashion, tmp_path):
-    """Their number is that of the data. The first evaluation is that of the start, here of all others too."""
+    """Their number comes from the data. The run first evaluates the initial weights, which do not change here."""
     folder, _ = trained
     data = tmp_path / 'data'
     shutil.copytree(fashion / 'train', data / 'train')
@@ -190,7 +190,7 @@ def test_fine_tuning_with_other_classes(trained, fashion, tmp_path):
     assert [(row['epoch'], row['split'], row['weights']) for row in rows] == [
         (1, 'val', 'raw'), (2, 'train', 'raw'), (2, 'val', 'raw'), (2, 'val', 'ema')]
     assert all(row['acc5'] == 100 for row in rows)  # top-3 of 3 classes
-    # evaluation takes the number from the weights, fusion too
+    # evaluation and fusion take the number from the weights
     weights = tmp_path / 'tuned/latest.pdparams'
     out = run(MAIN, '-eval', '-pretrained', weights, '-data_path', data, '-output', tmp_path / 'eval',
               *options(fashion, 'MODEL.NUM_CLASSES', '0')[2:]).stdout
@@ -202,7 +202,7 @@ def test_fine_tuning_with_other_classes(trained, fashion, tmp_path):
     assert 'top-1 accuracy' in out and 'top-5' not in out
     tuned = checkpoint.load(str(tmp_path / 'tuned/latest.pdparams'))['model']
     start = checkpoint.load(str(folder / 'best.pdparams'))['model_ema']
-    name = 'stages.1.0.dw_1x1.conv.weight'  # at a learning rate of 0 it stays as it was loaded, EMA first
+    name = 'stages.1.0.dw_1x1.conv.weight'  # with a learning rate of 0 it stays as loaded, from the EMA
     assert np.array_equal(tuned[name], start[name]) and tuned['fc.weight'].shape[1] == 3
     line = fails(MAIN, '-eval', *args, '-output', tmp_path / 'x', *options(fashion, 'MODEL.NUM_CLASSES', '3')[2:])
     assert 'fc.weight' in line and 'MODEL.NUM_CLASSES' in line
@@ -227,7 +227,7 @@ def test_mistakes_end_in_one_line(fashion, tmp_path, args, message):
     assert not (tmp_path / 'run').exists()
 
 
-def test_a_nul_in_a_path_that_python_code_gives(config, tmp_path):
+def test_a_nul_in_a_path_given_in_python(config, tmp_path):
     path = f'{tmp_path}/a\0b'
     config.DATA.DATA_PATH = path
     for function in (get_config, lambda path: load_model(config, path), lambda path: get_dataset(config),
@@ -237,10 +237,10 @@ def test_a_nul_in_a_path_that_python_code_gives(config, tmp_path):
     assert not list(tmp_path.iterdir())
 
 
-def test_a_folder_with_a_run_is_kept(trained, fashion):
+def test_a_folder_with_a_run_is_not_overwritten(trained, fashion):
     folder, _ = trained
     before = (folder / 'latest.pdparams').read_bytes(), (folder / 'log.jsonl').read_bytes()
-    assert 'holds the results of another run (best.pdparams)' in fails(MAIN, '-output', folder, *options(fashion))
+    assert 'contains the results of another run (best.pdparams)' in fails(MAIN, '-output', folder, *options(fashion))
     assert before == ((folder / 'latest.pdparams').read_bytes(), (folder / 'log.jsonl').read_bytes())
     assert 'would replace the unfused weights' in fails(
         '-m', 'tools.fuse', '-cfg', folder / 'config.yaml', '-pretrained', folder / 'latest.pdparams', '-save',
@@ -257,7 +257,7 @@ def test_a_log_that_cannot_be_written_ends_the_run(fashion, tmp_path):
     assert 'log.txt: Is a directory' in fails(MAIN, '-output', tmp_path / 'run', *options(fashion))
 
 
-def test_bars_on_a_terminal(fashion, tmp_path):
+def test_progress_bars_on_a_terminal(fashion, tmp_path):
     outer, inner = os.openpty()
     fcntl.ioctl(inner, termios.TIOCSWINSZ, struct.pack('HHHH', 40, 200, 0, 0))
     process = Program([MAIN, '-output', tmp_path / 'run', *options(fashion, 'TRAIN.NUM_EPOCHS', '1')], stdout=inner)
@@ -275,8 +275,8 @@ def test_bars_on_a_terminal(fashion, tmp_path):
     assert ' step 3/3 ' not in shown and ' step 3/3 ' in (tmp_path / 'run/log.txt').read_text()
 
 
-def test_output_that_nobody_reads(fashion, tmp_path):
-    """A run goes on, in log.txt; a program that has none ends."""
+def test_output_without_a_reader(fashion, tmp_path):
+    """A run continues and writes to log.txt; a program without a log ends."""
     def without_reader(*args):
         reader, writer = os.pipe()
         os.close(reader)
@@ -285,10 +285,10 @@ def test_output_that_nobody_reads(fashion, tmp_path):
         return process.communicate(60)[1], process.returncode
     error, status = without_reader(MAIN, '-output', tmp_path / 'run', *options(fashion, 'TRAIN.NUM_EPOCHS', '1'))
     log = tmp_path / 'run/log.txt'
-    assert error == f'nobody reads the output any more; it goes on in {log}\n' and status == 0
+    assert error == f'the program that reads the output has ended; the log continues in {log}\n' and status == 0
     assert ' best top-1 ' in log.read_text().splitlines()[-1]
     error, status = without_reader('-m', 'tools.show_recipe', '-cfg', 'configs/mobileone_s0.yaml')
-    assert error == 'tools.show_recipe: error: the program that read the output has ended\n' and status == 1
+    assert error == 'tools.show_recipe: error: the program that reads the output has ended\n' and status == 1
 
 
 @pytest.mark.parametrize('workers', [0, 2])
@@ -300,7 +300,7 @@ def test_an_unreadable_image_is_named(fashion, tmp_path, workers):
                     'directory); fix the file, or leave it out')
 
 
-def test_a_loss_that_is_not_finite_is_said(fashion, tmp_path):
+def test_a_non_finite_loss_is_reported(fashion, tmp_path):
     line = fails(MAIN, '-output', tmp_path / 'run', *options(
         fashion, 'TRAIN.BASE_LR', '1000', 'TRAIN.WEIGHT_DECAY', '1', 'DATA.BATCH_SIZE', '2', 'TRAIN.NUM_EPOCHS', '1'))
     assert 'the training loss in epoch 1, steps ' in line and 'is nan: lower TRAIN.BASE_LR' in line

@@ -285,7 +285,7 @@ def test_export_errors(trained, tmp_path):
 
 
 def test_full_disk_error_names_the_output(tmp_path):
-    message = f'-output {tmp_path}/x: cannot write .No space left on device.; free the disk'
+    message = f'-output {tmp_path}/x: cannot write .No space left on device.; free up disk space'
     with pytest.raises(UserError, match=message), export_model.new_folder(str(tmp_path / 'x')):
         raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
     assert os.listdir(tmp_path) == []
@@ -367,7 +367,7 @@ def test_class_names(tmp_path):
     (tmp_path / 'class_names.txt').write_bytes('Mäuse, graue\r\n"b"\r\n'.encode('utf-16'))  # Unicode text from Excel
     assert find_class_names(str(tmp_path / 'w.pdparams'), 2) == ('Mäuse, graue', '"b"')
     (tmp_path / 'class_names.txt').write_text('a\n\nb')
-    with pytest.raises(UserError, match="class_names.txt:2: '' is no name"):
+    with pytest.raises(UserError, match="class_names.txt:2: '' is not a name"):
         find_class_names(str(tmp_path / 'w.pdparams'), 3)
 
 
@@ -394,7 +394,7 @@ def test_predict_program(trained, exported, tmp_path):
     process = run(*command, tmp_path / 'photos', '-engine', 'inference', '-device', 'cpu')
     assert process.stdout.splitlines() == out and process.stderr == ''
     line = fails(*command, tmp_path / 'photos', '-engine', 'inference', '-device', 'gpu')
-    assert 'finds no GPU: it is a build for CPUs' in line
+    assert 'finds no GPU: it is a CPU build' in line
     line = fails(*command, tmp_path / 'photos', '-engine', 'onnxruntime', '-device', 'cpu')
     assert '-device is cpu, but the engine onnxruntime chooses its own device: leave it out' in line
     assert '-top is 0, but must be at least 1' in fails(*command, tmp_path / 'photos', '-top', '0')

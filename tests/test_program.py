@@ -1,4 +1,4 @@
-"""How programs start, are asked to stop, and end; the errors before Paddle is there."""
+"""How programs start, handle stop signals, and end; errors before Paddle is imported."""
 import contextlib
 import glob
 import importlib.metadata
@@ -37,7 +37,7 @@ def test_versions_that_crash_are_refused(monkeypatch, installed, message):
             program._check_versions()
 
 
-def test_threads_are_set_only_where_unset():
+def test_threads_are_set_only_if_unset():
     code = 'import os; from runtime import program; program.prepare_runtime(); print(os.environ.get("OMP_NUM_THREADS"))'
     assert run('-c', code, env={'OMP_NUM_THREADS': '1'}, fork=False).stdout == '1\n'
     if not glob.glob('/dev/nvidia[0-9]*'):
@@ -46,12 +46,11 @@ def test_threads_are_set_only_where_unset():
         assert process.stdout == f'{len(os.sched_getaffinity(0))}\n' and process.stderr == ''
 
 
-
 @pytest.mark.skipif(platform.libc_ver()[0] != 'glibc', reason='a setting of glibc')
 def test_freed_memory_is_kept_for_the_next_step():
-    """A tensor of 64 MiB has 16,384 pages, of which the first one finds few in memory, and later ones all.
+    """A 64 MiB tensor has 16,384 pages: the first tensor faults in most of them, a later one almost none.
 
-    Not each of them: what another thread keeps behind one may leave too small a hole.
+    Not every later one: another thread's allocation may leave too small a gap.
     """
     code = """import resource
 from runtime.program import prepare_runtime
@@ -65,13 +64,13 @@ for _ in range(6):
     assert first > 10000 and min(later) < 100
 
 
-def test_some_modules_import_no_paddle():
+def test_some_modules_do_not_import_paddle():
     code = 'import sys, config, utils, runtime.program, tools.make_list; assert "paddle" not in sys.modules'
     run('-c', code, fork=False)
 
 
-def test_a_request_to_stop_is_remembered_while_it_is_open():
-    """And handlers are as before then, after an exception too: a notebook goes on."""
+def test_a_stop_request_records_the_first_signal():
+    """Afterwards the handlers are restored, even after an exception, so a notebook can continue."""
     before = [signal.getsignal(number) for number in program.STOP_SIGNALS]
     with pytest.raises(SystemExit), program.StopRequest() as stop:
         assert [signal.getsignal(number) for number in program.STOP_SIGNALS] != before
@@ -83,7 +82,7 @@ def test_a_request_to_stop_is_remembered_while_it_is_open():
     assert [signal.getsignal(number) for number in program.STOP_SIGNALS] == before and stop.name == 'SIGTERM'
 
 
-def test_another_thread_cannot_be_asked_to_stop():
+def test_a_stop_request_does_nothing_in_another_thread():
     names = []
 
     def work():
@@ -95,8 +94,8 @@ def test_another_thread_cannot_be_asked_to_stop():
     assert names == ['']
 
 
-def test_a_program_that_stops_is_not_ended_otherwise():
-    """A launcher may ask again while Python ends."""
+def test_a_second_signal_does_not_change_the_exit_status():
+    """A launcher may send another signal while Python exits."""
     code = """
 import atexit, os, signal, sys
 from runtime import program
@@ -110,8 +109,8 @@ program.run_program(lambda: sys.exit(int(sys.argv[1])))"""
 
 @pytest.mark.parametrize('when', ['paddle.vision', 'later'])
 @pytest.mark.parametrize('group', [False, True])
-def test_a_signal_while_a_program_starts(when, group):
-    """PaddlePaddle's own answer, a stack trace, is not seen: not while it is imported, nor in a process of a group."""
+def test_a_signal_during_startup(when, group):
+    """PaddlePaddle's stack trace is not shown, neither while it is imported nor in a process of a group."""
     code = """
 import os, signal, sys
 from runtime import program
@@ -124,14 +123,14 @@ sys.meta_path.insert(0, Finder)
 program.prepare_runtime()
 Finder.find_spec('later')
 print('not ended')"""
-    # NumPy's threads may get it too
+    # NumPy's threads may receive the signal too
     env = {'OMP_NUM_THREADS': '2', **({'PADDLE_TRAINER_ID': '0'} if group else {})}
     process = run('-c', code, when, status=128 + signal.SIGTERM, env=env, fork=False)
     assert process.stdout == process.stderr == ''
 
 
 def shell(line, *args):
-    """Run a line of sh, "$@" being `python *args`, in a real process; returns (status, stdout, stderr)."""
+    """Run a line of sh, with `python *args` as "$@", in a real process. Returns: (status, stdout, stderr)."""
     process = subprocess.run(['sh', '-c', line, 'sh', sys.executable, *map(str, args)], cwd=ROOT, capture_output=True,
                              text=True, stdin=subprocess.DEVNULL, timeout=100)
     return process.returncode, process.stdout, process.stderr
@@ -143,21 +142,21 @@ HELP = ['main_single_gpu.py', '-h']
 def test_closed_streams():
     closed = 'main_single_gpu.py: error: stdout is closed: redirect it to a file or to /dev/null\n'
     assert shell('"$@" >&-', *HELP) == (2, '', closed)
-    # a file that is opened later must not become what all write their errors to
+    # a file opened later must not get the descriptor of a closed stream
     code = 'from runtime.program import run_program; run_program(lambda: print(open("LICENSE").fileno()))'
     assert shell('"$@" 0<&- 2>&-', '-c', code) == (0, '3\n', '')
 
 
 def test_stdout_that_cannot_be_written():
-    for length in (1, 100_000):  # more than stdout holds back until the program ends
+    for length in (1, 100_000):  # below and above the size of stdout's buffer
         code = f'from runtime.program import run_program; run_program(lambda: print("a" * {length}))'
         status, _, error = shell('"$@" >/dev/full', '-c', code)
-        message = 'error: stdout or another file: No space left on device; free the disk'
+        message = 'error: stdout or another file: No space left on device; free up disk space'
         assert status == 2 and message in error and error.count('\n') == 1
 
 
 @pytest.mark.parametrize('encoding, shown', [('ascii', r'\u0141\xf3d\u017a'), ('utf-8', 'Łódź')])
-def test_characters_that_the_console_lacks(encoding, shown):
+def test_characters_that_the_console_cannot_show(encoding, shown):
     code = ('import sys; from runtime.program import run_program; from utils import UserError\n'
             'def main():\n    print("Łódź")\n    raise UserError("Łódź")\n'
             'run_program(main)')
@@ -169,46 +168,46 @@ def test_characters_that_the_console_lacks(encoding, shown):
     ('PADDLE_TRAINERS_NUM', 'two'), ('PADDLE_TRAINERS_NUM', '0'), ('PADDLE_TRAINERS_NUM', '9' * 5000),
     ('PADDLE_TRAINER_ID', ''), ('PADDLE_TRAINER_ID', '-1'), ('PADDLE_LOCAL_SIZE', '1.5'), ('PADDLE_LOCAL_SIZE', '0'),
     ('FLAGS_selected_gpus', '0,x'), ('SLURM_STEP_NUM_TASKS', 'all')])
-def test_numbers_in_the_environment(name, value):
+def test_bad_numbers_in_the_environment(name, value):
     for program_name in ('main_single_gpu.py', 'main_multi_gpu.py'):
         error = run(program_name, status=2, env={name: value}, fork=False).stderr
-        assert f'{name} is {value[:100]!r} in the environment, but must be a whole' in error and error.count('\n') == 1
+        assert f'environment variable {name} is {value[:100]!r}, but must be an ' in error and error.count('\n') == 1
 
 
 def ends(code):
-    """The line on stderr of a program that calls `code` and ends as a user's mistake does."""
+    """Run a program that executes `code` and ends like a user's mistake. Returns: its line on stderr."""
     return fails('-c', f'import errno, os, resource, sys\nimport numpy as np\nfrom runtime import program\n'
                  f'def main():\n    {code}\nprogram.run_program(main)')
 
 
 @pytest.mark.parametrize('code, message', [
-    ('raise MemoryError', 'memory does not suffice: use smaller batches, images or networks'),
-    ('np.empty(10 ** 15)', 'memory does not suffice (Unable to allocate 7.11 PiB for an array'),
-    ('import paddle; paddle.zeros([10 ** 7, 10 ** 7])', 'memory does not suffice (Fail to alloc memory of'),
-    # as PaddlePaddle says it of a GPU
+    ('raise MemoryError', 'out of memory: use smaller batches, images or networks'),
+    ('np.empty(10 ** 15)', 'out of memory (Unable to allocate 7.11 PiB for an array'),
+    ('import paddle; paddle.zeros([10 ** 7, 10 ** 7])', 'out of memory (Fail to alloc memory of'),
+    # PaddlePaddle's error on a GPU
     (r'raise RuntimeError("C++ Traceback\n\nResourceExhaustedError: \n\nOut of memory error on GPU 0. Cannot allocate '
-     r'9GB.\n\nPlease check")', 'memory does not suffice (Out of memory error on GPU 0. Cannot allocate 9GB.): use'),
-    ('raise RuntimeError("while reading item 3: MemoryError")', 'memory does not suffice: use'),
-    ('bytearray(10 ** 30)', 'a number is larger than can be computed with (cannot fit'),
-    ('raise RuntimeError("can\'t start new thread")', 'raise that limit, `ulimit -u`'),
+     r'9GB.\n\nPlease check")', 'out of memory (Out of memory error on GPU 0. Cannot allocate 9GB.): use'),
+    ('raise RuntimeError("while reading item 3: MemoryError")', 'out of memory: use'),
+    ('bytearray(10 ** 30)', 'a number is too large to compute with (cannot fit'),
+    ('raise RuntimeError("can\'t start new thread")', 'raise the limit with `ulimit -u`'),
     ('resource.setrlimit(resource.RLIMIT_NOFILE, (20, 20)); files = [open(os.devnull) for _ in range(20)]',
-     '/dev/null: Too many open files; a process may not open more files: raise that limit, `ulimit -n`'),
-    ('open("a" * 300)', 'File name too long; a name may have 255 bytes'),
+     '/dev/null: Too many open files; the process may not open more files: raise the limit with `ulimit -n`'),
+    ('open("a" * 300)', 'File name too long; names are limited to 255 bytes'),
     ('raise OSError(errno.EDQUOT, "Disk quota exceeded", "a.txt")', 'a.txt: Disk quota exceeded; your quota'),
-    ('raise OSError(errno.EFBIG, "File too large")', 'stdout or another file: File too large; a file may not be so '
-     'large: raise that limit, `ulimit -f`'),
+    ('raise OSError(errno.EFBIG, "File too large")', 'stdout or another file: File too large; the file would exceed '
+     'the size limit: raise it with `ulimit -f`'),
     ('raise OSError(errno.EROFS, "Read-only", "a")', 'a: Read-only; the file system is read-only'),
-    ('raise OSError(errno.ENOMEM, "Cannot allocate memory")', 'memory does not suffice'),
+    ('raise OSError(errno.ENOMEM, "Cannot allocate memory")', 'out of memory'),
     ('open("/dev/null/x")', '/dev/null/x: Not a directory; check the path and its permissions'),
 ])
-def test_limits_of_the_system_are_named(code, message):
+def test_system_limits_are_reported(code, message):
     assert message in ends(code)
 
 
 def test_a_network_that_does_not_fit_into_memory(tmp_path, fashion):
     line = fails('main_single_gpu.py', '-output', tmp_path / 'run', *options(
         fashion, 'MODEL.CHANNELS', '[4,1000000,1000000,8,8]'))
-    assert 'memory does not suffice (' in line and line.endswith('or a machine with more of it')
+    assert 'out of memory (' in line and line.endswith('or a machine with more memory')
 
 
 STARTS = {
@@ -232,7 +231,7 @@ def test_programs_start_under_other_programs(start):
 
 @pytest.mark.parametrize('name, args', [('main_single_gpu', []), ('main_multi_gpu', ['-nproc', '2'])])
 def test_programs_start_in_a_notebook(fashion, tmp_path, name, args):
-    """Whose __main__ has neither file nor spec, and whose sys.argv and sys.stdout are its own."""
+    """There __main__ has neither file nor spec, and sys.argv and sys.stdout are the notebook's."""
     code = f"""
 import io, sys
 import __main__
@@ -254,7 +253,7 @@ import numpy, onnx, onnxruntime, openvino, paddle, paddle.io, paddle.vision, tqd
 open_file, sync, writable = os.open, os.fsync, []
 
 def open_no_folder(path, flags, *more, **of_shutil):
-    if of_shutil:  # which would do it another way there
+    if of_shutil:  # shutil, which works differently on other systems
         return open_file(path, flags, *more, **of_shutil)
     if os.path.isdir(path):
         raise PermissionError(13, 'Permission denied', path)
@@ -278,7 +277,7 @@ sys.platform = 'win32'
 
 
 def test_without_linux(fashion, tmp_path):
-    """What other systems lack is taken away: a network is built, saved, loaded, fused, evaluated and trained."""
+    """Without what other systems lack, a network can be built, saved, loaded, fused, evaluated and trained."""
     def start(code, *args, status=0):
         return run('-c', WITHOUT_LINUX + code, '-data_path', fashion, *options(fashion)[4:], 'TRAIN.NUM_EPOCHS', '1',
                    *args, status=status, fork=False)
@@ -312,8 +311,7 @@ run_program(predict.main)''', '-pretrained', weights, '-output', tmp_path / 'exp
 
 @pytest.fixture
 def gpu_build(monkeypatch):
-    """A GPU build of PaddlePaddle that finds as many GPUs as gpu_build(count) says; returns a list of the devices set.
-    """
+    """gpu_build(count) fakes a GPU build of PaddlePaddle that finds `count` GPUs; returns a list of the devices set."""
     import paddle
     chosen = []
     monkeypatch.setattr(paddle, 'is_compiled_with_cuda', lambda: True)
@@ -327,13 +325,13 @@ def gpu_build(monkeypatch):
 
 
 @pytest.mark.parametrize('has_driver, visible, why', [
-    (False, '0', 'there is no NVIDIA driver here (no /dev/nvidia0); install it, or start the container with --gpus '
+    (False, '0', 'no NVIDIA driver found (no /dev/nvidia0); install it, or start the container with --gpus '
                  'all'),
     (True, '', "CUDA_VISIBLE_DEVICES is ''; unset it, or name GPUs that `nvidia-smi -L` lists"),
     (True, '7', "CUDA_VISIBLE_DEVICES is '7'; unset it, or name GPUs that `nvidia-smi -L` lists"),
     (True, None, 'the NVIDIA driver may be too old for CUDA 12.6; compare the CUDA version that `nvidia-smi` shows'),
 ])
-def test_a_gpu_build_without_a_gpu_says_why(gpu_build, monkeypatch, capsys, has_driver, visible, why):
+def test_a_gpu_build_without_a_gpu_explains_why(gpu_build, monkeypatch, capsys, has_driver, visible, why):
     chosen = gpu_build(0)
     monkeypatch.setattr(program, '_has_driver', lambda: has_driver)
     monkeypatch.delenv('CUDA_VISIBLE_DEVICES', raising=False)
@@ -344,11 +342,11 @@ def test_a_gpu_build_without_a_gpu_says_why(gpu_build, monkeypatch, capsys, has_
     assert str(error.value) == f'-device is gpu, but PaddlePaddle finds no GPU: {why}'
     assert capsys.readouterr().err == '' and chosen == []
     program.use_device()
-    warning = f'computing on the CPU, as PaddlePaddle finds no GPU: {why}; if the CPU is meant, give -device cpu\n'
+    warning = f'computing on the CPU because PaddlePaddle finds no GPU: {why}; if you want the CPU, give -device cpu\n'
     assert capsys.readouterr().err.partition(': warning: ')[2] == warning and chosen == ['cpu']
 
 
-def test_one_process_of_a_group_warns(gpu_build, monkeypatch, capsys):
+def test_only_rank_0_warns(gpu_build, monkeypatch, capsys):
     gpu_build(0)
     for rank in ('0', '1', '2'):
         monkeypatch.setenv('PADDLE_TRAINER_ID', rank)
@@ -358,24 +356,24 @@ def test_one_process_of_a_group_warns(gpu_build, monkeypatch, capsys):
 
 @pytest.mark.parametrize('gpus, device, index, used', [
     (0, 'cpu', 0, 'cpu'), (8, 'cpu', 3, 'cpu'), (8, 'gpu', 3, 'gpu:3'), (8, None, 3, 'gpu:3'), (1, None, 0, 'gpu:0')])
-def test_a_device_that_is_asked_for_or_found_is_used_silently(gpu_build, capsys, gpus, device, index, used):
+def test_a_requested_or_found_device_is_used_silently(gpu_build, capsys, gpus, device, index, used):
     chosen = gpu_build(gpus)
     program.use_device(device, index)
     assert chosen == [used] and capsys.readouterr().err == ''
     assert program.count_gpus(device) == (0 if used == 'cpu' else gpus)
 
 
-def test_a_build_for_cpus_computes_there_silently(capsys):
+def test_a_cpu_build_uses_the_cpu_silently(capsys):
     assert program.use_device() == program.use_device('cpu') == 'cpu' and capsys.readouterr().err == ''
-    with pytest.raises(UserError, match='it is a build for CPUs; README.md has the commands'):
+    with pytest.raises(UserError, match='it is a CPU build; README.md has the commands'):
         program.use_device('gpu')
 
 
 @pytest.mark.parametrize('args', [
     ['main_single_gpu.py'], ['main_multi_gpu.py'], ['main_multi_gpu.py', '-nproc', '2'],
     ['-m', 'tools.fuse', '-pretrained', 'w']])
-def test_programs_take_a_device(args):
-    assert '-device is gpu, but PaddlePaddle finds no GPU: it is a build for CPUs' in fails(*args, '-device', 'gpu')
+def test_programs_take_the_device_flag(args):
+    assert '-device is gpu, but PaddlePaddle finds no GPU: it is a CPU build' in fails(*args, '-device', 'gpu')
     assert "argument -device: invalid choice: 'tpu'" in fails(*args, '-device=tpu')
 
 
@@ -399,8 +397,8 @@ def test_a_gpu_build_without_a_gpu_trains_on_the_cpu(fashion, tmp_path, main):
         assert [row['split'] for row in records(folder)] == ['train', 'val', 'val']
 
 
-def test_a_cpu_that_is_asked_for_computes_on_all_cores(monkeypatch):
-    """Of a GPU build on a machine with a GPU too."""
+def test_device_cpu_computes_on_all_cores(monkeypatch):
+    """Also for a GPU build on a machine with a GPU."""
     monkeypatch.setattr(program, '_check_versions', lambda: 'paddlepaddle-gpu')
     monkeypatch.setattr(program, '_has_driver', lambda: True)
     monkeypatch.setattr(program, '_import_paddle', lambda: None)
@@ -414,7 +412,7 @@ def test_a_cpu_that_is_asked_for_computes_on_all_cores(monkeypatch):
     assert prepared == ['cpu']
 
 
-def test_a_cpu_that_is_asked_for_leaves_gpus_alone(fashion, tmp_path):
+def test_device_cpu_does_not_use_gpus(fashion, tmp_path):
     code = ('import sys, paddle; paddle.device.cuda.device_count = lambda: 2; import main_multi_gpu; '
             'main_multi_gpu.main()')
     process = run('-c', code, '-device', 'cpu', '-output', tmp_path / 'run', *options(fashion, 'TRAIN.NUM_EPOCHS', '1'))
@@ -422,13 +420,13 @@ def test_a_cpu_that_is_asked_for_leaves_gpus_alone(fashion, tmp_path):
 
 
 @pytest.mark.parametrize('device, backend', [('gpu:1', None), ('cpu', 'gloo')])
-def test_processes_talk_by_gloo_on_the_cpu(monkeypatch, device, backend):
-    """Of a GPU build too."""
+def test_processes_use_gloo_on_the_cpu(monkeypatch, device, backend):
+    """Also for a GPU build."""
     import paddle
     monkeypatch.setattr(paddle.device, 'get_device', lambda: device)
     monkeypatch.setattr(paddle.distributed, 'init_parallel_env', lambda: None)
     monkeypatch.setenv('PADDLE_TRAINERS_NUM', '2')
     monkeypatch.setenv('PADDLE_DISTRI_BACKEND', '')
-    monkeypatch.delenv('PADDLE_DISTRI_BACKEND')  # after the test too
+    monkeypatch.delenv('PADDLE_DISTRI_BACKEND')  # unset again after the test
     program.join_process_group()
     assert os.environ.get('PADDLE_DISTRI_BACKEND') == backend

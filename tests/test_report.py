@@ -215,6 +215,6 @@ def test_files_from_outside_a_report_are_not_replaced(tmp_path, name):
 def test_a_full_disk_leaves_the_old_file(outcome, tmp_path, name):
     (tmp_path / name).write_text('an earlier report')
     (tmp_path / f'{name}.partial').symlink_to('/dev/full')
-    with pytest.raises(report.UserError, match=f'{name}: cannot write .No space left on device.; free the disk'):
+    with pytest.raises(report.UserError, match=f'{name}: cannot write .No space left on device.; free up disk space'):
         report.write_report(tmp_path, '', {}, outcome, lambda index: Image.new('RGB', (9, 9)))
     assert (tmp_path / name).read_text() == 'an earlier report'

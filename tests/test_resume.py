@@ -1,4 +1,4 @@
-"""A run that is ended and resumed is the run that was never ended."""
+"""An interrupted and resumed run is bit-identical to an uninterrupted one."""
 import json
 import os
 import shutil
@@ -12,7 +12,7 @@ from forked import Program
 from runtime import checkpoint
 
 MAIN = 'main_single_gpu.py'
-# all that has a state or chance of its own
+# everything that has state or randomness
 STATEFUL = ['TRAIN.NUM_EPOCHS', '4', 'TRAIN.MIXUP_ALPHA', '0.5', 'TRAIN.CUTMIX_ALPHA', '1', 'TRAIN.ACCUM_ITER', '2',
             'TRAIN.AUTO_AUGMENT', 'True', 'TRAIN.RANDOM_ERASE_PROB', '0.5', 'TRAIN.CURRICULUM', str(STAGES),
             'TRAIN.GRAD_CLIP', '1', 'SAVE_FREQ', '1', 'KEEP_CHECKPOINTS', '0', 'TRAIN.LINEAR_SCALED_LR', '16']
@@ -25,7 +25,7 @@ def whole(request, fashion, tmp_path_factory):
     folder = tmp_path_factory.mktemp('whole') / request.param
     opts = options(fashion, *STATEFUL, *OPTIMIZERS[request.param])
     out = run(MAIN, '-output', folder, *opts).stdout
-    # two windows: of two batches, and of the one that is left of 60 // 16
+    # two windows: one of two batches, and one of the remaining batch of 60 // 16
     assert '8 steps of 32 images' in out and '2 per epoch; learning rate up to ' in out
     assert [row['image_size'] for row in records(folder) if row['split'] == 'train'] == [24, 24, 32, 32]
     return folder, opts
@@ -37,7 +37,7 @@ def assert_same_runs(first, second):
         assert_same(*(checkpoint.load(str(folder / f'{name}.pdparams')) for folder in (first, second)))
 
 
-def test_a_run_that_is_killed_goes_on_bitwise(whole, tmp_path):
+def test_a_killed_run_resumes_bitwise(whole, tmp_path):
     folder, opts = whole
     again = tmp_path / 'again'
     process = Program([MAIN, '-output', again, '-resume', 'auto', *opts])
@@ -45,7 +45,7 @@ def test_a_run_that_is_killed_goes_on_bitwise(whole, tmp_path):
         assert process.poll() is None
         time.sleep(0.01)
     process.kill()
-    assert f'{again}: no checkpoint to resume, so the run starts afresh' in process.communicate()[0]
+    assert f'{again}: no checkpoint to resume; starting from scratch' in process.communicate()[0]
     assert process.returncode == -signal.SIGKILL and not (again / 'epoch_4.pdparams').exists()
     out = run(MAIN, '-output', again, '-resume', 'auto', *opts).stdout
     assert ' resumed ' in out and 'bitwise' not in out
@@ -55,7 +55,7 @@ def test_a_run_that_is_killed_goes_on_bitwise(whole, tmp_path):
 
 
 def copy_until(folder, epoch, target):
-    """The folder of a run as it was when the checkpoint of an epoch had been written."""
+    """Copy a run's folder as it was after the checkpoint of an epoch was written."""
     target.mkdir()
     shutil.copy(folder / f'epoch_{epoch}.pdparams', target / 'latest.pdparams')
     best = checkpoint.load(str(target / 'latest.pdparams'))['best']['epoch']
@@ -63,8 +63,8 @@ def copy_until(folder, epoch, target):
     shutil.copy(folder / 'log.jsonl', target)
 
 
-def test_ended_between_the_files_of_a_save(whole, tmp_path):
-    """best.pdparams of the third epoch is there, latest.pdparams not yet: the newer one is taken."""
+def test_killed_between_the_files_of_a_save(whole, tmp_path):
+    """best.pdparams is already from epoch 3, but latest.pdparams is not: the newer file is resumed."""
     folder, opts = whole
     copy_until(folder, 2, tmp_path / 'again')
     shutil.copy(folder / 'epoch_3.pdparams', tmp_path / 'again/best.pdparams')
@@ -76,33 +76,33 @@ def test_ended_between_the_files_of_a_save(whole, tmp_path):
     assert_same(*(checkpoint.load(str(path / 'latest.pdparams')) for path in (folder, tmp_path / 'again')))
 
 
-def test_a_truncated_checkpoint_is_passed_over(whole, tmp_path):
+def test_a_truncated_checkpoint_is_skipped(whole, tmp_path):
     folder, opts = whole
     copy_until(folder, 2, tmp_path / 'again')
     shutil.copy(folder / 'epoch_1.pdparams', tmp_path / 'again/epoch_1.pdparams')
     shutil.copy(folder / 'epoch_1.pdparams', tmp_path / 'again/best.pdparams')
     os.truncate(tmp_path / 'again/latest.pdparams', 1000)
     out = run(MAIN, '-output', tmp_path / 'again', '-resume', 'auto', *opts).stdout
-    assert f'passed over: {tmp_path}/again/latest.pdparams: not a .pdparams file' in out
+    assert f'skipped: {tmp_path}/again/latest.pdparams: not a .pdparams file' in out
     assert 'after epoch 1, step 2' in out
     assert without_times(records(folder)) == without_times(records(tmp_path / 'again'))
 
 
-def test_a_checkpoint_by_name_in_its_own_folder(whole, tmp_path):
-    """What is past it is put aside; no -output is needed."""
+def test_resuming_a_named_checkpoint_in_its_own_folder(whole, tmp_path):
+    """Checkpoints that are further along are renamed; -output is not needed."""
     folder, opts = whole
     again = tmp_path / 'again'
     shutil.copytree(folder, again)
     out = run(MAIN, '-resume', again / 'epoch_2.pdparams', *opts).stdout
     for name in ('latest', 'epoch_3', 'epoch_4'):
-        assert f'{again}/{name}.pdparams: is past the checkpoint to resume' in out
+        assert f'{again}/{name}.pdparams: is further along than the checkpoint to resume' in out
         assert (again / f'{name}.pdparams.past').exists()
     assert without_times(records(folder)) == without_times(records(again))
     assert_same(*(checkpoint.load(str(path / 'latest.pdparams')) for path in (folder, again)))
     assert (again / 'config.yaml').read_text().replace(str(again), str(folder)) == (folder / 'config.yaml').read_text()
 
 
-def test_a_run_that_is_done_is_left_as_it_is(whole, tmp_path):
+def test_a_finished_run_is_left_unchanged(whole, tmp_path):
     folder, opts = whole
     again = tmp_path / 'again'
     shutil.copytree(folder, again)
@@ -113,7 +113,7 @@ def test_a_run_that_is_done_is_left_as_it_is(whole, tmp_path):
             assert path.read_bytes() == (again / path.name).read_bytes(), path
 
 
-def test_a_config_of_an_earlier_version_is_no_obstacle(whole, tmp_path):
+def test_a_config_of_an_earlier_version_does_not_block_a_resume(whole, tmp_path):
     folder, opts = whole
     again = tmp_path / 'again'
     shutil.copytree(folder, again)
@@ -126,7 +126,7 @@ def test_a_config_of_an_earlier_version_is_no_obstacle(whole, tmp_path):
 
 
 def test_fewer_steps_do_not_make_a_checkpoint_older(whole, tmp_path):
-    """Two epochs of small batches have more steps than four of which the last two have larger ones."""
+    """Two epochs with small batches count more steps than four epochs of which the last two have larger batches."""
     folder, opts = whole
     again = tmp_path / 'again'
     again.mkdir()
@@ -138,7 +138,7 @@ def test_fewer_steps_do_not_make_a_checkpoint_older(whole, tmp_path):
     assert (again / 'latest.pdparams').read_bytes() == before
 
 
-def test_a_resume_that_fails_leaves_the_folder(whole, tmp_path):
+def test_a_failed_resume_leaves_the_folder_unchanged(whole, tmp_path):
     folder, opts = whole
     again = tmp_path / 'again'
     shutil.copytree(folder, again)
@@ -148,8 +148,8 @@ def test_a_resume_that_fails_leaves_the_folder(whole, tmp_path):
     assert len(list(again.iterdir())) == len(list(folder.iterdir()))
 
 
-def test_ended_in_the_last_save(whole, tmp_path):
-    """best.pdparams of the last epoch is there, epoch_4 and latest are not: they are written from it."""
+def test_killed_in_the_last_save(whole, tmp_path):
+    """best.pdparams is from the last epoch, but epoch_4 and latest are missing: they are written from it."""
     folder, opts = whole
     again = tmp_path / 'again'
     shutil.copytree(folder, again)
@@ -172,9 +172,9 @@ def test_checkpoints_that_cannot_be_resumed(whole, fashion, tmp_path):
 
     def message(*args):
         return fails(MAIN, '-output', tmp_path / 'run', *opts[:4], *args, *opts[4:])
-    assert ('old.pdparams: is no checkpoint of this project (no step, best, world_size), and others cannot be resumed; '
+    assert ('old.pdparams: not a checkpoint of this project (no step, best, world_size), so it cannot be resumed; '
             'start from its weights with -pretrained') in message('-resume', tmp_path / 'old.pdparams')
-    assert 'weights alone, which cannot be resumed; start from them with -pretrained' in message(
+    assert 'contains only weights, which cannot be resumed; start from them with -pretrained' in message(
         '-resume', tmp_path / 'weights.pdparams')
     assert 'no such weight file' in message('-resume', tmp_path / 'nowhere.pdparams')
     assert "name the folder with -output" in fails(MAIN, '-resume', 'auto', *opts)
@@ -186,46 +186,46 @@ def test_checkpoints_that_cannot_be_resumed(whole, fashion, tmp_path):
     line = fails(MAIN, '-output', tmp_path / 'b', '-resume', folder / 'epoch_2.pdparams', *opts, *other)
     assert 'its optimizer state does not match: missing stages.0.' in line and 'unexpected' not in line.split(';')[0]
     line = fails(MAIN, '-output', folder, '-resume', tmp_path / 'old.pdparams', *opts)
-    assert 'holds the results of another run' in line and '-resume auto' in line
-    # but their weights serve
+    assert 'contains the results of another run' in line and '-resume auto' in line
+    # but their weights can be used
     run(MAIN, '-output', tmp_path / 'tuned', '-pretrained', tmp_path / 'old.pdparams', *opts, 'TRAIN.NUM_EPOCHS', '1')
 
 
-def test_other_batches_and_no_ema_go_on_and_say_so(whole, tmp_path):
+def test_other_batches_and_no_ema_resume_and_log_it(whole, tmp_path):
     folder, opts = whole
     out = run(MAIN, '-output', tmp_path / 'a', '-resume', folder / 'epoch_2.pdparams', *opts, 'TRAIN.ACCUM_ITER', '1',
               'TRAIN.MODEL_EMA', 'False').stdout
     assert 'the checkpoint counts 4 steps, this run 6: it resumes after epoch 2, but the result will not be' in out
-    assert 'TRAIN.ACCUM_ITER was' not in out  # another folder's config is not at hand
+    assert 'TRAIN.ACCUM_ITER was' not in out  # configs are compared only within a folder
     assert [row['step'] for row in records(tmp_path / 'a')] == [9, 9, 12, 12]
     state = checkpoint.load(str(tmp_path / 'a/latest.pdparams'))
     assert state['model_ema'] == {}
     out = run(MAIN, '-output', tmp_path / 'a', '-resume', 'auto', *opts, 'TRAIN.NUM_EPOCHS', '5', 'TRAIN.ACCUM_ITER',
               '1').stdout
     assert 'the checkpoint has no EMA: the average starts from its weights' in out
-    assert 'so the result will not be bitwise identical: TRAIN.MODEL_EMA was False and is True' in out
+    assert 'so the result will not be bitwise identical: TRAIN.MODEL_EMA was False and is now True' in out
     assert records(tmp_path / 'a')[-1]['epoch'] == 5
 
 
 @pytest.mark.parametrize('name, where', [
     ('sgd', 'after epoch 2, step 10'), ('adamw', 'after epoch 1 and 3 of 5 steps of the next, step 8')])
-def test_checkpoints_of_the_past(name, where, fashion, tmp_path):
-    """See checkpoints/README.md: another version of Paddle, or another CPU, computes the same but for roundings.
+def test_checkpoints_of_earlier_versions(name, where, fashion, tmp_path):
+    """See checkpoints/README.md. Other versions of Paddle and other CPUs give the same results up to rounding.
 
-    The images were read by Pillow.
+    The images were read with Pillow.
     """
     past, again = ROOT / 'tests/checkpoints' / name, tmp_path / 'again'
     shutil.copytree(past, again)
     args = ['-cfg', past / 'config.yaml', '-data_path', fashion]
     out = run(MAIN, *args, '-output', again, '-resume', 'auto', '-opts', 'DATA.IMAGE_BACKEND', 'pillow').stdout
     assert f'resumed {again}/latest.pdparams {where}' in out and out.count('bitwise') == 1
-    assert "so the result will not be bitwise identical: DATA.IMAGE_BACKEND was 'auto' and is 'pillow'" in out
+    assert "so the result will not be bitwise identical: DATA.IMAGE_BACKEND was 'auto' and is now 'pillow'" in out
     run(MAIN, *args, '-output', tmp_path / 'evaluated', '-eval', '-pretrained', past / 'latest.pdparams')
     for first, second in ((past, again), (past / 'evaluation', tmp_path / 'evaluated')):
         expected, rows = without_times(records(first)), without_times(records(second))
         assert len(rows) == len(expected)
         for row, other in zip(rows, expected):
             assert row.pop('loss') == pytest.approx(other.pop('loss'), rel=1e-3)
-            for key in ('acc1', 'acc5'):  # an image may be on the edge
+            for key in ('acc1', 'acc5'):  # one image may be a borderline case
                 assert row.pop(key) == pytest.approx(other.pop(key), abs=100 / row['n'] + 1e-9)
             assert row == other

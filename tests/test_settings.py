@@ -74,7 +74,7 @@ def test_base_is_relative_and_merged_first(tmp_path):
 def test_base_errors(tmp_path):
     (tmp_path / 'a.yaml').write_text('BASE: b.yaml\n')
     (tmp_path / 'b.yaml').write_text('BASE: a.yaml\n')
-    with pytest.raises(UserError, match='circle'):
+    with pytest.raises(UserError, match='remove the cycle'):
         read(tmp_path / 'a.yaml')
     (tmp_path / 'c.yaml').write_text('BASE: missing.yaml\n')
     with pytest.raises(UserError, match='missing.yaml: cannot read the config file .No such file'):
@@ -125,8 +125,8 @@ def test_base_errors(tmp_path):
     ('TRAIN:\n  STAGES: [{EPOCH: 1.5, RATE: 0}]\n', r'TRAIN.STAGES\[0\].EPOCH is 1.5, but must be int'),
     ('TRAIN:\n  STAGES: [{EPOCH: null, RATE: 0}]\n', r'TRAIN.STAGES\[0\].EPOCH is None, but must be int'),
     ('TRAIN:\n  STAGES: [{EPOCH: 1, RATE: x}]\n', r"TRAIN.STAGES\[0\].RATE is 'x', but must be float"),
-    ('- a\n- b\n', r"holds \['a', 'b'\], but a config file is a mapping of keys to values"),
-    ('SEED: 1\nSEED: 2\n', 'not a YAML file .SEED stands there twice.*line 1'),
+    ('- a\n- b\n', r"contains \['a', 'b'\], but must be a mapping of keys to values"),
+    ('SEED: 1\nSEED: 2\n', 'not a YAML file .duplicate key SEED.*line 1'),
     ('a: [\n', 'not a YAML file .*; fix it, or give another with -cfg$'),
     ('TRAIN:\n\tLR: 1\n', 'not a YAML file'),
     ('SAVE: 2022-02-30\n', 'not a YAML file .day is out of range'),
@@ -224,7 +224,7 @@ def test_opts_take_all_types():
     (['-opts', 'SEED', '{[]:1}'], r"SEED is '{\[\]:1}', but must be int"),
     (['-opts', 'SEED', '[1'], r"SEED is '\[1', but must be int"),
     (['-opts', 'SEED', ''], "SEED is '', but must be int"),
-    (['-opts', 'SEED'], 'no value after SEED; give pairs KEY VALUE'),
+    (['-opts', 'SEED'], 'no value after SEED; give KEY VALUE pairs'),
     (['-opts', 'SEED', 'x'], "^-opts: SEED is 'x', but must be int, like 3$"),
     (['-opts', 'TRAIN', '3'], 'unknown key TRAIN'),
     (['-opts', 'BASE', 'x.yaml'], "BASE is 'x.yaml', but takes effect only at the top of a YAML file"),

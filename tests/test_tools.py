@@ -669,7 +669,7 @@ def test_resize_dataset_resumes_and_names_bad_images(tmp_path):
     (['-shorter', '0'], '-shorter and -workers must be at least 1'),
     (['-workers', '0'], '-shorter and -workers must be at least 1'),
     (['-quality', '101'], '-quality is 101, but must be from 1 to 100'),
-    (['-output', 'full'], "full/a b/12 bits.png: cannot write (No space left on device); free the disk"),
+    (['-output', 'full'], "full/a b/12 bits.png: cannot write (No space left on device); free up disk space"),
 ])
 def test_resize_dataset_errors(tmp_path, args, message):
     photos(tmp_path)

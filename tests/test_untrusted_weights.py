@@ -106,8 +106,8 @@ SAME_HASH = b''.join(b'\x8a\x0a' + ((2 ** 61 - 1) * k).to_bytes(10, 'little') + 
 
 
 ATTACKS = {
-    'os.system': (dumps({'stages.0': Call(os.system, 'touch hacked')}), r"'posix.system', which is no part of weights"),
-    'eval': (dumps(Call(eval, '__import__("os").system("touch hacked")')), "'builtins.eval', which is no part"),
+    'os.system': (dumps({'stages.0': Call(os.system, 'touch hacked')}), r"'posix.system', which does not"),
+    'eval': (dumps(Call(eval, '__import__("os").system("touch hacked")')), "'builtins.eval', which does not belong"),
     'exec in a checkpoint': (dumps({'model': {'stages.0': np.zeros(2), 'x': Call(exec, 'open("hacked", "w")')}}),
                              "'builtins.exec'"),
     'in the name of a tensor': (dumps({'stages.0': Call(tuple, (Call(os.system, 'touch hacked'), np.zeros(2)))}),
@@ -117,7 +117,7 @@ ATTACKS = {
     'another name in numpy': (named('numpy', 'load'), "'numpy.load'"),
     'hidden in numpy': (named('numpy.core.multiarray', 'os.system'), "'numpy.core.multiarray.os.system'"),
     'another name in collections': (named('collections', 'namedtuple'), "'collections.namedtuple'"),
-    'another codec': (named('_codecs', 'encode'), 'it calls _codecs.encode with arguments that no weights have'),
+    'another codec': (named('_codecs', 'encode'), 'it calls _codecs.encode with arguments that weights never have'),
     'another dtype': (named('numpy', 'dtype'), 'it calls numpy.dtype with arguments'),
     'a path and a name': (b'\x80\x04\x8c\x02os\x8c\x06system\x93\x8c\x0ctouch hacked\x85R.', "'os.system'"),
     'instance': (b'(S"touch hacked"\nios\nsystem\n.', 'the pickle instruction'),
@@ -126,55 +126,55 @@ ATTACKS = {
     'extension': (b'\x80\x02\x82\x01.', 'the pickle instruction EXT1'),
     'persistent': (b'\x80\x02X\x01\x00\x00\x00aQ.', 'the pickle instruction BINPERSID'),
     'buffer': (b'\x80\x05\x97.', 'the pickle instruction NEXT_BUFFER'),
-    'state of a dictionary': (b'\x80\x02}}b.', 'it holds dict where|not enough values|unpack'),
-    'state of a name': (b'\x80\x02cnumpy\ndtype\n(K\x01(K\x01tcnumpy\ndtype\n\x89C\x00tb.', 'where no weights have it'),
+    'state of a dictionary': (b'\x80\x02}}b.', 'it contains dict where|not enough values|unpack'),
+    'state of a name': (b'\x80\x02cnumpy\ndtype\n(K\x01(K\x01tcnumpy\ndtype\n\x89C\x00tb.', 'where weights never do'),
     'an array of objects': (array_pickle((1,), 'O', [Call(os.system, 'touch hacked')]),
                             "'posix.system'|it calls numpy.dtype"),
     'an array of objects that it shares': (array_pickle((1,), 'O8', []), 'it calls numpy.dtype'),
     'a data type with fields': (array_pickle((1,), 'V8', b'\0' * 8), 'it calls numpy.dtype'),
     'a state of a data type': (array_pickle((1,), 'f4', b'\0' * 4, (3, '<', ('f4', (2,)), None, None, 4, 4, 0)),
-                               'a data type that no weights have'),
+                               'a data type that weights never have'),
     'a large shape': (array_pickle((2 ** 40,)), r'an array of shape \[1099511627776\] in 0 bytes'),
     'a shape whose product overflows': (array_pickle((2 ** 32, 2 ** 32), 'f4', b''), 'an array of shape'),
     'a negative shape': (array_pickle((-1, -4), 'i1', b'\0' * 4), 'an array of shape'),
     'too short': (array_pickle((3,), 'f4', b'\0' * 8), r'an array of shape \[3\] in 8 bytes'),
     'too long': (array_pickle((1,), 'f4', b'\0' * 8), r'an array of shape \[1\] in 8 bytes'),
-    'too many sides': (array_pickle((1,) * 40, 'f4', b'\0' * 4), 'an array of 40 sides'),
+    'too many sides': (array_pickle((1,) * 40, 'f4', b'\0' * 4), 'an array of 40 dimensions'),
     'many large sides': (b'\x80\x02cnumpy.core.multiarray\n_reconstruct\n(cnumpy\nndarray\nK\x00\x85C\x01btR(K\x01('
                          b'\x8a\xff' + b'\x7f' * 255 + b'q\x00' + b'h\x00' * 400_000 + b'tcnumpy\ndtype\n(' + text('f4')
-                         + b'K\x00K\x01tR\x89C\x00tb.', 'an array of 400001 sides'),
+                         + b'K\x00K\x01tR\x89C\x00tb.', 'an array of 400001 dimensions'),
     'a state that is text': (b'\x80\x02cnumpy\ndtype\n(' + text('f4') + b'K\x00K\x01tR' + text('\u0100' * 3_000_000)
-                             + b'b.', 'it holds str where no weights have it'),
-    'a shape that is bytes': (array_pickle(b'\x01', 'f4', b'\0' * 4), 'it holds bytes where no weights have it'),
-    'text for bytes': (array_pickle((1,), 'i1', 'x'), 'it holds str where no weights have it'),
+                             + b'b.', 'it contains str where weights never do'),
+    'a shape that is bytes': (array_pickle(b'\x01', 'f4', b'\0' * 4), 'it contains bytes where weights never do'),
+    'text for bytes': (array_pickle((1,), 'i1', 'x'), 'it contains str where weights never do'),
     'without content': (b'\x80\x02}X\x01\x00\x00\x00acnumpy.core.multiarray\n_reconstruct\n(cnumpy\nndarray\n(K\x00t'
-                        b'C\x01btRs.', 'it holds NoneType where no weights have it'),
+                        b'C\x01btRs.', 'it contains NoneType where weights never do'),
     'another byte order': (array_pickle((1,), 'f4', b'\0' * 4, (3, '>', None, None, None, -1, -1, 0)),
-                           'a data type that no weights have'),
+                           'a data type that weights never have'),
     'another version of a data type': (array_pickle((1,), 'f4', b'\0' * 4, (4, '<', None, None, None, -1, -1, 0)),
-                                       'a data type that no weights have'),
+                                       'a data type that weights never have'),
     'metadata of a data type': (array_pickle((1,), 'f4', b'\0' * 4, (3, '<', None, None, None, -1, -1, 0, {})),
-                                'a data type that no weights have'),
+                                'a data type that weights never have'),
     'another beginning of an array': (array_pickle((1,), 'f4', b'\0' * 4, made=b'f'),
                                       'it calls numpy._?core.multiarray._reconstruct with arguments'),
     'a number of two': (b'\x80\x02cnumpy.core.multiarray\nscalar\ncnumpy\ndtype\n' + text('i1')
                         + b'\x89\x88\x87RC\x02ab\x86R.', 'too many values'),
     'a number of text': (b'\x80\x02cnumpy.core.multiarray\nscalar\n' + text('i1') + b'C\x01a\x86R.',
-                         'it holds str where no weights have it'),
-    'content again and again': (array_pickle((10 ** 6,), 'u1', bytes(10 ** 6), count=200), 'it describes more than'),
+                         'it contains str where weights never do'),
+    'content again and again': (array_pickle((10 ** 6,), 'u1', bytes(10 ** 6), count=200), 'it describes more data'),
     'text made bytes again and again': (
         b'\x80\x02]' + text('a' * 10 ** 6) + b'q\x00c_codecs\nencode\nq\x01'
-        + (b'h\x01h\x00' + text('latin1') + b'\x86R') * 200 + b'.', 'it describes more than'),
-    'lists of the same lists': (shared(9, 10), 'it describes more than'),
-    'too many instructions': (b'\x80\x04](' + b'N' * 1_000_000 + b'e.', 'it describes more than'),
+        + (b'h\x01h\x00' + text('latin1') + b'\x86R') * 200 + b'.', 'it describes more data'),
+    'lists of the same lists': (shared(9, 10), 'it describes more data'),
+    'too many instructions': (b'\x80\x04](' + b'N' * 1_000_000 + b'e.', 'it describes more data'),
     'a deep key': (b'\x80\x04}' + DEEP + b'Ns.', 'a key in it is tuple'),
     'a deep key among several': (b'\x80\x04}(' + DEEP + b'Nu.', 'a key in it is tuple'),
-    'a deep data type': (b'\x80\x04cnumpy\ndtype\n' + DEEP + b'\x89\x88\x87R.', 'it holds tuple where'),
+    'a deep data type': (b'\x80\x04cnumpy\ndtype\n' + DEEP + b'\x89\x88\x87R.', 'it contains tuple where'),
     'keys of the same hash': (b'\x80\x04}(' + SAME_HASH + b'u.', 'a key in it is int'),
-    'more than there is': (b'\x80\x04N\x86.', 'it is no pickle: it takes more from its stack'),
-    'less than nothing': (b'\x80\x04}' + text('a') + b'N(st.', 'it is no pickle: it takes more from its stack'),
-    'a key without a value': (b'\x80\x04}(' + text('a') + b'u.', 'it is no pickle: it has a key without a value'),
-    'a long key': (dumps({'stages.' + 'x' * 200: np.zeros(1)}), 'a key in it is str, not a short text'),
+    'more than there is': (b'\x80\x04N\x86.', 'not a pickle: it pops more than its stack contains'),
+    'less than nothing': (b'\x80\x04}' + text('a') + b'N(st.', 'not a pickle: it pops more than its stack contains'),
+    'a key without a value': (b'\x80\x04}(' + text('a') + b'u.', 'not a pickle: it has a key without a value'),
+    'a long key': (dumps({'stages.' + 'x' * 200: np.zeros(1)}), 'a key in it is str, not a short printable string'),
     'a large memo': (b'\x80\x02}r\xff\xff\xff\xff.', 'contains no MobileOne weights'),
     'large bytes': (b'\x80\x04\x8e' + (2 ** 40).to_bytes(8, 'little') + b'x.', 'ValueError'),
     'large text': (b'\x80\x04\x8d' + (2 ** 62).to_bytes(8, 'little') + b'x.', 'ValueError'),
@@ -183,7 +183,7 @@ ATTACKS = {
     'twice in itself': (b'\x80\x04]\x94(h\x00h\x00e.', 'nested too deeply'),
     'deep': (b'\x80\x04' + b'}\x8c\x01a' * 100000 + b'N' + b's' * 100000 + b'.', 'nested too deeply'),
     'a key that is no text': (b'\x80\x04}K\x01K\x02s.', 'a key in it is int'),
-    'a key of several lines': (dumps({'stages.0\nerror': np.zeros(1)}), 'a key in it is str, not a short text'),
+    'a key of several lines': (dumps({'stages.0\nerror': np.zeros(1)}), 'a key in it is str, not a short'),
     'what follows the end': (dumps({'stages.0': np.zeros(1)}) + dumps(Call(os.system, 'touch hacked')),
                              'bytes follow its end'),
 }
@@ -224,7 +224,7 @@ def test_all_programs_read_safely(fashion, tmp_path):
                  ['-m', 'tools.fuse', '-no_data', '-pretrained', path]):
         process = run(*args, *(options(fashion) if 'main' in args[0] else []), status=2, cwd=ROOT, env={
             'PYTHONPATH': str(ROOT)})
-        assert "it holds 'posix.system', which is no part of weights" in process.stderr
+        assert "it contains 'posix.system', which does not belong in weights" in process.stderr
         assert 'hacked' not in process.stdout + process.stderr
 
 
@@ -265,7 +265,7 @@ def test_safetensors(config, fashion, tmp_path):
         with pytest.raises(UserError, match='broken.safetensors: not a .safetensors file that can be read safely'):
             load_weights(str(tmp_path / 'broken.safetensors'))
     safetensors.numpy.save_file({'stages.0\nerror: ': np.zeros(1)}, tmp_path / 'key.safetensors')
-    with pytest.raises(UserError, match='a key in it is str, not a short text'):
+    with pytest.raises(UserError, match='a key in it is str, not a short printable string'):
         load_weights(str(tmp_path / 'key.safetensors'))
     safetensors.numpy.save_file({f'stages.{n}': np.zeros(0, 'uint8') for n in range(20_000)},
                                 tmp_path / 'many.safetensors')
@@ -275,9 +275,9 @@ def test_safetensors(config, fashion, tmp_path):
     with pytest.raises(UserError) as error:
         load_weights(str(tmp_path / 'plain.safetensors'))
     assert str(error.value).isprintable()
-    with pytest.raises(UserError, match='holds weights alone'):
+    with pytest.raises(UserError, match='contains only weights'):
         checkpoint.load_training(path)
-    with pytest.raises(UserError, match='x.safetensors: holds only arrays, not dict under .model'):
+    with pytest.raises(UserError, match='x.safetensors: can hold only arrays, but .model. is a dict'):
         checkpoint.save({'model': model.state_dict()}, str(tmp_path / 'x.safetensors'))
 
 

@@ -1,4 +1,4 @@
-"""Text as messages show it."""
+"""Text in messages."""
 from utils import one_line
 
 

@@ -1,4 +1,5 @@
-"""What a process of a group does in test_distributed.py: python workers.py FUNCTION FOLDER [ARGUMENT ...]."""
+"""The code that test_distributed.py runs in each process of a group: python workers.py FUNCTION FOLDER [ARGUMENT ...].
+"""
 import os
 import signal
 import sys
@@ -38,7 +39,7 @@ COLLECTIVES = ['all_reduce', 'broadcast', 'broadcast_object_list', 'all_gather',
 
 
 class Plain(paddle.nn.Layer):
-    """A network without batch norm."""
+    """A model without batch norm."""
 
     def __init__(self):
         super().__init__()
@@ -50,12 +51,12 @@ class Plain(paddle.nn.Layer):
 
 
 def say(text):
-    """A line in one piece, between those of the other processes."""
+    """Print a line in a single write, so that the lines of different processes do not mix."""
     os.write(1, f'{text}\n'.encode())
 
 
 def build(folder, network, *options):
-    """(Training, loader, config) on the data set in a folder."""
+    """Return (Training, loader, config) for the data set in a folder. network: makes the model; None for MobileOne."""
     args = get_parser('').parse_args(['-data_path', folder, '-opts', *NARROW, 'MODEL.NUM_CLASSES', '10',
                                       'DATA.NUM_WORKERS', '0', *options])
     config = resolve_config(update_config(get_config(), args))
@@ -70,7 +71,7 @@ def train_epoch(training, loader, config, epoch=1):
 
 
 def train_plain(folder, target, *options):
-    """Train a network without batch norm for two epochs and save its weights, average and metrics."""
+    """Train a model without batch norm for two epochs, and save its weights, EMA and metrics."""
     training, loader, config = build(folder, Plain, *options)
     metrics = [train_epoch(training, loader, config, epoch) for epoch in (1, 2)]
     if rank() == 0:
@@ -80,9 +81,9 @@ def train_plain(folder, target, *options):
 
 
 def count(folder, *options):
-    """Print how often an epoch synchronises, per log line, and that nothing does between log lines."""
+    """Print the numbers of synchronizing calls before each step of an epoch, and the names of all of them."""
     training, loader, config = build(folder, None, *options)
-    train_epoch(training, loader, config)  # what is made once is made here
+    train_epoch(training, loader, config)  # one-time initialization happens here
     calls = []
 
     def counted(owner, name):
@@ -109,7 +110,7 @@ def count(folder, *options):
 
 
 def windows(folder, *options):
-    """Count the batches of an epoch and those for which DataParallel does not synchronise."""
+    """Print the number of batches in an epoch, and of those for which DataParallel does not synchronize."""
     training, loader, config = build(folder, None, *options)
     no_sync, entered = training.network.no_sync, []
 
@@ -118,17 +119,17 @@ def windows(folder, *options):
         return no_sync()
     training.network.no_sync = counted
     train_epoch(training, loader, config)
-    say(f'rank {rank()}: {len(loader)} batches, {len(entered)} without meeting')
+    say(f'rank {rank()}: {len(loader)} batches, {len(entered)} without synchronization')
 
 
 def disagree(folder, key, value):
-    """Rank 1 starts with another value of a key."""
+    """Start rank 1 with a different value for a key."""
     _, loader, config = build(folder, Plain, *([key, value] if rank() else []))
     check_agreement(lambda: find_facts(config, [loader]))
 
 
 def disagree_on_weights(folder, *folders):
-    """The same name of a weight file is another file on rank 1."""
+    """Name a weight file by the same relative path on both ranks, in different folders."""
     os.chdir(folders[rank()])
     _, loader, config = build(folder, Plain, 'MODEL.PRETRAINED', 'w.pdparams')
     check_agreement(lambda: find_facts(config, [loader]))
@@ -136,7 +137,7 @@ def disagree_on_weights(folder, *folders):
 
 
 def not_finite(folder, *options):
-    """Train with a loss that is not finite from step 4 on, on the last rank alone."""
+    """Train with a loss that is infinite from step 4 on, only on the last rank."""
     training, loader, config = build(folder, Plain, *options)
     criterion, losses = training.criterion, []
 
@@ -158,18 +159,18 @@ def helpers():
     assert from_main(lambda: {'from': rank()}) == {'from': 0}
 
     def mistake():
-        raise UserError(f'said by {rank()}')
+        raise UserError(f'raised by {rank()}')
     try:
         from_main(mistake)
     except UserError as error:
-        assert str(error) == 'said by 0'
+        assert str(error) == 'raised by 0'
     else:
         raise AssertionError
     say(f'rank {rank()} of {size} ok')
 
 
 def statistics(folder):
-    """Every rank ends an epoch with the same batch-norm statistics, the mean of what each had."""
+    """Check that every rank ends an epoch with the same batch-norm statistics, the mean over the ranks."""
     training, loader, config = build(folder, None, 'DATA.BATCH_SIZE', '5')
     average, own = engine.average_statistics, {}
 
@@ -193,7 +194,7 @@ def statistics(folder):
 
 
 def save(data, output):
-    """All ranks wait until a checkpoint within an epoch is written, and go on with its batch-norm statistics."""
+    """Check that all ranks wait for a checkpoint within an epoch, and continue with its batch-norm statistics."""
     training, _, config = build(data, None, 'SAVE', output)
     name = next(name for name in training.model.state_dict() if name.endswith('._mean'))
     tensor = training.model.state_dict()[name]
@@ -208,12 +209,12 @@ def save(data, output):
     Run(config, training, part=part).save()
     mean = checkpoint.load(os.path.join(output, 'latest.pdparams'))['model'][name]
     assert (mean == (world_size() - 1) / 2).all() and (tensor.numpy() == mean).all()
-    say(f'rank {rank()} went on')
+    say(f'rank {rank()} continued')
 
 
 def fail(folder, how):
-    """Rank 1 fails in one way, and the others wait for it; or all fail together; or all sleep, or end when asked to."""
-    reduce_over_ranks([0])  # a rank that ends while others still connect to it lets them wait for half a minute
+    """Fail on rank 1 while the others wait for it, or on all ranks together; or sleep until terminated."""
+    reduce_over_ranks([0])  # if a rank ended while others still connect to it, they would wait for half a minute
     if how == 'end':
         signal.signal(signal.SIGTERM, lambda number, frame: os._exit(0))
     Path(folder, f'{os.getpid()}.pid').touch()
@@ -229,7 +230,7 @@ def fail(folder, how):
 
 
 def merged(folder):
-    """Steps of a network whose branches are merged, and of one whose branches are apart, give the same statistics."""
+    """Check that training steps with merged and with separate branches give the same statistics."""
     states = []
     for apart in (False, True):
         if apart:
@@ -246,7 +247,7 @@ def merged(folder):
 
 
 class _GPUTracer:
-    """Paddle's tracer, which says that it is on a GPU."""
+    """Paddle's tracer, but reporting a GPU."""
 
     def __getattr__(self, name):
         if name == '_expected_place':
@@ -259,7 +260,7 @@ class _GPUTracer:
 
 
 def amp(folder, level):
-    """Forward pass of training as on a GPU with AMP. Says the numbers of depthwise and of dense convolutions."""
+    """Run the forward pass of training as on a GPU with AMP. Prints the numbers of depthwise and dense convolutions."""
     training, loader, config = build(folder, None, 'AMP', 'True', 'AMP_LEVEL', level, 'AMP_DTYPE', 'bfloat16')
     auto_cast = sys.modules['paddle.amp.auto_cast']
     auto_cast._dygraph_tracer = _GPUTracer

@@ -8,12 +8,12 @@
 #   CFG         config file (configs/mobileone_s0.yaml)
 #   PRETRAINED  weights (./mobileone_s0.pdparams)
 #   DATA_PATH   folder with val_list.txt (/dataset/imagenet)
-#   OUTPUT      folder for the log (output/eval- and the config's name); what it holds is added to
+#   OUTPUT      folder for the log (output/eval- and the config's name); an existing log is appended to
 #   BATCH_SIZE  images per step and GPU (256)
-#   GPUS        which ones, e.g. 0,1,2,3 (all that are visible)
-#   NNODES, MASTER, RANK  machines, the first one's address:port, this one's number from 0
+#   GPUS        GPUs to use, e.g. 0,1,2,3 (all visible GPUs)
+#   NNODES, MASTER, RANK  number of machines, address:port or name:port of the first, number of this one from 0
 #   PYTHON      the interpreter (python)
-# Without a GPU one process computes on the CPU; PADDLE_NPROC_PER_NODE=2 makes it two.
+# Without a GPU, one process computes on the CPU; PADDLE_NPROC_PER_NODE=2 makes it two.
 set -eu
 cd "$(dirname "$0")"
 case ${1:-} in -h | --help)

@@ -1,20 +1,20 @@
 #!/bin/sh
-# Train on all visible GPUs of this machine, or of several; run again, it goes on from its newest checkpoint.
+# Train on all visible GPUs of this machine, or of several. Run again, it resumes from its newest checkpoint.
 #
 #   sh run_train_multi.sh
 #   CFG=configs/mobileone_s1.yaml DATA_PATH=/dataset/imagenet GPUS=0,1,2,3 sh run_train_multi.sh -opts SEED 1
-#   NNODES=2 MASTER=10.0.0.1:8090 RANK=0 sh run_train_multi.sh     # and on the second machine RANK=1
+#   NNODES=2 MASTER=10.0.0.1:8090 RANK=0 sh run_train_multi.sh     # RANK=1 on the second machine
 #
 # Flags go to main_multi_gpu.py (-h lists them). Variables, all optional:
 #   CFG         config file (configs/mobileone_s0.yaml)
 #   DATA_PATH   folder with train_list.txt and val_list.txt (/dataset/imagenet)
 #   OUTPUT      the run's folder (output/ and the config's name)
-#   BATCH_SIZE  images per step and GPU (the config's 32: with 8 GPUs the paper's total of 256)
-#   PRETRAINED  weights to start from (none: random ones)
-#   GPUS        which ones, e.g. 0,1,2,3 (all that are visible)
-#   NNODES, MASTER, RANK  machines, the first one's address:port, this one's number from 0
+#   BATCH_SIZE  images per step and GPU (the config's 32; on 8 GPUs the paper's total of 256)
+#   PRETRAINED  weights to start from (none: random weights)
+#   GPUS        GPUs to use, e.g. 0,1,2,3 (all visible GPUs)
+#   NNODES, MASTER, RANK  number of machines, address:port or name:port of the first, number of this one from 0
 #   PYTHON      the interpreter (python)
-# Without a GPU one process computes on the CPU; PADDLE_NPROC_PER_NODE=2 makes it two.
+# Without a GPU, one process computes on the CPU; PADDLE_NPROC_PER_NODE=2 makes it two.
 set -eu
 cd "$(dirname "$0")"
 case ${1:-} in -h | --help)

@@ -1,4 +1,4 @@
-"""The examples of docs/ for several machines, run as SLURM and Kubernetes run them."""
+"""The examples for several machines in docs/training.md, run the way SLURM and Kubernetes run them."""
 import json
 import os
 import re
@@ -21,7 +21,7 @@ TRAINING = (ROOT / 'docs/training.md').read_text()
 
 
 def block(heading, language):
-    """The one code block of a language below a heading of docs/training.md."""
+    """Return the only code block of a language under a heading of docs/training.md."""
     section = TRAINING.split(f'\n### {heading}\n')[1].split('\n## ')[0].split('\n### ')[0]
     text, = re.findall(f'```{language}\n(.*?)```\n', section, re.DOTALL)
     return text
@@ -32,7 +32,7 @@ def write_program(path, text):
     path.chmod(0o755)
 
 
-# starts the command once per node, as its own session with slurmstepd's variables; returns the highest exit status
+# starts the command once per node, with the variables of a task; returns the highest exit status
 SRUN = f'''#!{sys.executable}
 import os, subprocess, sys
 args = sys.argv[1:]
@@ -44,8 +44,8 @@ step = {{'SLURM_STEP_ID': 0, 'SLURM_STEP_NUM_NODES': nodes, 'SLURM_STEP_NUM_TASK
 tasks = []
 for node in range(nodes):
     task = {{'SLURM_NODEID': node, 'SLURM_PROCID': node, 'SLURM_LOCALID': 0, 'SLURMD_NODENAME': f'node{{node}}'}}
-    tasks.append(subprocess.Popen(args, start_new_session=True, env={{
-        **os.environ, **{{name: str(value) for name, value in {{**step, **task}}.items()}}}}))
+    variables = {{name: str(value) for name, value in {{**step, **task}}.items()}}
+    tasks.append(subprocess.Popen(args, env={{**os.environ, **variables}}))
 with open(os.environ['TASKS'], 'w') as file:
     print(*[task.pid for task in tasks], file=file, flush=True)
 statuses = [task.wait() for task in tasks]
@@ -54,7 +54,7 @@ sys.exit(max(128 - status if status < 0 else status for status in statuses))
 
 
 class Slurm:
-    """Submits the script of the page: the variables of a batch job are set, srun and scontrol are stand-ins."""
+    """Run the page's script as a batch job: with a job's variables, and with stand-ins for srun and scontrol."""
 
     def __init__(self, folder):
         self.folder = folder
@@ -79,18 +79,18 @@ class Slurm:
         return [int(number) for number in (self.folder / 'tasks').read_text().split()]
 
     def scontrol(self):
-        """What it was called with, a line per call."""
+        """Its calls, one line of arguments each."""
         path = self.folder / 'scontrol'
         return path.read_text().splitlines() if path.exists() else []
 
 
 def expand(text, variables):
-    """$(NAME) as Kubernetes replaces it in commands and in the values of variables."""
+    """Replace $(NAME) as Kubernetes does in commands and in the values of variables."""
     return re.sub(r'\$\((\w+)\)', lambda match: variables.get(match[1], match[0]), text)
 
 
 def start_pod(job, index, **substitutes):
-    """Start the container of an indexed job as the kubelet does. substitutes: values in place of the manifest's."""
+    """Start the container of an indexed job as the kubelet does; `substitutes` replace variables or are added."""
     container, = job['spec']['template']['spec']['containers']
     variables = {}
     for entry in container['env']:
@@ -114,7 +114,7 @@ def free_port(low, high):
 
 
 def wait_for_steps(log, starts, *processes):
-    """Wait until a run that has been started `starts` times trains."""
+    """Wait until a run trains that has been started `starts` times."""
     deadline = time.monotonic() + 100
     text = ''
     while text.count(', processes: ') < starts or ' step ' not in text.rpartition(', processes: ')[2]:
@@ -125,7 +125,7 @@ def wait_for_steps(log, starts, *processes):
 
 @pytest.fixture
 def end_all():
-    """A list of processes that are killed in the end, with their sessions."""
+    """A list of processes; those that a failed test has left are killed, with their sessions."""
     processes = []
     yield processes
     for process in processes:
@@ -133,7 +133,7 @@ def end_all():
             os.killpg(process.pid, signal.SIGKILL)
 
 
-def test_the_manifest_fits_together():
+def test_the_manifest_is_consistent():
     service, job = yaml.safe_load_all(block('Kubernetes', 'yaml'))
     spec, name = job['spec'], job['metadata']['name']
     pod = spec['template']['spec']
@@ -152,9 +152,9 @@ def test_the_manifest_fits_together():
 
 
 def test_a_run_moves_from_slurm_to_kubernetes_and_back(fashion, tmp_path, end_all):
-    """Two machines each time, stopped as either system stops them; the result is that of a run that nothing stopped."""
+    """On two machines each time, stopped as each system does it. The weights are those of an undisturbed run."""
     args = get_parser('').parse_args(['-opts', *NARROW, 'MODEL.NUM_CLASSES', '10', 'DATA.BATCH_SIZE', '8',
-                                      'TRAIN.NUM_EPOCHS', '12', 'VALIDATE_FREQ', '12', 'REPORT_FREQ', '1'])
+                                      'TRAIN.NUM_EPOCHS', '20', 'VALIDATE_FREQ', '20', 'REPORT_FREQ', '1'])
     narrow, output = tmp_path / 'narrow.yaml', tmp_path / 'run'
     narrow.write_text(update_config(get_config(), args).dump())
     variables = {'CFG': str(narrow), 'DATA_PATH': str(fashion), 'OUTPUT': str(output), 'PYTHON': sys.executable}
@@ -200,8 +200,8 @@ def test_a_run_moves_from_slurm_to_kubernetes_and_back(fashion, tmp_path, end_al
     run('main_multi_gpu.py', '-nproc', '2', '-cfg', narrow, '-data_path', fashion, '-output', plain)
     rows, plain_rows = (without_times(records(folder)) for folder in (output, plain))
     assert [(row['epoch'], row['split'], row['n']) for row in rows] == [
-        *((epoch, 'train', 48) for epoch in range(1, 13)), (12, 'val', 35), (12, 'val', 35)]
-    assert rows[:12] == plain_rows[:12]
+        *((epoch, 'train', 48) for epoch in range(1, 21)), (20, 'val', 35), (20, 'val', 35)]
+    assert rows[:20] == plain_rows[:20]
     # except batch-norm statistics, which a save within an epoch averages
     states = [checkpoint.load(str(folder / 'latest.pdparams')) for folder in (output, plain)]
     for part in ('model', 'model_ema', 'optimizer'):
@@ -211,7 +211,7 @@ def test_a_run_moves_from_slurm_to_kubernetes_and_back(fashion, tmp_path, end_al
 
 @pytest.mark.parametrize('status, is_queued_again', [(0, False), (1, False), (2, False), (15, True), (75, True)])
 def test_the_slurm_script_on_one_machine(tmp_path, status, is_queued_again):
-    """It starts main_multi_gpu.py itself, in the task's place. Only a run that was stopped is queued again."""
+    """The task becomes main_multi_gpu.py. Only a run that was stopped is queued again."""
     slurm = Slurm(tmp_path)
     write_program(tmp_path / 'python', f'#!/bin/sh\necho $$ "$@" > {tmp_path}/command\nexit {status}\n')
     assert slurm.submit(7, nodes='1', PYTHON=str(tmp_path / 'python')).wait(20) == status

@@ -1,10 +1,10 @@
 #!/bin/sh
-# Start main_multi_gpu.py on the GPUs of this machine, or of several; what run_train_multi.sh and run_eval_multi.sh share.
+# Start main_multi_gpu.py on the GPUs of this machine, or of several, for run_train_multi.sh and run_eval_multi.sh.
 #
 #   sh tools/launch.sh OUTPUT [flags of main_multi_gpu.py]
 #
-# Reads the variables GPUS, NNODES, MASTER, RANK and PYTHON, which those explain, and PADDLE_NPROC_PER_NODE. On several
-# machines Paddle's launcher starts the processes and logs to OUTPUT/launch-RANK.
+# Reads the variables GPUS, NNODES, MASTER, RANK and PYTHON, which those scripts explain, and PADDLE_NPROC_PER_NODE. On
+# several machines Paddle's launcher starts the processes and logs to OUTPUT/launch-RANK.
 set -eu
 cd "$(dirname "$0")/.."
 case ${1:-} in -h | --help)
@@ -31,8 +31,8 @@ fi
 master=$MASTER
 host=
 if [ "$RANK" = 0 ]; then
-    # Paddle's launcher serves only an address that this machine's host name resolves to, never a name: it would wait
-    # for itself
+    # Paddle's launcher serves only at an address that this machine's host name resolves to; with a name in MASTER it
+    # would wait for itself
     master=127.0.0.1:${MASTER##*:}
     case ${MASTER%:*} in *[!0-9.]*) ;; *) host=${MASTER%:*} ;; esac
 fi

@@ -152,7 +152,7 @@ def test_the_manifest_is_consistent():
 
 
 def test_a_run_moves_from_slurm_to_kubernetes_and_back(fashion, tmp_path, end_all):
-    """On two machines each time, stopped as each system does it. The weights are those of an undisturbed run."""
+    """Stopped on two machines as each system does it, it ends on one. Its weights are those of an undisturbed run."""
     args = get_parser('').parse_args(['-opts', *NARROW, 'MODEL.NUM_CLASSES', '10', 'DATA.BATCH_SIZE', '8',
                                       'TRAIN.NUM_EPOCHS', '20', 'VALIDATE_FREQ', '20', 'REPORT_FREQ', '1'])
     narrow, output = tmp_path / 'narrow.yaml', tmp_path / 'run'
@@ -187,7 +187,8 @@ def test_a_run_moves_from_slurm_to_kubernetes_and_back(fashion, tmp_path, end_al
     assert ignored == [statuses]
     assert checkpoint.load_training(str(latest))['step'] > first
 
-    script = slurm.submit(job, SLURM_RESTART_COUNT='1', **variables)
+    # on one machine it needs no launcher
+    script = slurm.submit(job, nodes='1', SLURM_RESTART_COUNT='1', PADDLE_NPROC_PER_NODE='2', **variables)
     end_all.append(script)
     assert script.wait(100) == 0 and slurm.scontrol() == [f'requeue {job}']
 

@@ -28,8 +28,16 @@ if [ "${MASTER:+x}${RANK:+x}" != xx ]; then
     echo "launch.sh: error: NNODES is $NNODES: set MASTER (the first machine's address:port) and RANK (from 0) too" >&2
     exit 2
 fi
+master=$MASTER
+host=
+if [ "$RANK" = 0 ]; then
+    # Paddle's launcher serves only at an address that this machine's host name resolves to; with a name in MASTER it
+    # would wait for itself
+    master=127.0.0.1:${MASTER##*:}
+    case ${MASTER%:*} in *[!0-9.]*) ;; *) host=${MASTER%:*} ;; esac
+fi
 # an empty list of devices stops the launcher
 [ -n "${CUDA_VISIBLE_DEVICES:-}" ] || unset CUDA_VISIBLE_DEVICES
 exec "${PYTHON:-python}" -m paddle.distributed.launch ${GPUS:+--devices "$GPUS"} \
-    --nnodes "$NNODES" --master "$MASTER" --rank "$RANK" --log_dir "$output/launch-$RANK" \
+    ${host:+--host "$host"} --nnodes "$NNODES" --master "$master" --rank "$RANK" --log_dir "$output/launch-$RANK" \
     main_multi_gpu.py -output "$output" -amp "$@"

@@ -353,8 +353,11 @@ def get_dataloader(config, dataset, is_train=True, rank=0, world_size=1):
     """Return the `Loader` for this rank's share of a dataset. In evaluation, DATA.BATCH_SIZE_EVAL 0 means BATCH_SIZE.
 
     Before each training epoch, call `loader.batch_sampler.set_epoch(epoch)` with epochs counted from 1.
+    Raises: UserError for a rank that is not below world_size.
     """
     data = config.DATA
+    if not 0 <= rank < world_size:  # PaddleViT's port had a flag, use_dist_sampler, in the place of rank
+        raise UserError(f'rank is {rank}, but must be below world_size, {world_size}: give both, or neither')
     if is_train:
         sampler = TrainSampler(len(dataset), data.BATCH_SIZE, config.SEED, rank, world_size)
     else:

@@ -39,7 +39,7 @@ def convert(name, onnx, spec):
     if process.returncode or target not in made:
         last = (process.stderr.strip() or process.stdout.strip()).rpartition('\n')[2]
         raise UserError(f'-format {name}: its converter failed with status {process.returncode} ({one_line(last)}); '
-                        'drop the format, free the disk if it is full (`df -h`), or install another version')
+                        'drop the format, free up disk space if it is full (`df -h`), or install another version')
     for other in made - {target, 'model.ncnn.bin'}:  # pnnx leaves its intermediate files
         os.remove(os.path.join(folder, other))
 

@@ -26,8 +26,8 @@ def check_srun(processes):
         return
     command = f'srun --ntasks=1 python {program_name()} ...'
     if nodes > 1:
-        command = (f"srun --ntasks={nodes} --ntasks-per-node=1 sh -c 'python -m paddle.distributed.launch --nnodes "
-                   f'{nodes} --rank $SLURM_NODEID --master $SLURM_LAUNCH_NODE_IPADDR:8090 --log_dir log/$SLURM_NODEID '
+        command = (f"srun --ntasks={nodes} --ntasks-per-node=1 sh -c 'exec python -m paddle.distributed.launch "
+                   f'--nnodes {nodes} --rank $SLURM_NODEID --master $SLURM_LAUNCH_NODE_IPADDR:8090 --log_dir log/$SLURM_NODEID '
                    f"{program_name()} ...'")
     raise UserError(f'srun started {tasks} tasks, each of which would be a separate run; start one task per machine: '
                     f'{command} (for separate runs, give -nproc 1)')

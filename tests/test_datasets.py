@@ -314,6 +314,12 @@ def test_num_classes_0_counts_the_classes_of_the_data(config, tmp_path):
         count_classes(str(tmp_path))
 
 
+def test_a_rank_outside_the_group_is_refused(fashion, config):
+    config.DATA.DATA_PATH = str(fashion)
+    with pytest.raises(UserError, match='rank is True, but must be below world_size, 1'):
+        get_dataloader(config, get_dataset(config), True, True)
+
+
 @pytest.mark.parametrize('length, batch, line', [
     (60, 16, '12 of 60 training images, different ones each epoch, are dropped: they do not fill a batch of 16'),
     (60, 15, ''), (7, 16, ''),

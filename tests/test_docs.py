@@ -1,221 +1,220 @@
-"""The examples for several machines in docs/training.md, run the way SLURM and Kubernetes run them."""
-import json
+"""Run the commands and Python snippets of README.md, CONTRIBUTING.md and docs/.
+
+They run in a copy of the repository, with narrow networks and a few images.
+"""
+import glob
+import gzip
 import os
 import re
 import shlex
-import signal
-import socket
+import shutil
+import struct
 import subprocess
 import sys
-import time
 
+import forked
+import paddle
 import pytest
 import yaml
-from conftest import NARROW, ROOT, assert_same, records, run, without_times
+from conftest import NARROW, ROOT, run, with_lists, write_images
+from PIL import Image
 
-from config import get_config, get_parser, update_config
+from config import get_config
+from mobileone import build_mobileone
 from runtime import checkpoint
-from runtime.program import STOPPED
 
-TRAINING = (ROOT / 'docs/training.md').read_text()
-
-
-def block(heading, language):
-    """Return the only code block of a language under a heading of docs/training.md."""
-    section = TRAINING.split(f'\n### {heading}\n')[1].split('\n## ')[0].split('\n### ')[0]
-    text, = re.findall(f'```{language}\n(.*?)```\n', section, re.DOTALL)
-    return text
-
-
-def write_program(path, text):
-    path.write_text(text)
-    path.chmod(0o755)
-
-
-# starts the command once per node, with the variables of a task; returns the highest exit status
-SRUN = f'''#!{sys.executable}
-import os, subprocess, sys
-args = sys.argv[1:]
-while args[0].startswith('--'):
-    args.pop(0)
-nodes = int(os.environ['SLURM_JOB_NUM_NODES'])
-step = {{'SLURM_STEP_ID': 0, 'SLURM_STEP_NUM_NODES': nodes, 'SLURM_STEP_NUM_TASKS': nodes,
-        'SLURM_STEP_TASKS_PER_NODE': f'1(x{{nodes}})', 'SLURM_LAUNCH_NODE_IPADDR': '127.0.0.1'}}
-tasks = []
-for node in range(nodes):
-    task = {{'SLURM_NODEID': node, 'SLURM_PROCID': node, 'SLURM_LOCALID': 0, 'SLURMD_NODENAME': f'node{{node}}'}}
-    variables = {{name: str(value) for name, value in {{**step, **task}}.items()}}
-    tasks.append(subprocess.Popen(args, env={{**os.environ, **variables}}))
-with open(os.environ['TASKS'], 'w') as file:
-    print(*[task.pid for task in tasks], file=file, flush=True)
-statuses = [task.wait() for task in tasks]
-sys.exit(max(128 - status if status < 0 else status for status in statuses))
+PAGES = [ROOT / 'README.md', ROOT / 'CONTRIBUTING.md', *sorted((ROOT / 'docs').glob('*.md'))]
+# what is not run here, and where it is
+ELSEWHERE = {
+    r'pip install|python3 -m venv': 'installation: .ci/run',
+    r'(PADDLE=\S+ )?sh run_(demo|tests)\.sh|bash \.ci/run': '.ci/run',
+    r'NNODES=': 'each waits for the other; test_clusters.py',
+    r'from paddlex': 'needs PaddleX; what was seen by hand is on the page',
+}
+# commands of which only the flags are checked
+PARSED = {
+    r'python -m tools\.benchmark': 'takes minutes; test_benchmark.py',
+    r'python -m tools\.ablations': 'takes hours; test_tools.py',
+    r'python load_pytorch_weights\.py': 'needs files of PyTorch; test_load_pytorch_weights.py',
+}
+# as much of PaddleDetection and PaddleSeg as the backbones need
+STUBS = {
+    'ppdet/core/workspace.py': 'def register(layer):\n    return layer\n',
+    'ppdet/modeling/shape_spec.py': 'ShapeSpec = dict\n',
+    'paddleseg/cvlibs.py': 'class manager:\n    class BACKBONES:\n        add_component = staticmethod(lambda x: x)\n',
+}
+PARSE = '''
+import runpy, sys
+from runtime.settings import ArgumentParser
+parse_args = ArgumentParser.parse_args
+def parse_and_stop(self, *args):
+    parsed = parse_args(self, *args)
+    if self.prog != 'tools.benchmark':  # which parses the name of the benchmark only
+        print('parsed')
+        sys.exit()
+    return parsed
+ArgumentParser.parse_args = parse_and_stop
+del sys.argv[0]
+if sys.argv[0] == '-m':
+    runpy.run_module(sys.argv.pop(1), run_name='__main__', alter_sys=True)
+else:
+    runpy.run_path(sys.argv[0], run_name='__main__')
 '''
 
 
-class Slurm:
-    """Run the page's script as a batch job: with a job's variables, and with stand-ins for srun and scontrol."""
+def snippets(page):
+    """[(language, code)] of a page in its order: shell commands, without comments, and Python blocks.
 
-    def __init__(self, folder):
-        self.folder = folder
-        (folder / 'job').write_text(block('SLURM', 'shell'))
-        (folder / 'bin').mkdir()
-        write_program(folder / 'bin/srun', SRUN)
-        write_program(folder / 'bin/scontrol', f'#!/bin/sh\necho "$@" >> {folder}/scontrol\n')
-        head = re.match(r'#!/bin/sh\n((#SBATCH .*\n)+)', block('SLURM', 'shell'))[1]
-        words = shlex.split(head.replace('#SBATCH', ''))
-        self.options = dict(word[2:].split('=', 1) for word in words if '=' in word)
-        assert '--requeue' in words
-
-    def submit(self, job, nodes=None, **variables):
-        nodes = nodes or self.options['nodes']
-        return subprocess.Popen(['sh', self.folder / 'job'], cwd=ROOT, start_new_session=True, env={
-            **os.environ, 'PATH': f'{self.folder}/bin:{os.environ["PATH"]}', 'TASKS': str(self.folder / 'tasks'),
-            'SLURM_JOB_ID': str(job), 'SLURM_JOB_NUM_NODES': nodes, 'SLURM_NNODES': nodes, 'SLURM_NODEID': '0',
-            'SLURM_PROCID': '0', 'SLURM_CPUS_PER_TASK': self.options['cpus-per-task'],
-            'SLURM_NTASKS_PER_NODE': self.options['ntasks-per-node'], **variables})
-
-    def tasks(self):
-        return [int(number) for number in (self.folder / 'tasks').read_text().split()]
-
-    def scontrol(self):
-        """Its calls, one line of arguments each."""
-        path = self.folder / 'scontrol'
-        return path.read_text().splitlines() if path.exists() else []
+    A shell block that is a script is left out.
+    """
+    found = []
+    for language, block in re.findall(r'^```(shell|python)\n(.*?)^```', page.read_text(), re.M | re.S):
+        if language == 'python':
+            found.append((language, block))
+        elif not block.startswith('#!'):
+            lines = [shlex.split(line, comments=True) for line in block.replace('\\\n', ' ').splitlines()]
+            found += [(language, shlex.join(words)) for words in lines if words]
+    return found
 
 
-def expand(text, variables):
-    """Replace $(NAME) as Kubernetes does in commands and in the values of variables."""
-    return re.sub(r'\$\((\w+)\)', lambda match: variables.get(match[1], match[0]), text)
+def commands():
+    return [code for page in PAGES for language, code in snippets(page) if language == 'shell']
 
 
-def start_pod(job, index, **substitutes):
-    """Start the container of an indexed job as the kubelet does; `substitutes` replace variables or are added."""
-    container, = job['spec']['template']['spec']['containers']
-    variables = {}
-    for entry in container['env']:
-        variables[entry['name']] = substitutes.pop(entry['name'], None) or expand(entry['value'], variables)
-    variables.update(JOB_COMPLETION_INDEX=str(index), HOSTNAME=f'{job["metadata"]["name"]}-{index}', **substitutes)
-    command = [expand(word, variables) for word in (*container['command'], *container.get('args', ()))]
-    return subprocess.Popen(command, cwd=ROOT, start_new_session=True, env={
-        'PATH': os.environ['PATH'], 'HOME': os.environ.get('HOME', '/'), 'OMP_NUM_THREADS': '1', **variables})
+def matches(patterns, command):
+    return next((pattern for pattern in patterns if re.match(pattern, command)), None)
 
 
-def free_port(low, high):
-    """A free port in a range."""
-    for port in range(low, high):
-        with socket.socket() as trial:
-            try:
-                trial.bind(('', port))
-                return port
-            except OSError:
-                continue
-    raise AssertionError('no port is free')
-
-
-def wait_for_steps(log, starts, *processes):
-    """Wait until a run trains that has been started `starts` times."""
-    deadline = time.monotonic() + 100
-    text = ''
-    while text.count(', processes: ') < starts or ' step ' not in text.rpartition(', processes: ')[2]:
-        assert time.monotonic() < deadline and all(process.poll() is None for process in processes), text
-        time.sleep(0.05)
-        text = log.read_text() if log.exists() else ''
+@pytest.fixture(scope='module')
+def original(fashion, tmp_path_factory):
+    """A copy of the repository that has what the pages' commands read."""
+    folder = tmp_path_factory.mktemp('docs') / 'clone'
+    shutil.copytree(ROOT, folder, ignore=shutil.ignore_patterns('.*', '__pycache__', 'output', 'data', 'tests', 'log'))
+    narrow = [[key, yaml.safe_load(value)] for key, value in zip(NARROW[::2], NARROW[1::2])]
+    for path in (folder / 'configs').glob('*.yaml'):
+        config = yaml.safe_load(path.read_text())
+        for key, value in [*narrow, ['TRAIN.NUM_EPOCHS', 1], ['TRAIN.CURRICULUM', []], ['VALIDATE_FREQ', 1]]:
+            section, key = key.rpartition('.')[::2]
+            (config.setdefault(section, {}) if section else config)[key] = value
+        path.write_text(yaml.safe_dump(config))
+    for path in (folder / 'demo').glob('*.gz'):
+        content = gzip.decompress(path.read_bytes())
+        dims, size = content[3], 48 * (28 * 28 if content[3] == 3 else 1)
+        header = content[:4] + struct.pack('>I', 48) + content[8:4 + 4 * dims]
+        path.write_bytes(gzip.compress(header + content[4 + 4 * dims:][:size]))
+    (folder / 'data').mkdir()
+    with_lists(fashion, folder / 'data/imagenet')
+    for variant in range(5):
+        path = folder / f'mobileone_s{variant}.pdparams'
+        network = build_mobileone(get_config(str(folder / f'configs/mobileone_s{variant}.yaml')))
+        # one class for all images, so that int8 changes none of these predictions
+        network.fc.bias.set_value(10.0 * paddle.eye(1, network.fc.bias.shape[0]).flatten())
+        checkpoint.save(network.state_dict(), str(path))
+    for name, code in STUBS.items():
+        (folder / 'stubs' / name).parent.mkdir(parents=True, exist_ok=True)
+        (folder / 'stubs' / name).write_text(code)
+    for name in ('cat', 'dog'):
+        write_images(folder / 'photos' / name, 10)
+    for path in ('photo.jpg', 'photos/photo.jpg'):
+        Image.new('RGB', (50, 40)).save(folder / path)
+    run('-m', 'tools.make_fashion_mnist', '-source', 'demo', '-output', 'data/fashion_mnist_demo', cwd=folder)
+    run('main_single_gpu.py', '-cfg', 'configs/demo.yaml', '-output', 'output/demo', cwd=folder)
+    return folder
 
 
 @pytest.fixture
-def end_all():
-    """A list of processes; those that a failed test has left are killed, with their sessions."""
-    processes = []
-    yield processes
-    for process in processes:
-        if process.poll() is None:
-            os.killpg(process.pid, signal.SIGKILL)
+def clone(original, tmp_path):
+    return shutil.copytree(original, tmp_path / 'clone', symlinks=True)
 
 
-def test_the_manifest_is_consistent():
-    service, job = yaml.safe_load_all(block('Kubernetes', 'yaml'))
-    spec, name = job['spec'], job['metadata']['name']
-    pod = spec['template']['spec']
-    container, = pod['containers']
-    variables = {entry['name']: entry['value'] for entry in container['env']}
-    assert service['spec'] == {'clusterIP': 'None', 'selector': {'batch.kubernetes.io/job-name': name}}
-    assert pod['subdomain'] == service['metadata']['name']
-    assert variables['MASTER'].split(':')[0] == f'{name}-0.{pod["subdomain"]}'
-    assert spec['completionMode'] == 'Indexed'
-    assert str(spec['completions']) == str(spec['parallelism']) == variables['NNODES']
-    # what podFailurePolicy needs; the launcher kills its processes after 30 seconds
-    assert pod['restartPolicy'] == 'Never' and pod['terminationGracePeriodSeconds'] > 60
-    mount, = container['volumeMounts']
-    assert mount['name'] == pod['volumes'][0]['name']
-    assert all(variables[key].startswith(mount['mountPath'] + '/') for key in ('DATA_PATH', 'OUTPUT'))
+def expand(pattern, clone):
+    """The paths that a pattern stands for in the clone, or the pattern itself, as in a shell."""
+    return sorted(os.path.relpath(path, clone) for path in glob.glob(str(clone / pattern))) or [pattern]
 
 
-def test_a_run_moves_from_slurm_to_kubernetes_and_back(fashion, tmp_path, end_all):
-    """Stopped on two machines as each system does it, it ends on one. Its weights are those of an undisturbed run."""
-    args = get_parser('').parse_args(['-opts', *NARROW, 'MODEL.NUM_CLASSES', '10', 'DATA.BATCH_SIZE', '8',
-                                      'TRAIN.NUM_EPOCHS', '20', 'VALIDATE_FREQ', '20', 'REPORT_FREQ', '1'])
-    narrow, output = tmp_path / 'narrow.yaml', tmp_path / 'run'
-    narrow.write_text(update_config(get_config(), args).dump())
-    variables = {'CFG': str(narrow), 'DATA_PATH': str(fashion), 'OUTPUT': str(output), 'PYTHON': sys.executable}
-    latest = output / 'latest.pdparams'
-
-    slurm = Slurm(tmp_path)
-    port = free_port(20000, 30000)
-    job = port + 1210000
-    name, seconds = slurm.options['signal'].split('@')
-    assert int(seconds) > 60 and slurm.options['ntasks-per-node'] == '1'
-    script = slurm.submit(job, **variables)
-    end_all.append(script)
-    wait_for_steps(output / 'log.txt', 1, script)
-    for task in slurm.tasks():  # slurmstepd signals the tasks, not what they have started
-        os.kill(task, signal.Signals[f'SIG{name}'])
-    assert script.wait(60) == signal.SIGTERM
-    assert slurm.scontrol() == [f'requeue {job}']
-    first = checkpoint.load_training(str(latest))['step']
-
-    manifest = list(yaml.safe_load_all(block('Kubernetes', 'yaml')))[1]
-    host = f'localhost:{free_port(30000, 32000)}'  # a name, as in the manifest
-    pods = [start_pod(manifest, index, MASTER=host, **variables) for index in range(2)]
-    end_all += pods
-    wait_for_steps(output / 'log.txt', 2, *pods)
-    pods[0].terminate()  # it is evicted
-    statuses = [pod.wait(60) for pod in pods]
-    assert statuses == [signal.SIGTERM, STOPPED]
-    ignored = [rule['onExitCodes']['values'] for rule in manifest['spec']['podFailurePolicy']['rules']
-               if rule['action'] == 'Ignore' and 'onExitCodes' in rule]
-    assert ignored == [statuses]
-    assert checkpoint.load_training(str(latest))['step'] > first
-
-    # on one machine it needs no launcher
-    script = slurm.submit(job, nodes='1', SLURM_RESTART_COUNT='1', PADDLE_NPROC_PER_NODE='2', **variables)
-    end_all.append(script)
-    assert script.wait(100) == 0 and slurm.scontrol() == [f'requeue {job}']
-
-    log = (output / 'log.txt').read_text()
-    assert log.count(', processes: 2,') == 3 and log.count(f' resumed {latest} after epoch ') == 2
-    assert 'bitwise' not in log
-    assert [start['status'] for start in json.loads((output / 'run.json').read_text())] == [
-        'stopped', 'stopped', 'finished']
-    plain = tmp_path / 'plain'
-    run('main_multi_gpu.py', '-nproc', '2', '-cfg', narrow, '-data_path', fashion, '-output', plain)
-    rows, plain_rows = (without_times(records(folder)) for folder in (output, plain))
-    assert [(row['epoch'], row['split'], row['n']) for row in rows] == [
-        *((epoch, 'train', 48) for epoch in range(1, 21)), (20, 'val', 35), (20, 'val', 35)]
-    assert rows[:20] == plain_rows[:20]
-    # except batch-norm statistics, which a save within an epoch averages
-    states = [checkpoint.load(str(folder / 'latest.pdparams')) for folder in (output, plain)]
-    for part in ('model', 'model_ema', 'optimizer'):
-        assert_same(*({name: value for name, value in state[part].items() if '._mean' not in name and
-                       '._variance' not in name} for state in states))
+def run_command(command, clone):
+    """Run one command as the shell does in the top folder of the clone. Returns (exit status, output)."""
+    command = command.replace('/dataset/imagenet', 'data/imagenet').replace('/usr/share/datasets/fashion-mnist', 'demo')
+    words = [word for pattern in shlex.split(command) for word in expand(pattern, clone)]
+    env = {**os.environ, 'PYTHON': sys.executable, 'DATA_PATH': 'data/imagenet'}
+    while '=' in words[0]:
+        name, value = words.pop(0).split('=', 1)
+        env[name] = value
+    if words[0] == 'sh' or words[1:3] == ['-m', 'paddle.distributed.launch']:
+        words[0] = {'sh': 'sh', 'python': sys.executable}[words[0]]
+        process = subprocess.run(words, cwd=clone, env=env, capture_output=True, text=True, timeout=300)
+    else:
+        assert words[0] == 'python'
+        parsed = ['-c', PARSE] if matches(PARSED, command) else []
+        process = forked.run([sys.executable, *parsed, *words[1:]], clone, env, timeout=300)
+        assert not parsed or process.stdout == 'parsed\n', process
+    return process.returncode, process.stdout + process.stderr
 
 
-@pytest.mark.parametrize('status, is_queued_again', [(0, False), (1, False), (2, False), (15, True), (75, True)])
-def test_the_slurm_script_on_one_machine(tmp_path, status, is_queued_again):
-    """The task becomes main_multi_gpu.py. Only a run that was stopped is queued again."""
-    slurm = Slurm(tmp_path)
-    write_program(tmp_path / 'python', f'#!/bin/sh\necho $$ "$@" > {tmp_path}/command\nexit {status}\n')
-    assert slurm.submit(7, nodes='1', PYTHON=str(tmp_path / 'python')).wait(20) == status
-    task, program, *_ = (tmp_path / 'command').read_text().split()
-    assert [int(task)] == slurm.tasks() and program == 'main_multi_gpu.py'
-    assert slurm.scontrol() == (['requeue 7'] if is_queued_again else [])
+def run_python(code, clone):
+    """Run a Python block in the top folder of the clone. Returns (exit status, output)."""
+    code = code.replace('/path/to/clone', str(clone))
+    process = forked.run([sys.executable, '-c', code], clone, {**os.environ, 'PYTHONPATH': str(clone / 'stubs')})
+    return process.returncode, process.stdout + process.stderr
+
+
+@pytest.mark.parametrize('page', PAGES, ids=lambda page: page.name)
+def test_commands_and_python_snippets(page, clone):
+    for language, code in snippets(page):
+        if not matches(ELSEWHERE, code):
+            status, output = (run_python if language == 'python' else run_command)(code, clone)
+            assert status == 0, f'{code}\n{output}'
+
+
+def test_backbones(clone):
+    """The maps are those of forward_features, from pretrained weights, and the same when fused."""
+    blocks = [code for language, code in snippets(ROOT / 'docs/deployment.md') if language == 'python']
+    [detection], [segmentation] = ([code for code in blocks if name in code] for name in ('ppdet', 'paddleseg'))
+    status, output = run_python(detection + segmentation + '''
+import paddle
+from mobileone import model_convert
+images = paddle.rand([2, 3, 64, 64])
+for layer, inputs in ((MobileOneDet, {'image': images}), (MobileOneSeg, images)):
+    backbone = layer(pretrained='mobileone_s4.pdparams')
+    backbone.eval()
+    maps, expected = model_convert(backbone)(inputs), backbone.network.forward_features(images)[-len(backbone(inputs)):]
+    assert all(float((a - b).abs().max()) < 1e-5 for a, b in zip(maps, expected))
+    print([map.shape[1] for map in maps])
+backbone = MobileOneDet(pretrained='mobileone_s4.pdparams')
+print([spec['channels'] for spec in backbone.out_shape], [spec['stride'] for spec in backbone.out_shape])
+''', clone)
+    assert (status, output) == (0, '[8, 8, 8]\n[4, 8, 8, 8]\n[8, 8, 8] [8, 16, 32]\n'), output
+
+
+def test_every_exception_is_needed():
+    codes = [code for page in PAGES for _, code in snippets(page)]
+    assert len(codes) > 60
+    assert [pattern for pattern in [*ELSEWHERE, *PARSED] if not any(re.match(pattern, code) for code in codes)] == []
+
+
+@pytest.mark.parametrize('page', PAGES, ids=lambda page: page.name)
+def test_links_lead_somewhere(page):
+    """Files and headings of the repository; GitHub makes an anchor of a heading's words in lower case."""
+    text = re.sub(r'^```.*?^```', '', page.read_text(), flags=re.M | re.S)
+    for target in re.findall(r'(?:\]\(|src=")([^)"]+)', text):
+        name, _, anchor = target.partition('#')
+        if '://' not in target:
+            linked = page.parent / name if name else page
+            assert linked.exists(), target
+            headings = re.findall(r'^#+ (.*)', linked.read_text(), re.M) if anchor else []
+            anchors = [re.sub(r'[^\w -]', '', heading.lower()).replace(' ', '-') for heading in headings]
+            assert not anchor or anchor in anchors, target
+
+
+def test_tests_that_the_pages_name_exist():
+    pattern = r'`(test_\w+\.py)`:((?:,? `test_\w+`)+)'
+    found = [match for page in PAGES for match in re.findall(pattern, page.read_text())]
+    assert len(found) > 50
+    for name, tests in found:
+        defined = re.findall(r'^def (test_\w+)', (ROOT / 'tests' / name).read_text(), re.M)
+        assert set(re.findall(r'\w+', tests)) <= set(defined), name
+
+
+def test_requirement_files_exist():
+    names = re.findall(r'-r (\S+)', ' '.join(commands()))
+    assert 'requirements.txt' in names and all((ROOT / name).is_file() for name in names)

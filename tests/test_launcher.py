@@ -58,7 +58,7 @@ time.sleep(60)
 
 @pytest.mark.parametrize('tasks, nodes, command', [
     ('8', '1', 'srun --ntasks=1 python main_multi_gpu.py ... (for'),
-    ('2', '2', "srun --ntasks=2 --ntasks-per-node=1 sh -c 'python -m paddle.distributed.launch --nnodes 2 --rank "
+    ('2', '2', "srun --ntasks=2 --ntasks-per-node=1 sh -c 'exec python -m paddle.distributed.launch --nnodes 2 --rank "
                '$SLURM_NODEID --master $SLURM_LAUNCH_NODE_IPADDR:8090 --log_dir log/$SLURM_NODEID main_multi_gpu.py '
                "...' (for"),
 ])

@@ -68,7 +68,7 @@ def draw(path):
     fused_x = 6.8
     fused_layer(axes, fused_x, 0, '3×3 depthwise, bias')
     fused_layer(axes, fused_x, -LAYER_HEIGHT, '1×1, bias')
-    for x, title in ((0, 'in training'), (fused_x, 'in use')):
+    for x, title in ((0, 'training'), (fused_x, 'inference')):
         axes.text(x, 0.6, title, ha='center', fontsize=13, weight='bold')
         axes.text(x, 0.12, 'input', ha='center', fontsize=9)
         line(axes, (x, -3.74), (x, -LAYER_HEIGHT), arrow=False)

@@ -148,7 +148,7 @@ def plot(rows, configs, path):
             axis.annotate(name, (x, y), xytext=(5, -10), textcoords='offset points', fontsize='small')
     axis.set(xlabel='latency of the fastest float32 engine (ms)',
              ylabel='published top-1 accuracy (%)' if known else 'FLOPs, fused (millions of multiply-adds)')
-    axis.margins(0.15)  # room for the names
+    axis.margins(0.25)  # room for the names
     axis.grid(alpha=0.3)
     axis.legend()
     replace(path, lambda partial: figure.savefig(partial, dpi=120, format='png'))

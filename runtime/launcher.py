@@ -27,8 +27,8 @@ def check_srun(processes):
     command = f'srun --ntasks=1 python {program_name()} ...'
     if nodes > 1:
         command = (f"srun --ntasks={nodes} --ntasks-per-node=1 sh -c 'exec python -m paddle.distributed.launch "
-                   f'--nnodes {nodes} --rank $SLURM_NODEID --master $SLURM_LAUNCH_NODE_IPADDR:8090 --log_dir log/$SLURM_NODEID '
-                   f"{program_name()} ...'")
+                   f'--nnodes {nodes} --rank $SLURM_NODEID --master $SLURM_LAUNCH_NODE_IPADDR:8090 '
+                   f"--log_dir log/$SLURM_NODEID {program_name()} ...'")
     raise UserError(f'srun started {tasks} tasks, each of which would be a separate run; start one task per machine: '
                     f'{command} (for separate runs, give -nproc 1)')
 

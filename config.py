@@ -18,7 +18,7 @@ KEYS = {
     'DATA.BATCH_SIZE_EVAL': Key(0, low=0, null=0),
     # folder with train_list.txt and val_list.txt; the paths in them are relative to it
     'DATA.DATA_PATH': Key('/dataset/imagenet/'),
-    # layout of the data set: imagenet2012 (list files)
+    # layout of the dataset: imagenet2012 (list files)
     'DATA.DATASET': Key('imagenet2012', choices=('imagenet2012',)),
     # side of the square input image in pixels; TRAIN.CURRICULUM, if set, overrides it in training
     'DATA.IMAGE_SIZE': Key(224, low=1),
@@ -36,8 +36,8 @@ KEYS = {
     'DATA.CROP_SCALE': Key([0.08, 1.0], low=1e-4, high=1, length=2),
     # apply the EXIF rotation of images, as viewers do; ImageNet models are trained on images as stored
     'DATA.EXIF_TRANSPOSE': Key(False),
-    # bits actually used by gray pixels of more than 8 bits: values are scaled from the range 0 to 2**BIT_DEPTH - 1;
-    # 0: as the file declares
+    # bits actually used in gray images with more than 8 bits per pixel: values are scaled from the range 0 to
+    # 2**BIT_DEPTH - 1; 0: as the file declares
     'DATA.BIT_DEPTH': Key(0, low=0, high=16),
     # data workers (processes that read images); 0: the training process reads them itself; -1: its share of the
     # machine's cores minus one, but at least 1 and at most 8
@@ -59,11 +59,11 @@ KEYS = {
     # checkpoint of this project to resume, which takes precedence over PRETRAINED; auto: the newest complete one in
     # SAVE, if any
     'MODEL.RESUME': Key('', null=''),
-    # labels are 0 to NUM_CLASSES - 1; 0: the number in the weights when these are evaluated or exported; in training,
-    # the number of lines of DATA_PATH's class_names.txt or, without one, of labels in its lists
+    # labels are 0 to NUM_CLASSES - 1; 0: in evaluation and export, take the number from the weights; in training, from
+    # the data: the lines of DATA_PATH's class_names.txt or, without one, the largest label in its lists + 1
     'MODEL.NUM_CLASSES': Key(1000, low=0),
-    # the five lists have an entry for the stem and for each of four stages of (depthwise 3x3, pointwise 1x1) pairs.
-    # Pairs per stage; the stem is one dense 3x3 layer
+    # the next five lists have one entry for the stem, a dense 3x3 layer, and one for each of the four stages.
+    # Blocks per stage, each a depthwise 3x3 layer and a pointwise 1x1 layer
     'MODEL.NUM_BLOCKS': Key([1, 2, 8, 10, 1], low=1),
     # base widths; a stage has int(CHANNELS * EXPANSIONS) channels
     'MODEL.CHANNELS': Key([64, 64, 128, 256, 512], low=1),
@@ -80,19 +80,19 @@ KEYS = {
     # training on several GPUs: compute batch-norm statistics over the batches of all GPUs instead of each GPU's own
     'MODEL.SYNC_BN': Key(False),
 
-    # TRAIN: these defaults and configs/mobileone_s*.yaml are the paper's recipe. "not confirmed" marks what no source
-    # that could be read confirms
+    # TRAIN: these defaults and configs/mobileone_s*.yaml are the paper's recipe. "not confirmed" marks
+    # values that no available source confirms
 
     # epochs of the whole run, counted from 1
     'TRAIN.NUM_EPOCHS': Key(300, low=1),
     # number of epochs to count as done: the run starts with the next one, at its place in the schedules
     'TRAIN.LAST_EPOCH': Key(0, low=0),
-    # what keeps its pretrained weights and batch-norm statistics: none, or backbone (everything except the classifier)
+    # layers that keep their pretrained weights and batch-norm statistics: none, or backbone (all but the classifier)
     'TRAIN.FREEZE': Key('none', choices=('none', 'backbone')),
-    # epochs in which the lr rises linearly, at most all but the last one (not confirmed: from MMPretrain)
+    # epochs in which the lr rises linearly, at most NUM_EPOCHS - 1 (not confirmed: from MMPretrain)
     'TRAIN.WARMUP_EPOCHS': Key(5, low=0),
-    # decay at the first step of weights with two or more dimensions; none on batch norm and biases (not confirmed:
-    # from MMPretrain, for batch norm)
+    # weight decay at the first step, for weights with two or more dimensions; batch norms and biases have none (not
+    # confirmed: from MMPretrain, for batch norm)
     'TRAIN.WEIGHT_DECAY': Key(1e-4, low=0),
     # weight decay reached after the last step, on a cosine over all steps; -1: constant
     'TRAIN.END_WEIGHT_DECAY': Key(-1.0, low=-1, null=-1.0),
@@ -103,11 +103,11 @@ KEYS = {
     # lr that the cosine reaches after the last step (not confirmed)
     'TRAIN.END_LR': Key(0.0002, low=0),
     # total batch that the three lrs and MODEL_EMA_DECAY are meant for: with r = total batch / this, the lrs are
-    # multiplied by r and the EMA decay is raised to the power r; 0: neither
+    # multiplied by r and the EMA decay is raised to the power r; 0: no scaling
     'TRAIN.LINEAR_SCALED_LR': Key(256, low=0, null=0),
     # largest L2 norm of all gradients together; larger ones are scaled down to it; 0: no clipping
     'TRAIN.GRAD_CLIP': Key(0.0, low=0, null=0.0),
-    # batches per device in one optimizer step, which uses their mean gradient
+    # batches per device and optimizer step, which uses their mean gradient
     'TRAIN.ACCUM_ITER': Key(1, low=1),
     # evaluate and save an exponential moving average of the weights
     'TRAIN.MODEL_EMA': Key(True),
@@ -150,7 +150,7 @@ KEYS = {
     # what shares one random draw: batch (all images), pair (images i and N - 1 - i), elem (nothing: one draw per image)
     'TRAIN.MIXUP_MODE': Key('batch', choices=('batch', 'pair', 'elem')),
 
-    # what the loss takes from a teacher: none (no teacher), soft (its probabilities), hard (its top class)
+    # what the loss uses of a teacher: none (no teacher), soft (its probabilities), hard (its top class)
     'TRAIN.DISTILLATION.TYPE': Key('none', choices=('none', 'soft', 'hard')),
     # YAML file of the teacher, any MobileOne
     'TRAIN.DISTILLATION.TEACHER_CFG': Key(''),
@@ -163,12 +163,12 @@ KEYS = {
 
     # SGD or AdamW
     'TRAIN.OPTIMIZER.NAME': Key('SGD', choices=('SGD', 'AdamW')),
-    # SGD: momentum (the value is not confirmed: all ports use it)
+    # SGD: momentum (not confirmed, but used by all ports)
     'TRAIN.OPTIMIZER.MOMENTUM': Key(0.9, low=0, high=0.9999),
     # SGD: Nesterov momentum (not confirmed)
     'TRAIN.OPTIMIZER.NESTEROV': Key(False),
-    # AdamW: added to the root of the second moment; above 0, because the update of a weight without a gradient divides
-    # by it
+    # AdamW: added to the square root of the second moment; above 0, because a weight without a gradient would divide by
+    # it
     'TRAIN.OPTIMIZER.EPS': Key(1e-8, low=1e-20),
     # AdamW: decay rates of the first and second moment
     'TRAIN.OPTIMIZER.BETAS': Key([0.9, 0.999], low=0, high=0.999999, length=2),
@@ -202,7 +202,7 @@ KEYS = {
 
 # flag -> (key, placeholder, help); a flag has the type of its key, and a boolean flag takes no argument
 FLAGS = {
-    'dataset': ('DATA.DATASET', 'NAME', 'layout of the data set: imagenet2012'),
+    'dataset': ('DATA.DATASET', 'NAME', 'layout of the dataset: imagenet2012'),
     'data_path': ('DATA.DATA_PATH', 'DIR', 'folder with train_list.txt and val_list.txt'),
     'output': ('SAVE', 'DIR', 'folder of the run (default: output/<MODEL.NAME>-<time>)'),
     'batch_size': ('DATA.BATCH_SIZE', 'N', 'images per batch and device (also sets -batch_size_eval)'),
@@ -224,8 +224,8 @@ FLAGS = {
 # keys of older YAML files whose features are not supported: False is ignored, anything else is an error
 UNSUPPORTED = ('TRAIN.MODEL_EMA_FORCE_CPU', 'TRAIN.MULTI_SCALE_SAMPLER_DDP', 'TRAIN.RANDOM_ERASE_SPLIT')
 
-# keys that do not affect the final weights of a run (SAVE_FREQ_STEPS affects only the batch-norm statistics of several
-# processes, because a save averages them)
+# keys that do not affect the final weights of a run (SAVE_FREQ_STEPS only affects batch-norm statistics, and only with
+# several processes, because a save averages them)
 UNRELATED = ('BASE', 'SAVE', 'SAVE_FREQ', 'SAVE_FREQ_STEPS', 'KEEP_CHECKPOINTS', 'REPORT_FREQ', 'VALIDATE_FREQ',
              'DATA.NUM_WORKERS', 'DATA.WORKER_TIMEOUT', 'DATA.DATA_PATH', 'DATA.BATCH_SIZE_EVAL', 'MODEL.NAME',
              'TRAIN.LAST_EPOCH', 'REPORT')
@@ -246,7 +246,7 @@ def get_config(path=None):
 
 
 def update_config(config, args):
-    """Merge parsed flags (of `get_parser`; args may lack any of them) into config, in place. Returns: config.
+    """Merge flags parsed by `get_parser` into config, in place; args may lack any of them. Returns: config.
 
     `-cfg` is merged first, `-opts` last. `-batch_size` also sets the evaluation batch size, unless `-batch_size_eval`
     is given. A flag with the value 0 counts as given.
@@ -266,10 +266,10 @@ def get_parser(description, flags=tuple(FLAGS)):
 
 
 def resolve_config(config):
-    """Return a frozen copy of a config in which the type and range of each value and all combinations are checked.
+    """Return a frozen copy of a config after checking the type and range of each value, and all combinations.
 
-    BASE is emptied, because the copy describes the whole run. Does not open any file of the data set.
-    Raises: UserError that names key, value and remedy.
+    BASE is emptied, because the copy describes the whole run. Opens no file of the dataset.
+    Raises: UserError that names the key, the value and the remedy.
     """
     resolved = SETTINGS.checked(config)
     _check_combinations(resolved)
@@ -277,7 +277,7 @@ def resolve_config(config):
 
 
 def get_teacher_config(config):
-    """Return the config of TRAIN.DISTILLATION's teacher, set to load fused; None without a teacher or with EVAL.
+    """Return the config of TRAIN.DISTILLATION's teacher, to be loaded fused; None without a teacher or with EVAL.
 
     Raises: UserError for a config that cannot be read, or a teacher that does not match the student.
     """
@@ -322,7 +322,7 @@ def stage_widths(num_blocks, num_branches, channels, strides, expansions):
         if len(values) != 5 or min(counted) <= 0:
             raise refusal(f'MODEL.{name}', list(values), 'must be five numbers above 0, for the stem and 4 stages')
     if num_blocks[0] != 1:
-        raise refusal('MODEL.NUM_BLOCKS', list(num_blocks), 'the stem (entry 0) is one block')
+        raise refusal('MODEL.NUM_BLOCKS', list(num_blocks), 'the stem (entry 0) is one block: set it to 1')
     widths = [int(c * e) for c, e in zip(channels, expansions)]
     if min(widths) < 1:
         raise UserError(f'MODEL.CHANNELS {list(channels)} times MODEL.EXPANSIONS {list(expansions)} gives stage widths '

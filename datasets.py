@@ -19,7 +19,7 @@ from runtime.loader import Loader
 from transforms import AutoAugment, ColorJitter, EvalTransform, RandAugment, TrainTransform
 from utils import LOG, UserError
 
-# bytes and lines of a list that are parsed at once: parsing takes little memory on top of the list
+# bytes and lines of a list that are parsed at a time, so that parsing needs little memory on top of the list
 BLOCK_BYTES, BLOCK_LINES = 2 ** 22, 2 ** 16
 
 
@@ -34,7 +34,7 @@ class Lines(Sequence):
         """content: the lines as a bytearray, each followed by a line feed."""
         self.content = content
         self.bytes = np.frombuffer(content, 'uint8')
-        # one per line, and where a further line would start
+        # of each line, and of the one that would follow the last
         self.starts = np.concatenate([[0], *(
             start + 1 + np.flatnonzero(self.bytes[start:start + BLOCK_BYTES] == ord('\n'))
             for start in range(0, len(content), BLOCK_BYTES))])
@@ -54,7 +54,7 @@ def _with_slashes(content, path):
         return content
     line = content[content.rfind(b'\n', 0, at) + 1:content.find(b'\n', at)].decode(errors='surrogateescape')
     name = line.rsplit(maxsplit=1)[0]
-    # UTF-16 without a byte-order mark and network paths stay as they are: `parse_line` refuses them
+    # leave UTF-16 without a byte-order mark and network paths as they are: `parse_line` rejects them
     if '\0' in line or content.startswith(b'\\\\') or b'\n\\\\' in content:
         return content
     if os.path.lexists(os.path.join(os.path.dirname(path), name)):
@@ -103,14 +103,14 @@ def parse_line(line):
 
 
 def parse_plain_lines(lines, first, last):
-    """Parse `Lines` first to last - 1 at once if they end in a visible ASCII character, a space or tab, and digits.
+    """Parse `Lines` first to last - 1 with NumPy, if they end in a visible ASCII character, space or tab, and digits.
 
-    Returns: (int64 labels, bool array that is True for such lines; the labels of other lines are undefined).
+    Returns: (int64 labels, bool array that is True for such lines). The labels of other lines are undefined.
     """
     starts = lines.starts[first:last + 1]
     ends = starts[1:] - 1
     labels, at, is_digit = np.zeros(len(ends), 'int64'), ends - 1, np.ones(len(ends), bool)
-    for place in range(18):  # from the last digit backward; an int64 holds any 18 digits
+    for place in range(18):  # from the last digit backward; any 18 digits fit into an int64
         digits = lines.bytes[at].astype('int64') - ord('0')
         is_digit &= (digits >= 0) & (digits <= 9)
         if not is_digit.any():
@@ -170,9 +170,9 @@ def read_list(path, num_classes):
 
 
 def count_classes(data_path):
-    """Count the classes of a data set: the lines of its class_names.txt, or else the largest label in its lists + 1.
+    """Count the classes of a dataset: the lines of its class_names.txt, or else the largest label in its lists + 1.
 
-    Returns: (number, path of the file that determines it).
+    Returns: (number, path of the file that determined it).
     Raises: UserError as `read_names` and `read_list`.
     """
     names, *lists = (os.path.join(data_path, name) for name in (CLASS_NAMES, 'train_list.txt', 'val_list.txt'))
@@ -184,11 +184,11 @@ def count_classes(data_path):
 
 
 class ImageNet2012Dataset(Dataset):
-    """The images of a list file. Item (epoch, index), or index for epoch 0 -> (uint8 [H, W, 3], label).
+    """The images of a list file. dataset[epoch, index], or dataset[index] for epoch 0 -> (uint8 [H, W, 3], label).
 
     read: callable path -> image.
     transform: callable (image, NumPy generator) -> uint8 [size, size, 3], with an attribute `size`.
-    seed: together with epoch and index, seeds the generator of an item.
+    seed: seeds the generator of an item, together with epoch and index.
     """
 
     def __init__(self, data_path, list_name, num_classes, read, transform, seed=0):
@@ -217,7 +217,7 @@ class ImageNet2012Dataset(Dataset):
 class TrainSampler:
     """One rank's batches of (epoch, index), in an order that depends only on (seed, epoch).
 
-    Each step takes the next batch_size * world_size images and gives rank r the r-th part: two ranks with batch size b
+    Each step takes the next batch_size * world_size images and gives part r to rank r, so two ranks with batch size b
     train on the same images as one rank with 2b. The last partial step is dropped, unless it is the only one.
 
     Raises: UserError for fewer images than ranks.
@@ -257,7 +257,7 @@ class TrainSampler:
 
 
 class EvalSampler:
-    """One rank's batches of (0, index). All ranks together have every image once; the last batch may be partial."""
+    """One rank's batches of (0, index). Together, the ranks get every image once; the last batch may be partial."""
 
     def __init__(self, length, batch_size, rank=0, world_size=1):
         self.indices = range(rank, length, world_size)
@@ -335,8 +335,8 @@ def get_dataset(config, is_train=True, epoch=1):
 
 
 def describe_dataset(dataset, num_classes):
-    """Describe a data set in one line: images, labels, and the share of the largest class (the accuracy of a constant
-    guess). Points out labels that may start at 1 and classes that the list does not use.
+    """Describe a dataset in one line: images, labels, and the share of the largest class (the accuracy of always
+    guessing it). Points out labels that may start at 1 and classes that do not occur.
     """
     used, counts = int(dataset.labels.max()) + 1, np.unique(dataset.labels, return_counts=True)[1]
     least = dataset.labels.min()
@@ -356,7 +356,7 @@ def get_dataloader(config, dataset, is_train=True, rank=0, world_size=1):
     Raises: UserError for a rank that is not below world_size.
     """
     data = config.DATA
-    if not 0 <= rank < world_size:  # PaddleViT's port had a flag, use_dist_sampler, in the place of rank
+    if not 0 <= rank < world_size:  # PaddleViT's port had a flag, use_dist_sampler, where rank is here
         raise UserError(f'rank is {rank}, but must be below world_size, {world_size}: give both, or neither')
     if is_train:
         sampler = TrainSampler(len(dataset), data.BATCH_SIZE, config.SEED, rank, world_size)

@@ -1,4 +1,4 @@
-"""The training step (`train_step`), the evaluation (`evaluate`) and one epoch of training (`train_one_epoch`).
+"""The training step (`train_step`), evaluation (`evaluate`) and one epoch of training (`train_one_epoch`).
 
 The same code serves one process and many. Whether training ends early (a bad loss, a stop request) depends only on
 values that are the same on every rank. The loop over epochs is `Run.train` in run.py.
@@ -27,13 +27,13 @@ class NotFiniteError(UserError):
 
 
 def check_finite(value, what):
-    """Raises: NotFiniteError unless `value` is finite. what: its name in the message."""
+    """Raise NotFiniteError unless `value` is finite. what: its name in the message."""
     if not math.isfinite(value):
         raise NotFiniteError(f'{what} is {value}: lower TRAIN.BASE_LR, or check MODEL.PRETRAINED and the labels')
 
 
 def check_tensors(groups, what):
-    """Raises: NotFiniteError, on every rank, unless all tensors are finite. groups: {name: {name: tensor}}."""
+    """Raise NotFiniteError, on every rank, unless all tensors are finite. groups: {name: {name: tensor}}."""
     finite = [paddle.stack([tensor.isfinite().all() for tensor in group.values()]).numpy()
               for group in groups.values() if group]
     good = reduce_over_ranks(np.concatenate(finite), 'MIN').all()
@@ -43,7 +43,7 @@ def check_tensors(groups, what):
 class Precision:
     """Mixed precision (AMP, AMP_LEVEL and AMP_DTYPE of a config). Has an effect only on GPUs.
 
-    auto_cast: returns the context of a forward pass. Weights stay float32 even at O2: they are small next to the
+    auto_cast(): context manager for the forward pass. Weights stay float32 even at O2: they are small next to the
     activations, and the optimizer, the EMA and checkpoints need no second copy. scaler: loss scaling for float16.
     Raises: UserError for a GPU that does not support AMP_DTYPE.
     """
@@ -54,9 +54,9 @@ class Precision:
         if config.AMP and not enabled:
             LOG.info('mixed precision (AMP) has no effect on a CPU')
         if enabled and not getattr(paddle.amp, f'is_{dtype}_supported')():
-            raise UserError(f'AMP_DTYPE is {config.AMP_DTYPE!r}, which this GPU does not support; use the other of '
-                            'float16 and bfloat16, or turn AMP off')
-        # Paddle's own lists have only dense convolutions (2.6.2, 3.3.1): depthwise ones would stay in float32
+            raise UserError(f'AMP_DTYPE is {config.AMP_DTYPE!r}, which this GPU does not support; use the other one '
+                            '(float16 or bfloat16), or turn AMP off')
+        # Paddle's own list has only dense convolutions (2.6.2, 3.3.1): depthwise ones would stay in float32
         self.auto_cast = functools.partial(paddle.amp.auto_cast, enable=enabled, level=config.AMP_LEVEL.upper(),
                                            dtype=dtype, custom_white_list={'depthwise_conv2d'})
         self.scaler = paddle.amp.GradScaler(enable=enabled and dtype == 'float16')
@@ -64,9 +64,9 @@ class Precision:
 
 @dataclass
 class Training:
-    """Everything that `train_step` uses."""
+    """Everything `train_step` needs."""
     model: paddle.nn.Layer
-    # the model itself, or its DataParallel if there are several processes
+    # the model itself; with several processes, a DataParallel around it
     network: paddle.nn.Layer
     criterion: paddle.nn.Layer
     optimizer: paddle.optimizer.Optimizer
@@ -86,9 +86,10 @@ class Training:
 
 @dataclass
 class EpochPart:
-    """The finished part of an epoch: how many of its optimizer steps, and the sums over this rank's images in them.
+    """The finished part of an epoch.
 
-    epoch: from 1; sums: total of `batch_sums`; n: number of images; seconds: time taken.
+    epoch: from 1; steps: optimizer steps done; sums: total of `batch_sums`, and n: number of images, both on this rank;
+    seconds: time taken.
     """
     epoch: int
     steps: int
@@ -101,7 +102,7 @@ class EpochPart:
         return cls(epoch, 0, paddle.zeros([3], dtype='float64'), 0, 0.0)
 
     def state(self, schedule):
-        """Return plain numbers and an array of every rank's sums and n, for a checkpoint. Waits for the other ranks."""
+        """Return the part as plain numbers and an array [ranks, 4], for a checkpoint. Waits for the other ranks."""
         sums = np.zeros([world_size(), 4])
         sums[rank()] = [*self.sums.tolist(), self.n]
         return {'steps': self.steps, 'seconds': self.seconds, 'sums': reduce_over_ranks(sums),
@@ -109,7 +110,7 @@ class EpochPart:
 
     @classmethod
     def resumed(cls, epoch, state, schedule):
-        """Return the part saved as a `state`; None if it is incomplete and this run has other steps or ranks."""
+        """Restore the part from its `state`. Returns None for an incomplete epoch if the steps or ranks differ now."""
         steps, keys = state['steps'], ('steps_per_epoch', 'total_batch')
         if len(state['sums']) == world_size() and all(state[key] == getattr(schedule, key) for key in keys):
             *sums, n = state['sums'][rank()].tolist()
@@ -148,9 +149,9 @@ class Metrics:
 
 
 def batch_sums(logits, labels, loss):
-    """Return sums over a batch, float64 [3] on the device: loss, images correct in the top 1, in the top 5.
+    """Return sums over a batch, float64 [3] on the device: loss, top-1 hits, top-5 hits.
 
-    logits: [N, C]; labels: [N]; loss: mean over the batch. With fewer than five classes the top 5 are all of them.
+    logits: [N, C]; labels: [N]; loss: mean over the batch. With fewer than five classes, the top 5 are all classes.
     """
     best = logits.topk(min(5, logits.shape[1]), axis=1)[1]
     hits = (best == labels.unsqueeze(1)).astype('float64')
@@ -161,8 +162,8 @@ def train_step(training, batches, step):
     """Run one optimizer step on a window of batches (uint8 [N, H, W, 3], int64 [N]). step: global step, from 0.
 
     The gradient is the mean over the window's batches and over the ranks, which synchronize only at the last batch.
-    Returns: `batch_sums` of the window, on the device. Nothing here waits for the device, except Paddle's float16
-    scaler.
+    Returns: `batch_sums` of the window, on the device. Nothing here waits for the device, except Paddle's scaler for
+    float16.
     """
     rng = np.random.default_rng([training.seed, step, rank()])
     scaler, optimizer = training.precision.scaler, training.optimizer
@@ -197,13 +198,13 @@ def train_step(training, batches, step):
 @paddle.no_grad()
 def evaluate(networks, loader, normalize, report_freq=50, auto_cast=contextlib.nullcontext, after_batch=lambda: None,
              predictions=None):
-    """Evaluate networks on every image of a loader's data set exactly once, all in the same pass.
+    """Evaluate networks on a loader's dataset, in one pass in which every image counts exactly once.
 
-    With several processes each evaluates its share of the images, and all return the metrics over all images.
+    With several processes, each evaluates its share of the images, and all return the metrics over all images.
     networks: [(name, network)], left in evaluation mode; report_freq: batches between progress lines when there is no
-    terminal for a bar; auto_cast: see `Precision`; after_batch: called after each batch; predictions: `Predictions`
-    that collects the outputs, for a single network.
-    Returns: {name: Metrics}.
+    terminal for a bar; auto_cast: see `Precision`; after_batch(): called after each batch; predictions: `Predictions`
+    to collect the outputs of a single network.
+    Returns: {name: Metrics}. Raises: RuntimeError if the loaders did not yield the whole dataset.
     """
     for _, network in networks:
         network.eval()
@@ -234,7 +235,7 @@ def evaluate(networks, loader, normalize, report_freq=50, auto_cast=contextlib.n
 
 
 class Predictions:
-    """Results of an evaluation for each image: the top classes, their probabilities, and the label's probability."""
+    """Per-image results of an evaluation: the top classes, their probabilities and the label's probability."""
 
     def __init__(self, num_classes):
         self.count = min(5, num_classes)
@@ -248,7 +249,7 @@ class Predictions:
         self.rows.append(paddle.concat([best.astype('float64'), probabilities.astype('float64')], axis=1))
 
     def gather(self, sampler, length):
-        """Return the results of all ranks in data set order, on every rank. sampler: the one of this rank's batches.
+        """Return the results of all ranks in dataset order, on every rank. sampler: this rank's `EvalSampler`.
 
         Returns: top classes, int64 [length, k]; their probabilities, [length, k]; the labels' probabilities, [length].
         """
@@ -260,13 +261,13 @@ class Predictions:
 
 
 def time_left(seconds, steps_done, steps_left, evaluation_seconds=0.0):
-    """Estimate how long the rest of a run takes. seconds: of steps_done steps; evaluation_seconds: still to come."""
+    """Estimate the time left as a timedelta. seconds: for steps_done steps; evaluation_seconds: for what is left."""
     left = seconds / steps_done * steps_left + evaluation_seconds
     return datetime.timedelta(seconds=round(min(left, 1e10)))  # a timedelta overflows at about 1e14 seconds
 
 
 def describe_part(part, metrics, training, data_share):
-    """Return the text that a progress bar shows for a part of an epoch, and the text that a log line adds to it.
+    """Return (text for the progress bar, text that a log line appends to it) for a part of an epoch.
 
     data_share: fraction of the time spent waiting for images.
     """
@@ -284,15 +285,15 @@ def windows(batches, size):
         yield window
 
 
-# how often the ranks agree on whether to stop: main_multi_gpu.py, Paddle's launcher and SLURM kill a process 30 seconds
-# after they tell it to stop
+# the ranks agree on whether to stop about this often: main_multi_gpu.py, Paddle's launcher and SLURM kill a process 30
+# seconds after they tell it to stop
 AGREEMENT_SECONDS = 5.0
 
 
 def agree(part, start, should_stop):
-    """Return (Metrics of an epoch over all ranks, whether any rank should stop), the same on all ranks.
+    """Return (Metrics so far over all ranks, whether any rank should stop), the same on all ranks.
 
-    start: when the epoch began. Waits for the device, then for the other ranks, in one reduction.
+    start: `time.perf_counter()` at the epoch's start. Waits for the device, then for the other ranks, in one reduction.
     """
     sums = part.sums.tolist()
     own = [*sums, part.n, time.perf_counter() - start, should_stop]
@@ -304,8 +305,8 @@ def train_one_epoch(training, loader, part, report_freq=50, should_stop=lambda: 
                     after_step=lambda part, stopping: None):
     """Train on the remaining batches of an epoch. part: the EpochPart that is already done.
 
-    The ranks agree on metrics and on whether to stop after the first step, at log lines (every report_freq steps and
-    the last), and about every AGREEMENT_SECONDS in between; a single process checks for a stop after every step.
+    The ranks exchange metrics and stop requests after the first step, at log lines (every report_freq steps and at the
+    last), and about every AGREEMENT_SECONDS in between; a single process checks for a stop request after every step.
     should_stop(): whether this rank was told to stop; after_step(part, stopping): called after each step with the part
     done so far and whether any rank should stop, which all ranks learn after the same step.
     Returns: Metrics of the training batches of all ranks.
@@ -340,7 +341,7 @@ def train_one_epoch(training, loader, part, report_freq=50, should_stop=lambda: 
 
 
 def average_statistics(training):
-    """Average the batch-norm statistics over the ranks, each of which has only seen its own images."""
+    """Average the batch-norm statistics over the ranks, each of which has seen only its own images."""
     if world_size() == 1:
         return
     networks = [training.model, *([training.ema.network] if training.ema else [])]

@@ -22,7 +22,7 @@ def mobileone_s0(pretrained='', fused=False, num_classes=1000):
 
     pretrained: path of a weight file of this project, fused or not; '': random weights.
     fused: return the fused network, in evaluation mode.
-    num_classes: number of classes of the weights.
+    num_classes: number of classes in the weights.
     Raises: UserError for a file that cannot be read or weights that do not fit.
     """
     return _build('mobileone_s0', pretrained, fused, num_classes)

@@ -18,15 +18,15 @@ from PIL import Image, ImageFile, ImageOps, UnidentifiedImageError
 from runtime.files import check_regular
 from utils import UserError, one_line
 
-# an image is read or raises an error; Pillow's warnings and log lines do not name the file
+# images that cannot be read raise errors; Pillow's warnings and log lines do not name the file
 warnings.filterwarnings('ignore', module='PIL')
 logging.getLogger('PIL').setLevel(logging.CRITICAL)
 
 BITS_PER_SAMPLE = 258  # TIFF tag
 ORIENTATION = 0x0112  # EXIF tag
 JPEG = b'\xff\xd8\xff'  # first bytes of a JPEG file
-# EXIF orientation -> the operation that makes the stored image upright
-TURNS = {
+# EXIF orientation -> operation that makes the stored image upright
+UPRIGHT = {
     2: Image.Transpose.FLIP_LEFT_RIGHT,
     3: Image.Transpose.ROTATE_180,
     4: Image.Transpose.FLIP_TOP_BOTTOM,
@@ -38,7 +38,7 @@ TURNS = {
 # Pillow filters that OpenCV has too, and computes faster
 OPENCV = {Image.Resampling.BILINEAR: 'INTER_LINEAR', Image.Resampling.BICUBIC: 'INTER_CUBIC'}
 
-# files and folders of file managers, network storage and archives, besides names that start with a dot
+# files and folders that file managers, network storage and archives create, in addition to names that start with a dot
 SYSTEM_NAMES = {'@eadir', '@recycle', '@tmp', '#recycle', '#snapshot', '$recycle.bin', '__macosx', '__pycache__',
                 'desktop.ini', 'ehthumbs.db', 'lost+found', 'system volume information', 'thumbs.db'}
 RUNS = 'folders of runs or reports'  # a reason that `find_images` returns
@@ -64,8 +64,8 @@ def is_image(name):
     return not is_hidden(name) and os.path.splitext(name)[1].lower() in _extensions()
 
 
-def _why_not(entry):
-    """Return why a file from `os.scandir` is left out, in words for several files; '' for an image."""
+def _reason_to_skip(entry):
+    """Return the kind of files, in the plural, to which a skipped `os.scandir` entry belongs; '' for an image."""
     if is_hidden(entry.name):
         return 'hidden or system files and folders'
     # entry.is_file() raises an error for some broken links
@@ -78,7 +78,7 @@ def _why_not(entry):
 
 
 def _is_run(names):
-    """Whether a folder with these names in it is the folder of a run or the report of an evaluation."""
+    """Whether a folder that contains these names belongs to a run or is the report of an evaluation."""
     return ({'report.html', 'images.csv'} <= set(names) or 'config.yaml' in names
             and any(name == 'log.jsonl' or name.endswith('.pdparams') for name in names))
 
@@ -86,7 +86,7 @@ def _is_run(names):
 def find_images(root, listed=None):
     """Search a folder and its subfolders, including linked ones, for images (`is_image`), each found only once.
 
-    listed: set of real paths of images to leave out; the images found are added to it.
+    listed: set of real paths of images to leave out; the ones found are added to it.
     Returns: (sorted paths, {reason: sorted paths that were left out}), relative to root, with slashes.
     Raises: OSError for a folder that cannot be read.
     """
@@ -110,10 +110,10 @@ def find_images(root, listed=None):
                 path = f'{folder}/{entry.name}' if folder else entry.name
                 is_folder = os.path.isdir(entry.path) if entry.is_symlink() else entry.is_dir()
                 if is_folder and not is_hidden(entry.name):
-                    # folders are taken from the end, so links wait until all other folders are searched
+                    # folders are popped from the end, so links wait until all other folders have been searched
                     folders.insert(0 if entry.is_symlink() else len(folders), path)
                 else:
-                    reason = _why_not(entry)
+                    reason = _reason_to_skip(entry)
                     if reason:
                         left_out[reason].append(path)
                     else:
@@ -136,13 +136,13 @@ def _declared_depth(image):
     return 16 if image.mode.startswith('I;16') or (image.mode == 'I' and image.format in ('PNG', 'PPM')) else None
 
 
-def _is_cut(image):
-    """Whether Pillow reads only the upper 8 of 16 bits (color or transparency). For an image not yet loaded."""
+def _loses_low_bits(image):
+    """Whether Pillow reads only the upper 8 of 16 bits (color or transparency). The image must not be loaded yet."""
     return not image.mode.startswith('I') and bool(re.search(';16[BLN]', str(getattr(image, 'tile', ''))))
 
 
 def _to_eight_bits(image, bit_depth):
-    """Scale a gray image of integers or floats to 8 bits; of a depth of 8 or more, the upper 8 bits are kept."""
+    """Scale a gray image of integers or floats to 8 bits; from 8 or more bits, the upper 8 are kept."""
     is_float = image.mode == 'F'
     depth = bit_depth or _declared_depth(image)
     image = image if is_float else image.convert('I')
@@ -161,7 +161,7 @@ def _to_eight_bits(image, bit_depth):
 
 def _to_rgb(image, bit_depth):
     """Convert an image to RGB, dropping transparency."""
-    if _is_cut(image) and bit_depth not in (0, 16):
+    if _loses_low_bits(image) and bit_depth not in (0, 16):
         raise ValueError(f'16-bit color, of which Pillow reads only the upper 8 bits: DATA.BIT_DEPTH {bit_depth} '
                          'cannot scale it')
     if image.mode == 'F' or image.mode.startswith('I'):
@@ -194,34 +194,35 @@ def _reading(path):
 
 
 def _read(path, function):
-    """Return function(image) for the image in a file, the first of several. Raises: as `read_image`."""
+    """Return function(image) for the first image in a file. Raises: as `read_image`."""
     check_regular(path)
     with _reading(path), Image.open(path) as image:
         if image.format == 'EPS':
-            raise ValueError('EPS is a program, which Pillow would run in Ghostscript')
+            raise ValueError('an EPS file is a program, which Pillow would run in Ghostscript')
         return function(image)
 
 
 def read_image(path, exif_transpose=False, bit_depth=0):
-    """Read the RGB image in a file, the first of several.
+    """Read the first image in a file as RGB.
 
     exif_transpose: rotate it as its EXIF data specify.
-    bit_depth: bits used by gray pixels that are stored with more than 8, regardless of what the file declares: their
-        range is 0 to 2**bit_depth - 1. 0: as the file declares. The upper 8 bits are kept.
-    Raises: UserError that names the file if it is missing, not a regular file, unreadable, or above Pillow's limit of
+    bit_depth: bits used in gray images stored with more than 8 bits per pixel, which then range from 0 to
+        2**bit_depth - 1, regardless of what the file declares. 0: as the file declares. The upper 8 bits are kept.
+    Returns: Pillow image.
+    Raises: UserError that names the file if it is missing, not a regular file, unreadable, or above Pillow's limit on
         pixels, or if its pixels are out of range or of unknown range.
     """
     return _read(path, lambda image: convert(image, exif_transpose, bit_depth))
 
 
 def read_range(path):
-    """Return the (smallest, largest) pixel, from 0 to 65535, if the file of an image declares 16 bits, else None.
+    """Return the (smallest, largest) pixel value, from 0 to 65535, if an image file declares 16 bits, else None.
 
-    Only the upper 8 bits of a color image are known: its largest pixel may be up to 255 smaller than returned.
+    Only the upper 8 bits of a color image are known, so its largest value may be up to 255 below the one returned.
     Raises: as `read_image`.
     """
     def find(image):
-        if _is_cut(image):
+        if _loses_low_bits(image):
             low, high = zip(*image.convert('RGB').getextrema())
             return 256 * min(low), 256 * max(high) + 255
         is_gray = image.mode.startswith('I') and _declared_depth(image) == 16
@@ -230,7 +231,7 @@ def read_range(path):
 
 
 def find_backend(name):
-    """Whether DATA.IMAGE_BACKEND selects simplejpeg and OpenCV for the JPEG files in training. Imports them if so.
+    """Whether DATA.IMAGE_BACKEND selects simplejpeg and OpenCV for JPEG files in training. Imports them if so.
 
     Raises: UserError if DATA.IMAGE_BACKEND requires them and they are not installed.
     """
@@ -249,7 +250,7 @@ def find_backend(name):
 
 
 def describe_backend(name):
-    """Describe in one line how training reads JPEG files with a DATA.IMAGE_BACKEND. Raises: as `find_backend`."""
+    """Describe in one line how a DATA.IMAGE_BACKEND reads JPEG files in training. Raises: as `find_backend`."""
     line = f'DATA.IMAGE_BACKEND {name}: JPEG files for training are read by '
     if find_backend(name):
         return line + 'simplejpeg and OpenCV'
@@ -257,7 +258,7 @@ def describe_backend(name):
 
 
 def open_image(path, exif_transpose=False, bit_depth=0, fast=False):
-    """Open an image to read a region of it: a `Jpeg`, which is decoded for each region, or else an `InMemory`.
+    """Open an image to read regions of it: a `Jpeg`, decoded again for each region, or else an `InMemory`.
 
     exif_transpose, bit_depth: as in `read_image`. fast: let simplejpeg and OpenCV read what they can (`find_backend`).
     Raises: as `read_image`.
@@ -273,13 +274,13 @@ def open_image(path, exif_transpose=False, bit_depth=0, fast=False):
         image = Image.open(io.BytesIO(data)) if data else None
         if image and image.format in ('JPEG', 'MPO'):
             orientation = image.getexif().get(ORIENTATION) if exif_transpose else 1
-            return Jpeg(path, data, image.size, orientation if orientation in TURNS else 1,
+            return Jpeg(path, data, image.size, orientation if orientation in UPRIGHT else 1,
                         fast and image.mode in ('RGB', 'L'), image)
     return InMemory(read_image(path, exif_transpose, bit_depth))
 
 
 def _plain_size(data):
-    """Return (width, height) from the header of a JPEG file that simplejpeg and Pillow both read; None for others."""
+    """Return (width, height) from the header of a JPEG file that both simplejpeg and Pillow read; None for others."""
     import simplejpeg
     try:
         height, width, color, _ = simplejpeg.decode_jpeg_header(data)
@@ -306,13 +307,13 @@ class InMemory:
 
 
 class Jpeg:
-    """The bytes of a JPEG file. The decoder scales the image down as far as a region stays large enough.
+    """The bytes of a JPEG file. Each region is decoded at the smallest scale at which it is large enough.
 
     path: for error messages.
-    stored_size: (width, height) in the file; `size` is that of the image after its orientation is applied.
+    stored_size: (width, height) in the file; the attribute `size` is that of the upright image.
     orientation: EXIF orientation, from 1 to 8.
     fast: let simplejpeg and OpenCV read it; Pillow reads what they cannot.
-    opened: the image if Pillow has already opened it.
+    opened: the Pillow image, if already open.
     """
 
     def __init__(self, path, data, stored_size, orientation=1, fast=False, opened=None):
@@ -326,7 +327,7 @@ class Jpeg:
 
     def region(self, box, side, resample, flip=False):
         """As `InMemory.region`. Raises: UserError as `read_image`."""
-        # scaled decoding averages pixels, which nearest must not
+        # scaled decoding averages pixels, which "nearest" must not do
         scale = 1 if resample == Image.Resampling.NEAREST else _decoding_scale(box, side)
         box = [edge / scale for edge in _stored_box(box, self.stored_size, self.orientation)]
         # the pixels that the box touches, and the box relative to them
@@ -343,18 +344,19 @@ class Jpeg:
                 image = Image.fromarray(np.ascontiguousarray(pixels))  # Pillow copies strided arrays slowly
         image = image.resize((side, side), resample, inner)
         if self.orientation > 1:
-            image = image.transpose(TURNS[self.orientation])
+            image = image.transpose(UPRIGHT[self.orientation])
         return np.asarray(image.transpose(Image.Transpose.FLIP_LEFT_RIGHT) if flip else image)
 
     def _decode(self, scale):
         """Decode the stored image with Pillow, its sides divided by scale and rounded up."""
-        image, self.opened = self.opened or Image.open(io.BytesIO(self.data)), None  # it decodes at one scale only
+        # an open image decodes at one scale only
+        image, self.opened = self.opened or Image.open(io.BytesIO(self.data)), None
         if scale > 1:
             image.draft('RGB', tuple(side // scale for side in self.stored_size))
         return image
 
     def _decode_fast(self, scale):
-        """The same with simplejpeg, uint8 [height, width, 3]; None if it refuses the file or warns about it."""
+        """The same with simplejpeg, as uint8 [height, width, 3]; None if it rejects the file or warns about it."""
         import simplejpeg
         width, height = (-(-side // scale) if scale > 1 else 0 for side in self.stored_size)
         try:

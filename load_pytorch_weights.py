@@ -3,8 +3,8 @@
   python load_pytorch_weights.py mobileone_s0_unfused.pth.tar mobileone_s0.pdparams -cfg configs/mobileone_s0.yaml
 
 The tensor names show whether the checkpoint is official or timm, fused or not, and whether MobileOne is part of a
-larger network. Every tensor of MobileOne must be present and fit the network of -cfg and -opts. A .safetensors file is
-read without PyTorch, any other file with it (pip install torch).
+larger network. Every tensor of MobileOne must be present and fit the network of -cfg and -opts. Only files
+other than .safetensors need PyTorch (pip install torch).
 """
 import argparse
 import os
@@ -15,7 +15,7 @@ from runtime.program import prepare_runtime, run_program
 from runtime.safe_pickle import check_key
 from utils import UserError, one_line
 
-# keys under which training checkpoints keep weights; averaged weights come first
+# keys under which training checkpoints store weights; averaged weights come first
 WRAPPERS = ('model_ema', 'state_dict_ema', 'state_dict', 'model')
 
 
@@ -23,7 +23,7 @@ def read_pytorch(path):
     """Read the tensors of a PyTorch file without running code from it.
 
     Returns: ({name: array}, the WRAPPERS around them, outermost first). The arrays are views, so an expanded tensor
-        takes no memory; bfloat16 becomes uint16, as in Paddle.
+        takes no extra memory; bfloat16 becomes uint16, as in Paddle.
     Raises: UserError without PyTorch >= 2.6, and for a file that contains no tensors or cannot be read safely.
     """
     try:
@@ -68,9 +68,9 @@ def unwrap(state):
 
 
 def to_array(tensor, name, path):
-    """Return a PyTorch tensor as an array that shares its memory; bfloat16 as the uint16 of its bits.
+    """Return a PyTorch tensor as an array that shares its memory; bfloat16 becomes uint16 with the same bits.
 
-    Raises: UserError for a type or layout that NumPy lacks.
+    Raises: UserError for a data type or layout that NumPy lacks.
     """
     import torch
     try:

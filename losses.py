@@ -7,7 +7,7 @@ from utils import UserError
 
 
 class LabelSmoothingCrossEntropyLoss(nn.Layer):
-    """Cross entropy against (1 - smoothing) * one-hot + smoothing / C (arXiv 1512.00567, section 7).
+    """Cross entropy with targets (1 - smoothing) * one-hot + smoothing / C (arXiv 1512.00567, section 7).
 
     logits: float [N, C]; labels: int64 [N]. Half-precision logits are cast to float32.
     """
@@ -28,7 +28,7 @@ class LabelSmoothingCrossEntropyLoss(nn.Layer):
 
 
 class SoftTargetCrossEntropyLoss(nn.Layer):
-    """Cross entropy against class distributions, such as the targets that mixup returns.
+    """Cross entropy with class distributions as targets, such as those that mixup returns.
 
     logits: float [N, C]; targets: float [N, C], each row sums to 1. Half-precision logits are cast to float32.
     """
@@ -46,8 +46,8 @@ class DistillationLoss(nn.Layer):
     base_criterion: (logits, targets) -> loss on the targets.
     teacher_model: images -> logits for the same classes; runs in evaluation mode, without gradients.
     distillation_type: 'none', only the loss on the targets, no teacher needed; 'soft', tau^2 * KL(teacher || student)
-    at temperature tau, averaged over the images (arXiv 1503.02531, section 2); 'hard', cross entropy against the
-    teacher's top class (arXiv 2012.12877, equation 3).
+    at temperature tau, averaged over the images (arXiv 1503.02531, section 2); 'hard', cross entropy with
+    the teacher's top class as the label (arXiv 2012.12877, equation 3).
     Raises: UserError for an unknown type or a missing teacher.
     """
 

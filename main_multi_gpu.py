@@ -5,7 +5,7 @@
   python main_multi_gpu.py -nproc 2 -cfg configs/mobileone_s0.yaml          # no GPU: two processes on the CPU
   python -m paddle.distributed.launch main_multi_gpu.py -cfg configs/mobileone_s0.yaml
 
-run_train_multi.sh and run_eval_multi.sh run it, also on several nodes. It writes the same files as main_single_gpu.py.
+run_train_multi.sh and run_eval_multi.sh run it, on one or more machines. Writes the same files as main_single_gpu.py.
 """
 import os
 import sys
@@ -45,7 +45,7 @@ def main():
             raise UserError(f'{count} processes need Linux: use -nproc 1')
         if count > 1:
             if threads is None:
-                os.environ.pop('OMP_NUM_THREADS', None)  # set for one process; each new process sets its own share
+                os.environ.pop('OMP_NUM_THREADS', None)  # set for one process; each new one sets its own share
             # not sys.argv[0], which is something else in a notebook
             sys.exit(run_processes([sys.executable, __file__, *sys.argv[1:]], count))
     import run

@@ -42,7 +42,7 @@ class Mixup:
         n, _, height, width = images.shape
         shares, boxes = self.draw(n, height, width, rng or np.random.default_rng())
         has_box = (boxes[:, 1] > boxes[:, 0]) & (boxes[:, 3] > boxes[:, 2])
-        # only a few numbers per image go to the device. With a box, a pixel's weight is 0 or 1, otherwise the share
+        # only a few numbers per image go to the device. With a box, a pixel's weight is 0 or 1; without one, the share
         shares = paddle.to_tensor(shares.astype('float32')).unsqueeze(1)
         weights = shares.reshape([n, 1, 1, 1])
         if has_box.any():
@@ -56,10 +56,10 @@ class Mixup:
         return mixed, targets
 
     def draw(self, n, height, width, rng):
-        """Draw how to mix n images: the share of each that is kept, float [n], and the boxes to paste, int [n, 4].
+        """Draw how to mix n images: the fraction of each that is kept, float [n], and the boxes to paste, int [n, 4].
 
-        A box is (top, bottom, left, right) in pixels, empty for mixup or no mix; with a box, the share is the area
-        outside it.
+        A box is (top, bottom, left, right) in pixels, empty for mixup and unmixed images; with a box, the fraction is
+        the area outside it.
         """
         count = {'batch': 1, 'pair': -(-n // 2), 'elem': n}[self.mode]
         mixed = rng.random(count) < self.prob
@@ -76,7 +76,7 @@ class Mixup:
         if self.cutmix_minmax is not None:
             starts = rng.integers(0, size - lengths + 1)
         else:
-            # the box's center may be anywhere, and the part outside the image is cut off, as in the paper's code
+            # as in the paper's code, the box's center may be anywhere, and the part outside the image is cut off
             starts = rng.integers(0, size, [2, count]) - lengths // 2
         ends = np.clip(starts + lengths, 0, size)
         starts = np.clip(starts, 0, size)

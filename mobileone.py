@@ -1,11 +1,11 @@
 """MobileOne in PaddlePaddle ("An Improved One millisecond Mobile Backbone", arXiv 2206.04040).
 
-In training a layer is a sum of parallel branches (section 3.2, figure 3: k convolutions, a 1x1 "scale" convolution and
-a batch-norm "skip"). For inference the branches are fused into one convolution with a bias.
+During training, each layer is a sum of parallel branches (section 3.2, figure 3: k convolutions, a 1x1 "scale"
+convolution and a batch-norm "skip"). For inference, the branches are fused into one convolution with a bias.
 
 Fusion: `MobileOneBlock.equivalent_kernel_bias` computes that convolution, `MobileOneBlock.switch_to_deploy` replaces
-the branches of one block by it, `model_convert` fuses a copy of a whole network. Training: a convolution is linear in
-its kernel, so `merged_branches` runs the convolutions of a layer as one, with stacked kernels.
+a block's branches with it, and `model_convert` fuses a copy of a whole network. Training: a layer's convolutions share
+their input, so `merged_branches` runs them as one convolution with stacked kernels.
 """
 import contextlib
 import copy
@@ -23,7 +23,7 @@ from utils import UserError, blend
 
 
 class ConvNorm(nn.Sequential):
-    """Convolution and batch norm of one branch; with `norm=False`, the fused convolution with a bias.
+    """A branch's convolution and batch norm or, with `norm=False`, a fused convolution with a bias.
 
     [N, in_channels, H, W] -> [N, out_channels, H / stride, W / stride]
     """
@@ -97,7 +97,7 @@ class MobileOneBlock(nn.Layer):
             setattr(self, f'{name}_blocks', nn.LayerList([ConvNorm(**conv) for _ in range(num_branches)]))
 
     def _branches(self, name):
-        """Return the branches that layer `name` ('dw_3x3' or 'pw_1x1') sums."""
+        """Return the list of branches of layer `name` ('dw_3x3' or 'pw_1x1')."""
         branches = list(getattr(self, f'{name}_blocks'))
         for other in ('1x1', 'skip'):
             if hasattr(self, f'{name[:2]}_{other}'):
@@ -105,9 +105,9 @@ class MobileOneBlock(nn.Layer):
         return branches
 
     def mergeable_branches(self, name):
-        """Return [(convolution, norm)] of layer `name` if its convolutions can run as one in training, else [].
+        """Return [(convolution, norm)] for layer `name` if its convolutions can run as one in training, else [].
 
-        They can if there are two or more, all plain (`_is_plain`) and with the same momentum and epsilon.
+        That takes two or more of them, all plain (`_is_plain`), with norms of equal momentum and epsilon.
         """
         branches = [] if self.deploy else [branch for branch in self._branches(name) if isinstance(branch, ConvNorm)]
         pairs = [(branch.conv, branch.norm) for branch in branches]
@@ -116,7 +116,7 @@ class MobileOneBlock(nn.Layer):
         return pairs if len({(norm._momentum, norm._epsilon) for _, norm in pairs}) == 1 else []
 
     def _merged_forward(self, x, name):
-        """Compute layer `name` from its MergedLayer: one convolution and one norm, plus the skip if there is one."""
+        """Compute layer `name` from its MergedLayer: one convolution and one norm, plus the skip, if any."""
         conv, merged = self.convs[name], self.merged[name]
         size, groups, kernel = conv['kernel_size'], conv.get('groups', 1), merged.kernel
         stride = conv.get('stride', 1)
@@ -145,8 +145,8 @@ class MobileOneBlock(nn.Layer):
     def equivalent_kernel_bias(self, name):
         """Return the convolution equal to layer `name` in evaluation: kernel [O, I / groups, K, K], bias [O], float64.
 
-        Every branch folds into a convolution, so their sum is the convolution with the summed kernels and biases.
-        Raises: UserError for a branch with any other kind of layer, such as those that quantization inserts.
+        Each branch folds into a convolution, and the sum of convolutions has the summed kernels and biases.
+        Raises: UserError for a branch that contains other layers, such as those that quantization inserts.
         """
         conv, branches = self.convs[name], self._branches(name)
         for branch in branches:
@@ -156,7 +156,7 @@ class MobileOneBlock(nn.Layer):
 
     @paddle.no_grad()
     def switch_to_deploy(self):
-        """Replace the branches by their equivalent convolutions, in place. A fused block stays as it is."""
+        """Replace the branches with their equivalent convolutions, in place. A fused block stays as it is."""
         if self.deploy:
             return
         for name, conv in self.convs.items():
@@ -187,7 +187,7 @@ def sum_tensors(tensors):
 
 
 def _check_branch(branch, name):
-    """Raises: UserError unless `_fold_batch_norm` can fold this branch of layer `name`."""
+    """Raise a UserError unless `_fold_batch_norm` can fold this branch of layer `name`."""
     for layer in (branch.conv, branch.norm) if isinstance(branch, ConvNorm) else (branch,):
         if not isinstance(layer, (nn.Conv2D, nn.BatchNorm2D, nn.SyncBatchNorm)):
             raise UserError(f'a branch of {name} contains {type(layer).__name__}, but only Conv2D and BatchNorm2D can '
@@ -195,7 +195,7 @@ def _check_branch(branch, name):
 
 
 def _fold_batch_norm(branch, conv):
-    """Fold a branch, a ConvNorm or a skip's batch norm, into a kernel [O, I / groups, K, K] and a bias [O], float64."""
+    """Fold a branch (a ConvNorm, or a skip's batch norm) into float64 kernel [O, I / groups, K, K] and bias [O]."""
     size = conv['kernel_size']
     if isinstance(branch, ConvNorm):
         norm, kernel = branch.norm, branch.conv.weight.astype('float64')
@@ -224,9 +224,10 @@ def _identity_kernel(channels, groups):
 
 
 class MergedLayer(NamedTuple):
-    """A layer's k convolutions as one, and their batch norms as one. Outputs o * k to o * k + k - 1 add up to output o.
+    """A layer's k convolutions and norms, stacked into one of each. Channels o * k to o * k + k - 1 sum to output o.
 
-    kernel: [O * k, I / groups, K, K]; weight, bias, mean, variance: of the norms, [O * k]; norm: one of the k norms.
+    kernel: [O * k, I / groups, K, K]; weight, bias, mean, variance: of the norms, [O * k]; norm: one of the k norms,
+    for momentum and epsilon.
     """
     kernel: paddle.Tensor
     weight: paddle.Tensor
@@ -238,10 +239,11 @@ class MergedLayer(NamedTuple):
 
 @contextlib.contextmanager
 def merged_branches(stages):
-    """Context in which unfused blocks in training mode run the convolutions of a layer as one, where that is possible.
+    """Context manager in which unfused blocks in training mode run each layer's convolutions as one, where possible.
 
-    Outputs, gradients and running statistics equal those of separate branches; the norms get the statistics on exit.
-    The tensors of all norms are gathered at once, because the time of a GPU step grows with its number of operators.
+    stages: layers with MobileOneBlocks as direct children. Outputs, gradients and running statistics equal those of
+    separate branches; the norms receive their statistics on exit. The tensors of all norms are gathered at once,
+    because the time of a GPU step grows with its number of operators.
     """
     blocks = [block for stage in stages for block in stage.children() if isinstance(block, MobileOneBlock)]
     layers = [(block, name, pairs) for block in blocks for name in block.convs
@@ -251,8 +253,8 @@ def merged_branches(stages):
         return
     norms = [norm for _, _, pairs in layers for _, norm in pairs]
     channels = [norm.weight.shape[0] for norm in norms]
-    order, back, sizes = _merged_order(tuple(len(pairs) for _, _, pairs in layers), tuple(channels),
-                                       paddle.device.get_device())
+    order, inverse, sizes = _merged_order(tuple(len(pairs) for _, _, pairs in layers), tuple(channels),
+                                          paddle.device.get_device())
 
     def gather(attribute):
         return paddle.gather(paddle.concat([getattr(norm, attribute) for norm in norms]), order).split(sizes)
@@ -271,7 +273,7 @@ def merged_branches(stages):
             block.merged = {}
     with paddle.no_grad():
         for attribute, tensors in (('_mean', means), ('_variance', variances)):
-            values = paddle.gather(paddle.concat(tensors), back).split(channels)
+            values = paddle.gather(paddle.concat(tensors), inverse).split(channels)
             blend([getattr(norm, attribute) for norm in norms], values, keep=0)
 
 
@@ -291,7 +293,7 @@ def _stack_kernels(kernels, size):
 def _merged_order(counts, channels, device):
     """Return (order, inverse order, sizes): indices that turn concatenated norm vectors into those of MergedLayers.
 
-    counts: norms per layer; channels: channels per norm; device: where the indices are; sizes: one per MergedLayer.
+    counts: norms per layer; channels: per norm; device: the current one, for the cache; sizes: O * k per layer.
     """
     parts, sizes, start, norm = [], [], 0, 0
     for count in counts:
@@ -307,10 +309,10 @@ def _is_on_cpu(x):
 
 
 def _widen_groups(groups, kernel, size):
-    """Return (groups, kernel) of the same depthwise convolution with fewer, denser groups, for small feature maps.
+    """Return (groups, kernel) of the same depthwise convolution with fewer, wider groups, for small maps.
 
-    On a CPU Paddle computes one matrix product per image and group, which is inefficient for small maps.
-    kernel [C * k, 1, K, K] -> [C * k, width, K, K], zero between the channels of a group; size: output width in pixels.
+    On a CPU, Paddle computes one matrix product per image and group, which is inefficient for small maps.
+    kernel: [C * k, 1, K, K] -> [C * k, width, K, K], zero between channels of a group; size: output width in pixels.
     """
     # measured (docs/performance.md): wider groups on larger maps cost more than they save
     width = math.gcd(groups, next((width for least, width in ((28, 1), (14, 2), (7, 4)) if size >= least), 8))
@@ -325,7 +327,7 @@ def _sum_neighbors(x, count):
     """Sum groups of `count` neighboring channels: [N, C * count, H, W] -> [N, C, H, W]."""
     batch, channels, *size = x.shape
     x = x.reshape([batch, channels // count, count, -1])
-    if _is_on_cpu(x):  # where a sum over a middle axis takes 6 to 12 times as long
+    if _is_on_cpu(x):  # there, a sum over a middle axis takes 6 to 12 times as long
         x = paddle.matmul(paddle.ones([1, count], dtype=x.dtype), x)
     else:
         # auto_cast would first copy all branches to float32, in which the sum accumulates anyway
@@ -338,7 +340,7 @@ class MobileOne(nn.Layer):
     """MobileOne: images [N, in_channels, H, W] -> logits [N, num_classes].
 
     The five lists have one entry per stage. The first stage is the stem, a single dense 3x3 layer with one conv branch
-    regardless of `num_branches[0]`. A stage has width int(channels * expansions); its first block has its stride.
+    regardless of `num_branches[0]`. A stage has int(channels * expansions) channels; its first block has its stride.
     use_se: SE in the last half of stage 3's blocks and in all of stage 4's, as in S4.
     deploy: build the fused network.
 
@@ -350,9 +352,9 @@ class MobileOne(nn.Layer):
         super().__init__()
         widths = stage_widths(num_blocks, num_branches, channels, strides, expansions)
         if max(*widths, num_classes) >= 2 ** 31:
-            raise UserError(f'a layer has {max(*widths, num_classes)} channels or classes, but PaddlePaddle needs them '
-                            'below 2**31: lower MODEL.CHANNELS, MODEL.EXPANSIONS or MODEL.NUM_CLASSES')
-        # channels and total strides of the maps that `forward_features` returns
+            raise UserError(f'a layer has {max(*widths, num_classes)} channels or classes, but PaddlePaddle needs '
+                            'fewer than 2**31: lower MODEL.CHANNELS, MODEL.EXPANSIONS or MODEL.NUM_CLASSES')
+        # channels and cumulative strides of the maps that `forward_features` returns
         self.feature_channels = widths
         self.feature_strides = [int(stride) for stride in np.cumprod(strides)]
         self.stages = nn.LayerList()
@@ -370,7 +372,7 @@ class MobileOne(nn.Layer):
         self.is_frozen = False
 
     def freeze_backbone(self):
-        """Train only the classifier: everything else has no gradients and stays in evaluation mode."""
+        """Train only the classifier: all other layers get no gradients and stay in evaluation mode."""
         self.is_frozen = True
         for parameter in self.stages.parameters():
             parameter.stop_gradient = True
@@ -386,12 +388,12 @@ class MobileOne(nn.Layer):
                 layer.training = False
 
     def forward_features(self, x):
-        """Return the five feature maps, of the stem and the four stages, for images [N, in_channels, H, W].
+        """Return five feature maps, from the stem and the four stages, for images [N, in_channels, H, W].
 
         Map s is [N, feature_channels[s], H / feature_strides[s], W / feature_strides[s]], with sizes rounded up.
         """
         maps = []
-        # to_static converts the code it calls but cannot convert generators
+        # to_static converts the code it calls, and cannot convert generators
         with merged_branches(self.stages) if paddle.in_dynamic_mode() else contextlib.nullcontext():
             for stage in self.stages:
                 x = stage(x)
@@ -403,14 +405,14 @@ class MobileOne(nn.Layer):
 
 
 def build_mobileone(config):
-    """Build the network of a config (MODEL.* and DATA.IMAGE_CHANNELS) with random weights.
+    """Build the network that a config describes (MODEL.* and DATA.IMAGE_CHANNELS), with random weights.
 
     Raises: UserError for an unknown MODEL.TYPE, a MODEL.NUM_CLASSES of 0, or lists that do not describe a network.
     """
     model = config.MODEL
     if not model.NUM_CLASSES:
         raise UserError('MODEL.NUM_CLASSES is 0, which only training (from its data) and programs that load weights '
-                        '(from the weights) can replace; give the number with -opts MODEL.NUM_CLASSES N')
+                        '(from the weights) can resolve; give the number with -opts MODEL.NUM_CLASSES N')
     if model.TYPE.lower() != 'mobileone':
         raise UserError(f'MODEL.TYPE is {model.TYPE!r}, but must be MobileOne')
     return MobileOne(num_blocks=model.NUM_BLOCKS, num_branches=model.NUM_BRANCHES, channels=model.CHANNELS,
@@ -422,7 +424,7 @@ def model_convert(model):
     """Return a fused copy of `model`, in evaluation mode; `model` is unchanged.
 
     `model` is any layer that contains MobileOne blocks; paddle.DataParallel is unwrapped. The outputs equal those of
-    `model.eval()` up to rounding. A fused convolution is frozen (`stop_gradient`) if all its branches are.
+    `model.eval()` up to rounding. A fused convolution is frozen (`stop_gradient`) if all of its branches were.
     Raises: UserError for a network prepared for quantization.
     """
     fused = copy.deepcopy(model._layers if isinstance(model, paddle.DataParallel) else model)

@@ -1,17 +1,17 @@
-"""Schedules as pure functions of the global step (`Schedule`), optimizers (`build_optimizer`), the EMA (`ModelEma`)."""
+"""Schedules as pure functions of the global step (`Schedule`), optimizers (`build_optimizer`), EMA (`ModelEma`)."""
 import copy
 import math
 
 import paddle
 
-from utils import UserError, blend, first_few, misfits
+from utils import UserError, blend, first_few, mismatches
 
-# state of an optimizer for each parameter, under Paddle's names
+# optimizer state per parameter, under Paddle's names
 STATES = {'sgd': ['velocity'], 'adamw': ['moment1', 'moment2', 'beta1_pow_acc', 'beta2_pow_acc']}
 
 
 def warmup_cosine(step, total_steps, warmup_steps, base, start, end):
-    """Return the value at optimizer step `step` (from 0): a linear warm-up from `start` to `base`, a cosine to `end`.
+    """Return the value at optimizer step `step` (from 0): linear warm-up from `start` to `base`, then cosine to `end`.
 
     The warm-up takes `warmup_steps` steps; the cosine reaches `end` after the last step (arXiv 1608.03983, without
     restarts).
@@ -25,8 +25,8 @@ def warmup_cosine(step, total_steps, warmup_steps, base, start, end):
 class Schedule:
     """Learning rate, weight decay and EMA decay of a run at optimizer step `step` (from 0).
 
-    total_batch: images per step; TRAIN.LINEAR_SCALED_LR is the one that the values in the config are for. Learning
-    rates scale linearly with it (arXiv 1706.02677), and the EMA forgets per image, not per step (arXiv 2307.13813).
+    total_batch: images per step. The config's values are for a total batch of TRAIN.LINEAR_SCALED_LR: from there,
+    learning rates scale linearly (arXiv 1706.02677), and the EMA decays per image, not per step (arXiv 2307.13813).
     """
 
     def __init__(self, config, steps_per_epoch, total_batch):
@@ -38,7 +38,7 @@ class Schedule:
         self.warmup_steps = warmup_epochs * steps_per_epoch
         self.warmup = f'{warmup_epochs} epochs of warm-up'
         if warmup_epochs < train.WARMUP_EPOCHS:
-            self.warmup += f' (not TRAIN.WARMUP_EPOCHS {train.WARMUP_EPOCHS}: TRAIN.NUM_EPOCHS is {train.NUM_EPOCHS})'
+            self.warmup += f' (TRAIN.WARMUP_EPOCHS {train.WARMUP_EPOCHS}, cut for TRAIN.NUM_EPOCHS {train.NUM_EPOCHS})'
         self.base, self.start, self.end = (scale * lr for lr in (train.BASE_LR, train.WARMUP_START_LR, train.END_LR))
         self.decay = train.WEIGHT_DECAY
         self.end_decay = train.END_WEIGHT_DECAY if train.END_WEIGHT_DECAY >= 0 else train.WEIGHT_DECAY
@@ -61,7 +61,7 @@ class Schedule:
 
 
 def build_schedule(config, sampler):
-    """Return the Schedule of a config. An optimizer step takes a window of TRAIN.ACCUM_ITER batches of a TrainSampler.
+    """Return the Schedule for a config and a TrainSampler. A step takes a window of TRAIN.ACCUM_ITER batches.
 
     The last window of an epoch may be shorter. Raises: UserError for a window longer than an epoch.
     """
@@ -82,7 +82,7 @@ def parameter_groups(model):
 
 
 def describe_groups(model):
-    """Return a log line with the number of tensors and parameters in each of `parameter_groups`."""
+    """Describe the size of both `parameter_groups` in one line."""
     decayed, rest = (f'{len(group)} tensors ({sum(p.size for p in group):,} parameters)'
                      for group in parameter_groups(model))
     return f'weight decay on {decayed}, none on {rest}'
@@ -108,8 +108,8 @@ def build_optimizer(config, model):
 def set_weight_decay(optimizer, value):
     """Set the weight decay of the decayed group from the next step on.
 
-    Uses private fields, because Paddle has no public API for this. AdamW reads its field at every step, Momentum only
-    at its first step, when it copies it for each tensor (2.6.2 and 3.3.1; a test covers both optimizers).
+    Uses private fields, because Paddle has no public API for this. AdamW reads its field at every step; Momentum
+    copies its field for each tensor at the first step (2.6.2 and 3.3.1; a test covers both optimizers).
     """
     decayed = optimizer._param_groups[0]
     if isinstance(optimizer, paddle.optimizer.Momentum):
@@ -123,8 +123,8 @@ def set_weight_decay(optimizer, value):
 def _states(optimizer, model):
     """Yield (our name, Paddle's name, shape) for each tensor of an optimizer's state.
 
-    Our names follow the model's (fc.weight.velocity). Paddle's count the layers built so far in the process, so a
-    second model gets different ones.
+    Our names extend the model's (fc.weight.velocity). Paddle's contain a count of the layers built so far in the
+    process, so a second model gets different ones.
     """
     kind = 'sgd' if isinstance(optimizer, paddle.optimizer.Momentum) else 'adamw'
     for name, parameter in model.named_parameters():
@@ -148,7 +148,7 @@ def load_optimizer_state(optimizer, model, state, path):
     Raises: UserError that names `path` and the mismatches.
     """
     states = list(_states(optimizer, model))
-    problems = misfits({ours: f'{shape} float32' for ours, _, shape in states},
+    problems = mismatches({ours: f'{shape} float32' for ours, _, shape in states},
                        {ours: f'{list(array.shape)} {array.dtype}' for ours, array in state.items()})
     if problems:
         raise UserError(f'{path}: its optimizer state does not match: {first_few(problems)}; resume with the '
@@ -167,8 +167,8 @@ class ModelEma:
         self.network.eval()
         for parameter in self.network.parameters():
             parameter.stop_gradient = True
-        # collect the tensors once, not at each step: loading and training change them in place. Leave frozen layers
-        # out, because averaging equal values may change their last bit
+        # collect the tensors once, not at each step: loading and training change them in place. Skip frozen layers,
+        # because averaging equal values may change their last bit
         own = model.state_dict()
         training = {id(tensor) for layer in model.sublayers(include_self=True)
                     if any(not tensor.stop_gradient for tensor in layer.parameters(include_sublayers=False))

@@ -46,7 +46,7 @@ from weights import load_into, load_model, load_start, with_classes_of
 
 
 def build_loader(config, is_train, epoch=1):
-    """Return the loader of this rank's share of the training images, as in that epoch, or of the validation images."""
+    """Return the loader for this rank's share of the training images (as in that epoch) or the validation images."""
     return get_dataloader(config, get_dataset(config, is_train, epoch), is_train, rank(), world_size())
 
 
@@ -62,7 +62,7 @@ def build_erase(train):
 
 
 def build_criterion(config, has_mixup):
-    """Return a DistillationLoss around the loss on the targets, with the fused teacher if the config has one."""
+    """Return a DistillationLoss around the loss on the targets, with a fused teacher if the config has one."""
     criterion = SoftTargetCrossEntropyLoss() if has_mixup else LabelSmoothingCrossEntropyLoss(config.TRAIN.SMOOTHING)
     teacher_config, options = get_teacher_config(config), config.TRAIN.DISTILLATION
     if not teacher_config:
@@ -73,7 +73,7 @@ def build_criterion(config, has_mixup):
 
 
 def build_training(config, model, loader):
-    """Return the Training of a model on the batches of a loader. The EMA starts from the model's current weights."""
+    """Return the Training for a model and a loader. The EMA starts from the model's current weights."""
     if config.MODEL.SYNC_BN and world_size() > 1:
         if not paddle.device.get_device().startswith('gpu'):
             raise UserError('MODEL.SYNC_BN is True, but PaddlePaddle synchronizes batch norms only on GPUs: set it to '
@@ -99,20 +99,20 @@ def build_training(config, model, loader):
 
 @dataclass
 class Run:
-    """A training and its progress."""
+    """A training run and its progress."""
     config: CfgNode
     training: engine.Training
     # number of finished epochs
     done: int = 0
-    # whether this fine-tunes weights: they are evaluated first, as a baseline
+    # whether to evaluate the initial weights as a baseline
     is_fine_tuning: bool = False
     # the finished part of the next epoch
     part: Optional[engine.EpochPart] = None
     # optimizer state of the resumed checkpoint: PaddlePaddle 2.6.2 does not return it before the first step
     resumed_optimizer: dict = field(default_factory=dict)
-    # the best evaluation so far, of the EMA weights if there are any
+    # the best evaluation so far: of the EMA weights if the run has any
     best: dict = field(default_factory=lambda: {'acc1': -1.0, 'epoch': 0})
-    # the newest checkpoint of this run, which the error that ends it names, and its part of an epoch
+    # the newest checkpoint of this run, for messages, and the part of an epoch it contains
     last_checkpoint: str = ''
     saved_part: Optional[engine.EpochPart] = None
     stop: StopRequest = field(default_factory=StopRequest)
@@ -147,10 +147,10 @@ class Run:
 
     @contextlib.contextmanager
     def interruptible(self, loader):
-        """Context in which a stop request ends the program even during a wait for a batch.
+        """Context manager in which a stop request ends the program even while it waits for a batch.
 
-        A single process saves first. Several cannot, because the others may be waiting for this one in the middle of a
-        step: they all end, and the run resumes from the last checkpoint.
+        A single process saves first. One of several cannot, because the others may be waiting for it in the middle of
+        a step: they all end, and the run resumes from the last checkpoint.
         """
         loader.should_stop = self.should_stop
         try:
@@ -160,13 +160,13 @@ class Run:
                 self.save()
             self.end()
         except RuntimeError:
-            # if all ranks were told to stop, one that has already ended makes this one's wait fail
+            # if all ranks were told to stop, waiting for one that has already ended fails
             if world_size() == 1 or not self.should_stop():
                 raise
             self.end()
 
     def after_step(self, part, stopping):
-        """Save if it is time to. If a rank was told to stop, save and end the program."""
+        """Save if a save is due. If any rank was told to stop, save and end the program."""
         self.part = part
         steps, freq = self.done * self.training.schedule.steps_per_epoch + part.steps, self.config.SAVE_FREQ_STEPS
         if stopping or (freq and steps % freq == 0):
@@ -175,16 +175,16 @@ class Run:
             self.end()
 
     def evaluate(self, networks, loader):
-        """Return {name: Metrics} for networks, [(name, network)]. A stop request ends the program."""
+        """Evaluate networks, [(name, network)]. Returns: {name: Metrics}. A stop request ends the program."""
         training = self.training
         with self.interruptible(loader):
             return engine.evaluate(networks, loader, training.normalize, self.config.REPORT_FREQ,
                                    training.precision.auto_cast, lambda: self.should_stop() and self.end())
 
     def validate(self, loader, epoch):
-        """Evaluate and log the raw weights and the EMA, which (if any) decides whether this epoch is the best so far.
+        """Evaluate and log the raw weights and the EMA. The EMA, if any, decides whether this epoch is the best so far.
 
-        Saves first, because a rank that is told to stop during an evaluation ends without the others.
+        Saves first, because a rank that is told to stop during an evaluation ends without waiting for the others.
         """
         config, training = self.config, self.training
         self.save()
@@ -195,7 +195,7 @@ class Run:
         metrics = results[networks[-1][0]]
         if metrics.acc1 > self.best['acc1']:
             self.best = {'acc1': metrics.acc1, 'epoch': epoch}
-        # one after every VALIDATE_FREQ epochs, and one after the last epoch
+        # one every VALIDATE_FREQ epochs, and one after the last epoch
         later = -(-config.TRAIN.NUM_EPOCHS // config.VALIDATE_FREQ) - epoch // config.VALIDATE_FREQ
         training.evaluation_seconds = later * metrics.seconds
 
@@ -245,7 +245,7 @@ class Run:
 
 
 def write_record(config, schedule, epoch, split, weights, metrics):
-    """Log the Metrics of an epoch, with the lr and weight decay of its last step. schedule: None without training.
+    """Log the Metrics of an epoch, with the lr and weight decay of its last step. schedule: None before training.
 
     Raises: NotFiniteError for a loss that is not finite: a run must neither continue nor save after that.
     """
@@ -303,24 +303,24 @@ def resume_run(config, loader, path, state):
     step = epoch * schedule.steps_per_epoch + (part.steps if part else 0)
     for name, then, now in (('processes', state['world_size'], world_size()), ('steps', state['step'], step)):
         if then != now:
-            LOG.info(f'the checkpoint counts {then} {name}, this run {now}: it resumes after epoch {epoch}, but the '
+            LOG.info(f'{name}: {then} in the checkpoint, {now} in this run; resuming after epoch {epoch}, but the '
                      'result will not be bitwise identical')
     return Run(config, training, epoch, False, part, state['optimizer'], state['best'], f'{path} ({when})')
 
 
 def save_config(config):
-    """Write the config of a run to its folder; an evaluation does not replace the config of a training there.
+    """Write the config of a run to its folder; an evaluation does not overwrite a training run's config there.
 
-    Copies class_names.txt too, for predictions. Logs the keys in which a resumed run differs from the saved config.
+    Also copies class_names.txt, for predictions, and logs the keys in which a resumed run differs from that config.
     """
     path = folder.path_beside(config.SAVE, 'config.yaml', config.EVAL)
-    # these two describe this process, not the run
+    # these two keys describe this process, not the run
     saved = with_values(config, {'MODEL.RESUME': '', 'REPORT': ''})
     if config.MODEL.RESUME and os.path.exists(path):
         try:
             before = {key: value for key, value in leaves(get_config(path)) if key not in UNRELATED}
             for line in folder.differences(before, dict(leaves(saved))):
-                LOG.info(f'not as in {path}, so the result will not be bitwise identical: {line}')
+                LOG.info(f'differs from {path}, so the result will not be bitwise identical: {line}')
         except UserError as error:  # for example, a key of an earlier version
             LOG.info(f'cannot compare the saved config with this run: {error}')
     files.write_text(path, saved.dump(default_flow_style=None))
@@ -344,7 +344,7 @@ def restore_folder(run, resumed):
     path, state = resumed
     if config.MODEL.PRETRAINED:
         LOG.info(f'{config.MODEL.PRETRAINED} is not used: the run resumes from {path}')
-    if config.MODEL.RESUME != 'auto':  # 'auto' takes the newest: nothing is past it
+    if config.MODEL.RESUME != 'auto':  # 'auto' takes the newest, so no other is past it
         folder.put_aside(config.SAVE, checkpoint.position(state))
     parent, name = os.path.split(os.path.realpath(path))
     if parent == os.path.realpath(config.SAVE) and name != checkpoint.LATEST:
@@ -401,7 +401,7 @@ def report_evaluation(config, loader, class_names, predictions, facts):
 
 
 def find_facts(config, loaders):
-    """Return what must be equal on all ranks, by name. Each machine may have its own copies of data and weights."""
+    """Return {name: value} that must be equal on all ranks. Paths may differ: a machine may have its own copies."""
     facts = {key: value for key, value in leaves(config) if key not in ('DATA.DATA_PATH', 'SAVE')}
     facts.update({f'the SHA-256 of {path}': checkpoint.sha256(path) for path in weight_files(config).values()})
     facts.update({f'images of {os.path.basename(loader.dataset.list_path)}': len(loader.dataset) for loader in loaders})
@@ -417,9 +417,10 @@ def weight_files(config):
 
 
 def with_num_classes(config):
-    """Return (config with MODEL.NUM_CLASSES 0 replaced, the file the number is from, or '' if it was not 0).
+    """Replace MODEL.NUM_CLASSES 0 with the number from the weights (with EVAL) or from the dataset.
 
-    The number is that of the weights with EVAL, otherwise of the data set. Raises: UserError for an unreadable file.
+    Returns: (config, the file that determined the number, or '' if it was not 0).
+    Raises: UserError for a file that cannot be read.
     """
     if config.MODEL.NUM_CLASSES:
         return config, ''
@@ -430,14 +431,14 @@ def with_num_classes(config):
 
 
 def record_start(config, loaders):
-    """Return the context that keeps the run.json of a run."""
+    """Return the context manager that records this start of a run in run.json."""
     resume = [] if config.MODEL.RESUME in ('', 'auto') else [config.MODEL.RESUME]
     paths = [*(loader.dataset.list_path for loader in loaders), *weight_files(config).values(), *resume]
     return folder.recorded(folder.path_beside(config.SAVE, 'run.json', config.EVAL), folder.describe_start(paths))
 
 
 def run(config):
-    """Train, or evaluate with EVAL, on the current device, in this process or its process group.
+    """Train, or evaluate with EVAL, on the current device, alone or as a member of the process group.
 
     Creates the run's folder (SAVE) with config.yaml, run.json, log.txt, log.jsonl and, in training, checkpoints.
     Raises: UserError for mistakes that the user can fix; OSError for a folder that cannot be written.
@@ -464,9 +465,9 @@ def run(config):
 
 
 def _run_in_folder(config, loaders, source):
-    """source: the file that MODEL.NUM_CLASSES is from, or ''."""
+    """source: the file that determined MODEL.NUM_CLASSES, or ''."""
     LOG.info(f'PaddlePaddle {paddle.__version__} on {paddle.device.get_device()}, processes: {world_size()}, data '
-             f'workers per process: {loaders[0].num_workers}, folder {config.SAVE}; its config.yaml has all keys; '
+             f'workers per process: {loaders[0].num_workers}, folder {config.SAVE}; its config.yaml lists all keys; '
              'these differ from the defaults:'
              + ''.join(f'\n  {key} {value}' for key, value in changes(config).items()))
     if source:

@@ -1,8 +1,8 @@
-"""Transforms of an image (crop, flip, augmentation; resize and center crop in evaluation) and of a batch on the device
+"""Transforms of an image (crop, flip, augmentation; in evaluation, resize and center crop) and of a batch on the device
 (normalization, erasing).
 
 Random transforms take a NumPy generator, so the caller decides what the randomness depends on. Only batch transforms
-import Paddle: other engines predict without it.
+import Paddle, so that other engines can predict without it.
 """
 import functools
 import math
@@ -32,7 +32,7 @@ def find_filter(name):
 def random_crop_box(width, height, scale, rng, ratio=(3 / 4, 4 / 3), tries=10):
     """Draw a training crop (left, top, right, bottom) in pixels, as for GoogLeNet (arXiv 1409.4842, section 6).
 
-    scale: smallest and largest fraction of the image's area. ratio: bounds of width / height, drawn log-uniformly.
+    scale: (smallest, largest) fraction of the image's area. ratio: bounds of width / height, drawn log-uniformly.
     After `tries` boxes that do not fit, returns the largest centered box with an allowed ratio.
     """
     for _ in range(tries):
@@ -48,29 +48,29 @@ def random_crop_box(width, height, scale, rng, ratio=(3 / 4, 4 / 3), tries=10):
     return left, top, left + w, top + h
 
 
-# fills the pixels that a geometric operation leaves empty
+# fill for the pixels that a geometric operation leaves empty
 GRAY = (128, 128, 128)
 
 
 def _affine(image, matrix):
-    """matrix: first two rows of the matrix that maps a point of the result to a point of the image."""
+    """matrix: first two rows of the matrix that maps points of the result to points of the image."""
     return image.transform(image.size, Image.Transform.AFFINE, matrix, fillcolor=GRAY)
 
 
-def _shear_x(image, share):
-    return _affine(image, (1, share, 0, 0, 1, 0))
+def _shear_x(image, amount):
+    return _affine(image, (1, amount, 0, 0, 1, 0))
 
 
-def _shear_y(image, share):
-    return _affine(image, (1, 0, 0, share, 1, 0))
+def _shear_y(image, amount):
+    return _affine(image, (1, 0, 0, amount, 1, 0))
 
 
-def _translate_x(image, share):
-    return _affine(image, (1, 0, share * image.width, 0, 1, 0))
+def _translate_x(image, amount):
+    return _affine(image, (1, 0, amount * image.width, 0, 1, 0))
 
 
-def _translate_y(image, share):
-    return _affine(image, (1, 0, 0, 0, 1, share * image.height))
+def _translate_y(image, amount):
+    return _affine(image, (1, 0, 0, 0, 1, amount * image.height))
 
 
 def _rotate(image, degrees):
@@ -86,12 +86,12 @@ def _solarize(image, amount):
 
 
 def _enhance(enhancer, image, change):
-    """enhancer: a class of PIL.ImageEnhance, which changes nothing at a factor of 1."""
+    """enhancer: a class of PIL.ImageEnhance, whose factor 1 changes nothing."""
     return enhancer(image).enhance(1 + change)
 
 
-# The same with OpenCV on uint8 arrays [H, W, 3], which is faster. Results equal Pillow's, or are within two levels
-# where averages are rounded.
+# The same operations with OpenCV on uint8 arrays [H, W, 3], for speed. Results equal Pillow's, or differ by at most two
+# levels where averages are rounded.
 LEVELS = np.arange(256)
 
 
@@ -164,11 +164,11 @@ def _sharpness_array(pixels, change):
 
 @dataclass
 class Operation:
-    """An operation function(image, amount) -> image that changes nothing at an amount of 0.
+    """An augmentation, function(image, amount) -> image, that changes nothing at amount 0.
 
     largest: amount at full magnitude; 0 for an operation without an amount: function(image).
     signed: whether the sign of the amount is random.
-    on_array: the function for arrays, in OpenCV; without it, `function` gets the array as a Pillow image.
+    on_array: the same for arrays, with OpenCV; without it, `function` gets the array as a Pillow image.
     """
     function: Callable
     largest: float = 0.0
@@ -192,7 +192,7 @@ class Operation:
 
 
 # AutoAugment's operations and their largest amounts (arXiv 1805.09501, table 6). As in torchvision, magnitude 0 changes
-# nothing; in the paper, that does not hold for all operations.
+# nothing; in the paper, some operations differ.
 OPERATIONS = {
     'ShearX': Operation(_shear_x, 0.3, signed=True),
     'ShearY': Operation(_shear_y, 0.3, signed=True),
@@ -210,7 +210,7 @@ OPERATIONS = {
     'Sharpness': Operation(functools.partial(_enhance, ImageEnhance.Sharpness), 0.9, True, _sharpness_array),
 }
 
-# AutoAugment's policy for ImageNet (table 9 of that paper): pairs of (operation, probability, magnitude from 0 to 9)
+# AutoAugment's policy for ImageNet (same paper, table 9): pairs of (operation, probability, magnitude from 0 to 9)
 IMAGENET_POLICY = [
     (('Posterize', 0.4, 8), ('Rotate', 0.6, 9)),
     (('Solarize', 0.6, 5), ('AutoContrast', 0.6, 5)),
@@ -243,8 +243,8 @@ IMAGENET_POLICY = [
 class AutoAugment:
     """Apply one of AutoAugment's 25 pairs of operations, drawn for each image (arXiv 1805.09501).
 
-    strength: from 0, no change, to 1, the full policy. It multiplies the magnitudes, and the probabilities of
-        operations without one. MobileOne increases it during training (arXiv 2206.04040).
+    strength: from 0 (no change) to 1 (full policy). It multiplies the magnitudes and, for operations without one, the
+        probabilities. MobileOne increases it during training (arXiv 2206.04040).
     """
 
     def __init__(self, strength=1.0):
@@ -263,7 +263,7 @@ class AutoAugment:
 class RandAugment:
     """Apply `layers` operations, drawn for each image, at one magnitude from 0 to 10 (arXiv 1909.13719).
 
-    The 14 operations of the paper: those of AutoAugment except Invert, and Identity.
+    The paper's 14 operations: Identity and those of AutoAugment except Invert.
     """
 
     names = ['Identity'] + [name for name in OPERATIONS if name != 'Invert']
@@ -316,7 +316,7 @@ class TrainTransform:
         return np.asarray(image)
 
 
-# ratio of the sides above which evaluation does not resize the whole image: at 10,000 x 1 pixels, that takes gigabytes
+# aspect ratio above which evaluation does not resize the whole image: for 10,000 x 1 pixels, that takes gigabytes
 ELONGATED = 100
 
 
@@ -335,7 +335,7 @@ class EvalTransform:
         left, top = (round((side - self.size) / 2) for side in size)
         box = left, top, left + self.size, top + self.size
         if max(image.size) > ELONGATED * short:
-            # resize only the crop; rounding may differ
+            # resize only the crop; rounding may differ slightly
             box = [edge * side / resized for edge, side, resized in zip(box, 2 * image.size, 2 * size)]
             return np.asarray(image.resize((self.size, self.size), self.filter, box))
         if size != image.size:
@@ -356,7 +356,7 @@ class Normalize:
 
 
 def box_mask(boxes, height, width):
-    """Bool [N, 1, height, width] on the device, true inside each image's box.
+    """Return bool [N, 1, height, width] on the device, true inside each image's box.
 
     boxes: int array [N, 4], (top, bottom, left, right) in pixels. Only these four numbers per image go to the device.
     """
@@ -370,9 +370,9 @@ class RandomErase:
     """Random erasing (arXiv 1708.04896) of a normalized batch: float [N, C, H, W] -> a new tensor of the same shape.
 
     prob: probability that an image is erased, in 1 to `count` boxes. Together they cover at most a third of it; a
-        single box covers at least 2%. Height / width is drawn log-uniformly from 0.3 to 1 / 0.3; too long a side is
-        cut.
-    mode: fill of a box: 'const' for zeros, the mean color of the data set; 'rand' for a normally distributed color;
+        single box covers at least 2%. Height / width is drawn log-uniformly from 0.3 to 1 / 0.3; a side longer
+        than the image's is cut.
+    mode: fill of a box: 'const' for zeros, the mean color of the dataset; 'rand' for a normally distributed color;
         'pixel' for normally distributed noise.
     """
 

@@ -16,7 +16,7 @@ from tqdm import tqdm
 
 @contextlib.contextmanager
 def blocked(signals):
-    """Block signals in this thread, and in threads and processes it starts, where the system can (not Windows)."""
+    """Block signals in this thread, and in threads and processes it starts, where the system can (not on Windows)."""
     if not hasattr(signal, 'pthread_sigmask'):
         yield
         return
@@ -38,18 +38,18 @@ class UserError(ValueError):
 
 
 def silence_stdout():
-    """Redirect stdout to os.devnull, for when its reader has ended and a write, even at exit, would fail."""
+    """Redirect stdout to os.devnull, because its reader has exited and any write, even at exit, would fail."""
     os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
 
 
 def first_few(problems, count=5):
-    """Join a list of problems into one line: the first `count`, and how many more there are."""
+    """Join a list of problems into one line: the first `count`, and the number of the rest."""
     more = f' and {len(problems) - count} more' if len(problems) > count else ''
     return '; '.join(problems[:count]) + more
 
 
 def one_line(text, length=300):
-    """Make text from a file, an error or the command line fit for a message: printable, and cut at `length`."""
+    """Make text from a file, an error or the command line safe for a message: one printable line, cut at `length`."""
     text = ' '.join(text.split())
     text = ''.join(char if char.isprintable() else repr(char)[1:-1] for char in text[:length + 1])
     return text if len(text) <= length else f'{text[:length]}...'
@@ -60,8 +60,8 @@ def describe_error(error, length=300):
     return f'{type(error).__name__}: {one_line(str(error), length)}'
 
 
-def misfits(expected, found):
-    """List, one line each, what is missing, unexpected or different in a dictionary of shapes or sizes."""
+def mismatches(expected, found):
+    """List, one line each, what is missing, unexpected or different in `found`, a dictionary like `expected`."""
     problems = [f'missing {name}' for name in expected if name not in found]
     problems += [f'unexpected {name}' for name in found if name not in expected]
     return problems + [f'{name} is {found[name]}, not {expected[name]}' for name in expected
@@ -70,7 +70,7 @@ def misfits(expected, found):
 
 def program_name():
     """Return the program's name as the user typed it: main_single_gpu.py, or tools.fuse for `python -m tools.fuse`."""
-    # with a debugger, a profiler or a notebook, `__main__` is theirs or has no __spec__
+    # under a debugger, a profiler or a notebook, `__main__` is theirs or has no __spec__
     spec = getattr(sys.modules['__main__'], '__spec__', None)
     is_module = spec and spec.origin and os.path.realpath(spec.origin) == os.path.realpath(sys.argv[0])
     return spec.name if is_module else os.path.basename(sys.argv[0])
@@ -101,7 +101,7 @@ def reduce_over_ranks(values, op='SUM'):
 
 
 def mean_over_ranks(arrays):
-    """Return the means of float arrays over all processes, with a single reduction."""
+    """Return the means over all processes of a list of float arrays, with a single reduction."""
     if not arrays:
         return []
     flat = reduce_over_ranks(np.concatenate([array.ravel() for array in arrays])) / world_size()
@@ -128,7 +128,7 @@ def from_main(function):
 
 
 def check_agreement(find_facts):
-    """Raise a UserError on all ranks if the facts of any rank differ from rank 0's. find_facts() -> {name: value}."""
+    """Raise a UserError on all ranks if any rank's facts differ from rank 0's. find_facts() -> {name: value}."""
     if world_size() == 1:
         return
     first = from_main(find_facts)
@@ -137,7 +137,7 @@ def check_agreement(find_facts):
     if reduce_over_ranks([-len(differing)], 'MIN')[0] < 0:
         raise UserError(f'differs from rank 0: {first_few(differing)}; start all processes with the same config and '
                         'data' if differing else
-                        'the config or data of another rank differ from those of rank 0; see its message')
+                        'the config or data of another rank differs from that of rank 0; see its message')
 
 
 LOG = logging.getLogger('mobileone')
@@ -146,7 +146,7 @@ LOG = logging.getLogger('mobileone')
 class _ConsoleHandler(logging.Handler):
     """Writes to stdout without breaking a progress bar, except errors, which end the program and go to stderr.
 
-    log: the file that gets the messages too, if any. With one, a run continues after the reader of stdout has ended.
+    log: file that also gets the messages, if any. With one, a run continues after the reader of stdout has exited.
     """
 
     def __init__(self, level, log=''):
@@ -160,7 +160,7 @@ class _ConsoleHandler(logging.Handler):
         try:
             tqdm.write(self.format(record))
             sys.stdout.flush()
-        except BrokenPipeError:  # Ctrl-C, which requests a stop of the run, ends `tee` at once
+        except BrokenPipeError:  # Ctrl-C, which only asks the run to stop, kills `tee` at once
             if not self.log:
                 raise
             silence_stdout()
@@ -179,7 +179,7 @@ def naming(path):
 
 
 class _FileHandler(logging.FileHandler):
-    """Raises when it cannot write; logging's handler would print a traceback and continue without a log."""
+    """Raises when it cannot write; logging's own handler would print a traceback and continue without a log."""
 
     def handleError(self, record):
         with naming(self.baseFilename):
@@ -187,7 +187,7 @@ class _FileHandler(logging.FileHandler):
 
 
 def setup_logger(folder=None):
-    """Make LOG write to the console and, if a folder is given, to `folder`/log.txt, which gets debug messages too.
+    """Make LOG write to the console and, if a folder is given, to `folder`/log.txt, including debug messages.
 
     In a process group only rank 0 writes, except for errors of the other ranks, which go to the same log.txt.
     """
@@ -209,7 +209,7 @@ def setup_logger(folder=None):
 
 
 class Progress:
-    """Progress of a loop over `steps` steps: a bar on a terminal, otherwise a log line every `every` steps."""
+    """Progress of a loop of `steps` steps: a bar on a terminal, otherwise a log line every `every` steps."""
 
     def __init__(self, name, steps, every, done=0):
         self.name = name
@@ -228,7 +228,7 @@ class Progress:
         return self.done % self.every == 0
 
     def show(self, text, more=''):
-        """Show `text` on the bar, and `text` and `more` in a log line; on a terminal that goes only to log.txt."""
+        """Show `text` on the bar, and `text` and `more` in a log line, which on a terminal goes only to log.txt."""
         self.bar.set_postfix_str(text)
         LOG.log(logging.INFO if self.bar.disable else logging.DEBUG,
                 f'{self.name} step {self.done}/{self.steps} {text}{more}')
@@ -240,7 +240,7 @@ class Progress:
 def blend(targets, sources, keep):
     """Set target = keep * target + (1 - keep) * source for each pair of float32 tensors, in place, in one operator.
 
-    This is Momentum with a learning rate of 0: its velocity is this sum, and its weights, the sources, do not change.
+    This is Momentum with a learning rate of 0: the velocity becomes this sum, and the weights (sources) do not change.
     """
     import paddle
     with paddle.no_grad():

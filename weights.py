@@ -1,4 +1,4 @@
-"""MobileOne's weight files: build the network that fits their keys, load strictly, convert names of other projects."""
+"""MobileOne's weight files: build the network that fits their keys, load strictly, convert other projects' names."""
 from typing import NamedTuple
 
 import numpy as np
@@ -6,7 +6,7 @@ import numpy as np
 from config import with_values
 from mobileone import build_mobileone, model_convert
 from runtime import checkpoint
-from utils import LOG, UserError, first_few, misfits
+from utils import LOG, UserError, first_few, mismatches
 
 CLASSIFIER = ('fc.weight', 'fc.bias')
 
@@ -33,9 +33,9 @@ def load_model(config, path, raw=False):
 
 
 def load_start(config, path):
-    """Build the network to train from the weights in a file. A classifier with a different size starts at random.
+    """Build the network to train from the weights in a file. A classifier of another size starts from random weights.
 
-    Returns: (model, whether its classifier starts at random).
+    Returns: (model, whether its classifier is random).
     Raises: UserError as `load_model`, and for fused weights.
     """
     weights, is_ema = load_weights(path)
@@ -51,7 +51,7 @@ def load_start(config, path):
 
 
 def with_classes_of(config, path):
-    """Return the config; if its MODEL.NUM_CLASSES is 0, with the number of classes of the weights in a file.
+    """Return the config, with MODEL.NUM_CLASSES 0 replaced by the number of classes in a weight file.
 
     Raises: UserError for a file that cannot be read.
     """
@@ -89,7 +89,7 @@ def is_fused(names):
 
 
 def build_network(config, fused):
-    """Build the network of a config, fused or not regardless of MODEL.DEPLOY, with random weights."""
+    """Build the network of a config with random weights, fused or not, regardless of MODEL.DEPLOY."""
     return build_mobileone(with_values(config, {'MODEL.DEPLOY': fused}))
 
 
@@ -107,28 +107,28 @@ def load_into(model, weights, path, allow_other_classifier=False):
         left_out = [name for name in CLASSIFIER if name in found and found[name] != expected[name]]
         expected = {name: shape for name, shape in expected.items() if name not in left_out}
         weights = {name: value for name, value in weights.items() if name not in left_out}
-    problems = misfits(expected, {name: found[name] for name in weights})
+    problems = mismatches(expected, {name: found[name] for name in weights})
     if problems:
         raise UserError(f'{path}: does not fit the network of the config: {first_few(problems)}; '
                         'use the -cfg (and MODEL.NUM_CLASSES) that these weights belong to')
     for name, tensor in model.state_dict().items():
         if name not in left_out:
-            with np.errstate(over='ignore'):  # overflows become inf, and the loss that follows is refused
+            with np.errstate(over='ignore'):  # overflows become inf, which the check of the loss catches
                 tensor.set_value(weights[name].astype(tensor.numpy().dtype))
     return left_out
 
 
 class Layout(NamedTuple):
-    """How a PyTorch file names the tensors of its MobileOne."""
+    """How a PyTorch file names the tensors of the MobileOne in it."""
     name: str  # a key of LAYOUTS
     fused: bool
-    prefix: str  # of the MobileOne in a larger network: '', 'module.', 'backbone.'
+    prefix: str  # of the MobileOne's names in a larger network: '', 'module.', 'backbone.'
     description: str  # of the file, for messages
 
 
 def find_layout(state_dict):
     """Infer the Layout of a PyTorch state dict from its tensor names. Raises: UserError unless exactly one fits."""
-    # every config has the convolution of the stem
+    # every network has the stem's convolution
     stems = {(name, fused): function(f'stages.0.0.dw_3x3{"" if fused else "_blocks.0"}.conv.weight')
              for name, function in LAYOUTS.items() for fused in (True, False)}
     found = [_describe(state_dict, name, fused, key[:-len(stem)]) for (name, fused), stem in stems.items()
@@ -153,7 +153,7 @@ def _describe(state_dict, name, fused, prefix):
 
 
 def convert_state_dict(state_dict, config):
-    """Convert the MobileOne in a PyTorch state dict, official or timm, to the Paddle names of the network of a config.
+    """Convert the MobileOne in a PyTorch state dict, official or timm, to the Paddle names of a config's network.
 
     state_dict: {name: float array, or uint16 array with the bits of bfloat16}. Tensors outside the prefix of the
         MobileOne are ignored. Arrays are copied only after their shapes have been checked.
@@ -170,10 +170,10 @@ def convert_state_dict(state_dict, config):
                         'enough for fine-tuning')
     # PyTorch stores fc.weight as [out, in], Paddle as [in, out]
     expected = {names[name]: list(tensor.shape)[::-1 if name == 'fc.weight' else 1] for name, tensor in network.items()}
-    # drop the batch counters of PyTorch's batch norms, which Paddle lacks; one without its batch norm is unexpected
+    # drop the batch counters of PyTorch's batch norms, which Paddle lacks; a counter without its batch norm is an error
     counters = {name.replace('running_mean', 'num_batches_tracked') for name in expected if 'running_mean' in name}
     tensors = {name: value for name, value in tensors.items() if name not in counters}
-    problems = misfits(expected, {name: list(value.shape) for name, value in tensors.items()})
+    problems = mismatches(expected, {name: list(value.shape) for name, value in tensors.items()})
     if problems:
         raise UserError(f'the checkpoint ({layout.description}) does not fit the network of the config: '
                         f'{first_few(problems)}; give the -cfg of its variant, and any differences from it with -opts '
@@ -222,5 +222,5 @@ def timm_name(name):
     return f'{place}.{rest}'
 
 
-# source of the names in a PyTorch file -> function that returns its name of a Paddle name
+# naming scheme of a PyTorch file -> function that returns its name for a Paddle name
 LAYOUTS = {'official': official_name, 'timm': timm_name}

@@ -11,7 +11,7 @@ import paddle
 
 from runtime.files import check_regular, replace
 from runtime.safe_pickle import check_key, read_pickle
-from utils import LOG, UserError, describe_error, first_few, misfits
+from utils import LOG, UserError, describe_error, first_few, mismatches
 
 LATEST, BEST = 'latest.pdparams', 'best.pdparams'
 # the parts of a training checkpoint and their types
@@ -151,7 +151,7 @@ def load_training(path):
                for name, kind in kinds.items() if kind in (float, np.ndarray)}
     expected = {'progress.sums': f'float64 {[state["world_size"], 4]}', 'amp_grad_scaler.scale': 'float32 [1]'}
     found = {name: f'{array.dtype} {list(array.shape)}' for name, array in numbers.items() if name in expected}
-    problems = misfits({name: expected[name] for name in found}, found)
+    problems = mismatches({name: expected[name] for name in found}, found)
     if problems:
         raise UserError(f'{path}: is corrupt: {first_few(problems)}; resume from another checkpoint')
     for part in ('model', 'model_ema', 'optimizer'):

@@ -94,7 +94,7 @@ def test_another_world_size_resumes_and_logs_it(trained, fashion, tmp_path):
     folder, _ = trained
     out = run(MAIN, '-output', tmp_path / 'one', '-resume', folder / 'epoch_2.pdparams', *options(
         fashion, 'TRAIN.NUM_EPOCHS', '4')).stdout
-    assert 'the checkpoint counts 2 processes, this run 1: it resumes after epoch 2, but the result will not be' in out
+    assert 'processes: 2 in the checkpoint, 1 in this run; resuming after epoch 2, but the result will not be' in out
     assert 'counts 6 steps' not in out  # the total batch size is the same
     assert [row['epoch'] for row in records(tmp_path / 'one')] == [3, 3, 3, 4, 4, 4]
 

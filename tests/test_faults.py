@@ -165,7 +165,7 @@ def test_another_batch_size_restarts_the_epoch(whole, tmp_path):
     _, opts = whole
     faulty('terminate', 8, '-output', tmp_path / 'run', *opts, status=STOPPED)
     out = run(MAIN, '-output', tmp_path / 'run', '-resume', 'auto', *opts, 'DATA.BATCH_SIZE', '5').stdout
-    assert 'the checkpoint counts 8 steps, this run 6: it resumes after epoch 1, but the result will not be' in out
+    assert 'steps: 8 in the checkpoint, 6 in this run; resuming after epoch 1, but the result will not be' in out
     assert ('within epoch 2, with 12 images per step and world size 1; this run has 10 and 1, so that epoch starts over'
             in out)
     rows = [row for row in records(tmp_path / 'run') if row['split'] == 'train']

@@ -56,8 +56,8 @@ def test_schedule_scales_with_the_total_batch(config):
 
 @pytest.mark.parametrize('epochs, warmup, text', [
     (300, 5, 'after 5 epochs of warm-up, weight'), (1, 0, 'after 0 epochs of warm-up, weight'),
-    (3, 5, 'after 2 epochs of warm-up (not TRAIN.WARMUP_EPOCHS 5: TRAIN.NUM_EPOCHS is 3), weight'),
-    (1, 5, 'after 0 epochs of warm-up (not TRAIN.WARMUP_EPOCHS 5: TRAIN.NUM_EPOCHS is 1), weight'),
+    (3, 5, 'after 2 epochs of warm-up (TRAIN.WARMUP_EPOCHS 5, cut for TRAIN.NUM_EPOCHS 3), weight'),
+    (1, 5, 'after 0 epochs of warm-up (TRAIN.WARMUP_EPOCHS 5, cut for TRAIN.NUM_EPOCHS 1), weight'),
 ])
 def test_warmup_leaves_at_least_one_epoch(config, epochs, warmup, text):
     config.TRAIN.NUM_EPOCHS, config.TRAIN.WARMUP_EPOCHS = epochs, warmup

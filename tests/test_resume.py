@@ -195,7 +195,7 @@ def test_other_batches_and_no_ema_resume_and_log_it(whole, tmp_path):
     folder, opts = whole
     out = run(MAIN, '-output', tmp_path / 'a', '-resume', folder / 'epoch_2.pdparams', *opts, 'TRAIN.ACCUM_ITER', '1',
               'TRAIN.MODEL_EMA', 'False').stdout
-    assert 'the checkpoint counts 4 steps, this run 6: it resumes after epoch 2, but the result will not be' in out
+    assert 'steps: 4 in the checkpoint, 6 in this run; resuming after epoch 2, but the result will not be' in out
     assert 'TRAIN.ACCUM_ITER was' not in out  # configs are compared only within a folder
     assert [row['step'] for row in records(tmp_path / 'a')] == [9, 9, 12, 12]
     state = checkpoint.load(str(tmp_path / 'a/latest.pdparams'))

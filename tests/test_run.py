@@ -146,7 +146,7 @@ def test_backend_is_logged_and_may_change_on_resume(config, fashion, tmp_path, m
     train(config)
     log = (tmp_path / 'log.txt').read_text()[len(log):]
     assert line.format('pillow', 'Pillow') in log
-    assert 'DATA.IMAGE_BACKEND' in next(text for text in log.splitlines() if 'not as in' in text and 'IMAGE' in text)
+    assert 'DATA.IMAGE_BACKEND' in next(text for text in log.splitlines() if 'differs from' in text and 'IMAGE' in text)
 
 
 def test_number_of_workers_may_change_on_resume(config, fashion, tmp_path, monkeypatch, caplog):
@@ -159,7 +159,7 @@ def test_number_of_workers_may_change_on_resume(config, fashion, tmp_path, monke
     assert caplog.records == []
     config.SEED = 5
     save_config(config)
-    assert 'not as in' in caplog.text and 'SEED' in caplog.text
+    assert 'differs from' in caplog.text and 'SEED' in caplog.text
 
 
 def test_fine_tuning_evaluates_its_start_once(config, fashion, tmp_path, monkeypatch):

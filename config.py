@@ -150,7 +150,7 @@ KEYS = {
     # what shares one random draw: batch (all images), pair (images i and N - 1 - i), elem (nothing: one draw per image)
     'TRAIN.MIXUP_MODE': Key('batch', choices=('batch', 'pair', 'elem')),
 
-    # what the loss uses of a teacher: none (no teacher), soft (its probabilities), hard (its top class)
+    # what the loss takes from a teacher: none (no teacher), soft (its probabilities), hard (its top class)
     'TRAIN.DISTILLATION.TYPE': Key('none', choices=('none', 'soft', 'hard')),
     # YAML file of the teacher, any MobileOne
     'TRAIN.DISTILLATION.TEACHER_CFG': Key(''),

@@ -204,7 +204,7 @@ def evaluate(networks, loader, normalize, report_freq=50, auto_cast=contextlib.n
     networks: [(name, network)], left in evaluation mode; report_freq: batches between progress lines when there is no
     terminal for a bar; auto_cast: see `Precision`; after_batch(): called after each batch; predictions: `Predictions`
     to collect the outputs of a single network.
-    Returns: {name: Metrics}. Raises: RuntimeError if the loaders did not yield the whole dataset.
+    Returns: {name: Metrics}. Raises: RuntimeError if the loader skips images.
     """
     for _, network in networks:
         network.eval()

@@ -65,7 +65,7 @@ def is_image(name):
 
 
 def _reason_to_skip(entry):
-    """Return the kind of files, in the plural, to which a skipped `os.scandir` entry belongs; '' for an image."""
+    """Return why an `os.scandir` entry is skipped, worded for several files; '' for an image."""
     if is_hidden(entry.name):
         return 'hidden or system files and folders'
     # entry.is_file() raises an error for some broken links

@@ -245,7 +245,7 @@ class Run:
 
 
 def write_record(config, schedule, epoch, split, weights, metrics):
-    """Log the Metrics of an epoch, with the lr and weight decay of its last step. schedule: None before training.
+    """Log the Metrics of an epoch, with the lr and weight decay of its last step. schedule: None without training.
 
     Raises: NotFiniteError for a loss that is not finite: a run must neither continue nor save after that.
     """
@@ -344,7 +344,7 @@ def restore_folder(run, resumed):
     path, state = resumed
     if config.MODEL.PRETRAINED:
         LOG.info(f'{config.MODEL.PRETRAINED} is not used: the run resumes from {path}')
-    if config.MODEL.RESUME != 'auto':  # 'auto' takes the newest, so no other is past it
+    if config.MODEL.RESUME != 'auto':  # 'auto' takes the newest, so none is further along
         folder.put_aside(config.SAVE, checkpoint.position(state))
     parent, name = os.path.split(os.path.realpath(path))
     if parent == os.path.realpath(config.SAVE) and name != checkpoint.LATEST:

@@ -35,7 +35,7 @@ class _Graph:
     def normalize(self, x, spec):
         """Add the normalization of `spec.pixels`.
 
-        It is not folded into the stem, which pads the normalized image with zeros: the borders would differ.
+        Folding it into the stem would change the borders, because the stem pads the normalized image with zeros.
         """
         if spec.pixels == 'uint8':
             x = self.add('Cast', [x], 'pixels', to=TensorProto.FLOAT)

@@ -30,7 +30,7 @@ class _Exported(nn.Layer):
 
 
 def with_batch_norms(model):
-    """Return a copy of a fused network whose biases are moved into batch norms that do nothing else.
+    """Return a copy of a fused network with each bias moved into a batch norm that does nothing else.
 
     oneDNN in PaddlePaddle 2.6.2 merges a convolution with a batch norm, but not with its own bias.
     """
@@ -81,7 +81,7 @@ def write_paddle(model, spec, folder, plain=False):
     for network, context in programs.values():
         layer = _Exported(network, spec)
         layer.eval()
-        # both programs have the same parameters, so the second save rewrites the same inference.pdiparams
+        # both programs have the same parameters, so the second save writes the same inference.pdiparams again
         with context(), contextlib.redirect_stderr(io.StringIO()):
             paddle.jit.save(paddle.jit.to_static(layer, input_spec=inputs), path)
     with contextlib.suppress(FileNotFoundError):
@@ -94,7 +94,7 @@ def write_paddle(model, spec, folder, plain=False):
 def describe(spec):
     """Return the content of inference.yml: PaddleX's preprocessing and postprocessing, and the Spec.
 
-    PaddleX rounds the longer side to the nearest pixel where evaluation rounds down, so its crop may be off by one.
+    PaddleX rounds the longer side to the nearest pixel; evaluation rounds down, so the crops may differ by one pixel.
     """
     mean, std = ([0.0] * 3, [1.0] * 3) if spec.pixels != 'normalized' else (list(spec.mean), list(spec.std))
     interpolation = 'LANCZOS4' if spec.interpolation == 'lanczos' else spec.interpolation.upper()

@@ -15,7 +15,7 @@ FORMATS = {'ncnn': ('model.ncnn.param', 'pip install ncnn && pip install --no-de
 
 
 def find_converter(name):
-    """Return the path of a format's converter; None if it, or the engine that checks its output, is not installed."""
+    """Return the path of a format's converter; None unless it and the engine that checks its output are installed."""
     if not find_spec({'ncnn': 'ncnn', 'mnn': 'MNN'}[name]):
         return None
     if name == 'ncnn':  # the binary, because the pnnx command imports PyTorch
@@ -25,7 +25,7 @@ def find_converter(name):
 
 
 def convert(name, onnx, spec):
-    """Convert an ONNX file to a format: write model.ncnn.param and model.ncnn.bin, or model.mnn, next to it.
+    """Convert an ONNX file to a format of FORMATS, written next to it: model.ncnn.param and .bin, or model.mnn.
 
     Raises: UserError with the last line of the converter's output if it fails.
     """
@@ -44,13 +44,13 @@ def convert(name, onnx, spec):
         os.remove(os.path.join(folder, other))
 
 
-def _broken(path):
+def _unreadable(path):
     return UserError(f'{os.path.basename(path)}: its engine cannot read what the converter wrote; check that the disk '
                      'is not full (`df -h`), or drop the format')
 
 
 def load_ncnn(path):
-    """Return run(images) for model.ncnn.param, which computes one image at a time in float32.
+    """Return run(float32 [N, 3, H, W]) for model.ncnn.param, which computes one image at a time in float32.
 
     Raises: UserError if ncnn cannot read the file.
     """
@@ -59,7 +59,7 @@ def load_ncnn(path):
     for option in ('use_fp16_packed', 'use_fp16_storage', 'use_fp16_arithmetic', 'use_bf16_storage'):
         setattr(net.opt, option, False)
     if net.load_param(path) or net.load_model(f'{path[:-len("param")]}bin'):  # inference would crash otherwise
-        raise _broken(path)
+        raise _unreadable(path)
 
     def run(images):
         rows = []
@@ -72,12 +72,12 @@ def load_ncnn(path):
 
 
 def load_mnn(path):
-    """Return run(images) for model.mnn. Raises: UserError if MNN cannot read the file."""
+    """Return run(float32 [N, 3, H, W]) for model.mnn. Raises: UserError if MNN cannot read the file."""
     import MNN
     try:
         module = MNN.nn.load_module_from_file(path, ['image'], [])
     except SystemError:
-        raise _broken(path) from None
+        raise _unreadable(path) from None
 
     def run(images):
         source = MNN.expr.const(images, images.shape, MNN.expr.NCHW, MNN.expr.float)

@@ -20,7 +20,7 @@ from runtime.files import CLASS_NAMES, check_regular, read_names
 from transforms import EvalTransform
 from utils import UserError, describe_error, one_line
 
-# engine -> the package that it needs, and the command that installs it
+# engine -> the package it needs, and the command that installs it
 ENGINES = {
     'paddle': ('paddle', 'pip install paddlepaddle==3.3.1'),
     'inference': ('paddle', 'pip install paddlepaddle==3.3.1'),
@@ -33,14 +33,14 @@ ONNX_ENGINES = ('onnxruntime', 'openvino')  # in order of preference
 # programs of Paddle Inference, fastest first
 PROGRAMS = ('inference.pdmodel', 'inference.json')
 PARAMS, CARD = 'inference.pdiparams', 'inference.yml'
-# images computed at a time
+# images per call, unless an export fixes the number
 BATCH = 32
 MOST_THREADS = 1024
 
 
 @dataclasses.dataclass(frozen=True)
 class Spec:
-    """Describe a network's input and output: its preprocessing and its class names."""
+    """A network's input and output: preprocessing and class names."""
     name: str
     image_size: int
     crop_pct: float
@@ -88,13 +88,13 @@ class Spec:
         return EvalTransform(self.image_size, self.crop_pct, self.interpolation)
 
     def shift_and_scale(self):
-        """Return float32 [3, 1, 1] each, so that (pixel - shift) * scale is what `transforms.Normalize` computes."""
+        """Return (shift, scale), float32 [3, 1, 1], with (pixel - shift) * scale as in `transforms.Normalize`."""
         mean, std = (np.array(values, 'float32').reshape(-1, 1, 1) for values in (self.mean, self.std))
         largest = np.float32(1 if self.pixels == 'unit' else 255)
         return largest * mean, 1 / (largest * std)
 
     def to_input(self, pixels):
-        """Convert uint8 [N, H, W, 3] to the network's input [N, 3, H, W]."""
+        """Convert uint8 [N, H, W, 3] to the network's input [N, 3, H, W], in the form of `pixels`."""
         pixels = np.ascontiguousarray(pixels.transpose(0, 3, 1, 2))
         if self.pixels == 'uint8':
             return pixels
@@ -116,7 +116,7 @@ class Predictor:
 
     path: this project's weights (.pdparams or .safetensors, fused or not), an .onnx file, or a folder written by
         tools.export_model.
-    config: the config of the weights; None: the config.yaml next to them. Exports do not need it.
+    config: the config of the weights; None: the config.yaml next to them. Exports need none.
     engine: one of ENGINES; 'auto': the fastest installed engine that can run the file.
     threads: CPU threads of the engine; None: the engine's default.
     Threads can share a Predictor; their calls run one at a time.
@@ -198,7 +198,7 @@ def softmax(logits):
 def run_batches(run, spec, pixels):
     """Return the outputs [N, classes] of an engine's run(input) for uint8 pixels [N, size, size, 3].
 
-    It is called with spec.batch images at a time, the last batch padded, or with up to BATCH.
+    It gets spec.batch images at a time, with the last batch padded, or up to BATCH if spec.batch is None.
     """
     size, rows = spec.batch or BATCH, []
     for start in range(0, len(pixels), size):
@@ -211,7 +211,7 @@ def run_batches(run, spec, pixels):
 def find_class_names(path, num_classes):
     """Return the names in the class_names.txt next to the weights.
 
-    Without that file, return ImageNet's names for 1000 classes, and () for any other number.
+    Without that file, returns ImageNet's names for 1000 classes, and () for any other number.
 
     Raises: UserError if the file does not have one name per class, and as `read_names`.
     """
@@ -257,10 +257,10 @@ def _load_paddle(path, config, threads, fused=True):
     """Load weights into PaddlePaddle, on the current device."""
     from config import get_config, resolve_config, with_values
     if config is None:
-        beside = os.path.join(os.path.dirname(path), 'config.yaml')
-        if not os.path.exists(beside):
-            raise UserError(f'{path}: weights need the config of their network, but {beside} does not exist: give -cfg')
-        config = get_config(beside)
+        saved = os.path.join(os.path.dirname(path), 'config.yaml')
+        if not os.path.exists(saved):
+            raise UserError(f'{path}: weights need the config of their network, but {saved} does not exist: give -cfg')
+        config = get_config(saved)
     config = resolve_config(with_values(config, {'EVAL': True, 'MODEL.DEPLOY': fused, 'MODEL.PRETRAINED': path,
                                                  'MODEL.RESUME': ''}))
     if threads and 'paddle' not in sys.modules:
@@ -298,7 +298,7 @@ def _load_inference(path, config, threads):
 
 
 def load_program(program, threads=None, bfloat16=False, engine='openvino'):
-    """Return run(images) for a program of Paddle Inference, with its OpenVINO engine if it has one, else with oneDNN.
+    """Return run(images) for a program of Paddle Inference: on its OpenVINO engine if it has one, else on oneDNN.
 
     Raises: UserError for a program that cannot be read.
     """

@@ -1,9 +1,9 @@
 """Write a fused MobileOne as an int8 ONNX file, with channels rescaled to suit 8 bits. No training is needed.
 
 An activation tensor has a single scale, so channels with small values get few of the 256 levels. But the outputs of a
-ReLU network do not change when a channel is divided by a positive number where it is produced and multiplied by it
-where it is used (arXiv 1906.04721, section 4.1). This module chooses these numbers in two ways. `quantize` tries both,
-and the unscaled network, and keeps the one closest to the original on held-out images.
+ReLU network do not change when a channel is divided by a positive factor where it is produced and multiplied by it
+where it is used (arXiv 1906.04721, section 4.1). This module chooses the factors in two ways; `quantize` tries both and
+the unscaled network, and keeps the one closest to the original on held-out images.
 """
 import copy
 import errno
@@ -24,7 +24,7 @@ from transforms import Normalize
 
 # passes over the network; after this many the weight ranges no longer change
 SWEEPS = 20
-# images at a time; small, because calibration needs much memory
+# images at a time; small, because calibration takes a lot of memory
 BATCH = 8
 # one image in this many is held out of calibration for the comparison
 HOLD_OUT = 4
@@ -67,7 +67,7 @@ def _multiply(tensor, axis, factors):
 def divide_activation(link, numerator, denominator=1):
     """Divide the channels of a link's activation by numerator / denominator, [C] each, in place. No output changes.
 
-    A ratio of 0, infinity or nan belongs to a channel that is always zero or never used; that channel is left alone.
+    A ratio of 0, infinity or nan means a channel that is always zero or never used; it is left alone.
     """
     conv, se, user = link
     with np.errstate(divide='ignore', invalid='ignore'):
@@ -140,7 +140,7 @@ def find_largest(model, spec, pixels):
 
 
 class _Images(CalibrationDataReader):
-    """Batches of a model's input. The last one is filled with the first images, because a model may need full ones."""
+    """Batches of a model's input. The last is filled up with the first images, because a model may need full ones."""
 
     def __init__(self, spec, pixels):
         size = spec.batch or BATCH
@@ -182,7 +182,7 @@ def find_outputs(path, engine, spec, pixels):
 def compare_outputs(outputs, expected):
     """Compare two arrays [N, classes].
 
-    Returns: (share of rows with the same largest entry, mean over rows of the signal-to-noise ratio in dB).
+    Returns: (fraction of rows with the same top-1, mean signal-to-noise ratio of the rows in dB).
     """
     signal, noise = ((array.astype('float64') ** 2).sum(axis=1) for array in (expected, outputs - expected))
     decibels = 10 * np.log10(np.maximum(signal, 1e-30) / np.maximum(noise, 1e-30)).mean()
@@ -192,23 +192,24 @@ def compare_outputs(outputs, expected):
 def quantize(model, spec, pixels, path):
     """Replace the ONNX file of a fused network with an int8 one: plain, or equalized in one of two ways.
 
-    One image in HOLD_OUT is held out, and the way with the highest signal-to-noise ratio on those images is kept. Top-1
-    would be too coarse: with so few images, a single prediction could decide.
+    Of every HOLD_OUT images, one is held out, and the variant with the highest signal-to-noise ratio on these is kept.
+    Top-1 would be too coarse: with so few images, a single prediction could decide.
 
     pixels: uint8 [N, size, size, 3], images like those the network will see.
-    Returns: ({way: result of `compare_outputs`}, the kept way, the held-out pixels, the network's outputs for them).
+    Returns: ({variant: result of `compare_outputs`}, the kept variant, the held-out pixels, the network's outputs for
+        them).
     """
     is_held_out = np.arange(len(pixels)) % HOLD_OUT == HOLD_OUT - 1
     pixels, held_out = pixels[~is_held_out], pixels[is_held_out]
     expected = find_outputs(path, 'onnxruntime', spec, held_out)
-    ways = {'plain': model, 'weights equalized': equalize_weights(model),
-            'activations equalized': equalize_activations(model, find_largest(model, spec, pixels))}
+    variants = {'plain': model, 'weights equalized': equalize_weights(model),
+                'activations equalized': equalize_activations(model, find_largest(model, spec, pixels))}
     scores = {}
     with tempfile.TemporaryDirectory(dir=os.path.dirname(path)) as folder:
-        for way, network in ways.items():
-            file = os.path.join(folder, f'{way}.onnx')
+        for variant, network in variants.items():
+            file = os.path.join(folder, f'{variant}.onnx')
             write_int8(network, spec, pixels, file)
-            scores[way] = compare_outputs(find_outputs(file, 'onnxruntime', spec, held_out), expected)
-        best = max(scores, key=lambda way: scores[way][1])
+            scores[variant] = compare_outputs(find_outputs(file, 'onnxruntime', spec, held_out), expected)
+        best = max(scores, key=lambda variant: scores[variant][1])
         os.replace(os.path.join(folder, f'{best}.onnx'), path)
     return scores, best, held_out, expected

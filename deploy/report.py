@@ -27,7 +27,7 @@ FILES = ('accuracy.png', 'confusion.png', 'calibration.png', 'worst.png', 'image
 SHOWN = 30
 # number of worst images that are drawn
 WORST = 24
-# equal-width bins of the reliability diagram, as many as in Guo et al. (arXiv 1706.04599)
+# number of equal-width bins in the reliability diagram, as in Guo et al. (arXiv 1706.04599)
 BINS = 15
 # largest width and height of a drawn image, in pixels
 THUMBNAIL = (256, 256)
@@ -69,8 +69,8 @@ class ClassResult(NamedTuple):
     """How the images of a class were classified."""
     number: int
     images: int
-    # accuracy: share of the class's images that are right, precision: share of the images predicted as this class that
-    # belong to it; nan without such images
+    # accuracy: fraction of the class's images that are predicted correctly; precision: fraction of the images predicted
+    # as this class that belong to it; nan without such images
     accuracy: float
     precision: float
     # the class that its images are most often mistaken for, and how often; None and 0 without mistakes
@@ -89,7 +89,7 @@ class Drawn(NamedTuple):
 
 
 def prepare_folder(folder):
-    """Make the folder of a report. Raises: UserError if writing would replace a file that is not part of a report."""
+    """Create the folder of a report. Raises: UserError if a file that is not part of a report would be replaced."""
     os.makedirs(folder, exist_ok=True)
     for name in () if os.path.lexists(os.path.join(folder, 'report.html')) else FILES:
         path = os.path.join(folder, name)
@@ -108,7 +108,7 @@ def import_figure():
 
 
 def find_names(data_path, weights, num_classes):
-    """Return the class names of the data set or, without any there, what `find_class_names` finds for the weights."""
+    """Return the dataset's class names or, if it has none, those that `find_class_names` finds for the weights."""
     own = os.path.join(data_path, CLASS_NAMES)
     return find_class_names(own if os.path.lexists(own) else weights, num_classes)
 
@@ -122,9 +122,9 @@ def find_confusions(outcome):
 
 
 def rank_classes(outcome):
-    """Return a ClassResult for every class, from least to most accurate, and last the classes without images.
+    """Return a ClassResult for every class, the least accurate first and those without images last.
 
-    Of equally accurate classes, those with more images come first.
+    Among equally accurate classes, those with more images come first.
     """
     images, taken, right = (np.bincount(numbers, minlength=outcome.num_classes) for numbers in (
         outcome.labels, outcome.predictions, outcome.labels[outcome.right]))
@@ -192,7 +192,7 @@ def draw_images(drawn, path, columns=1):
 
 
 def draw_worst(outcome, worst, read, path):
-    """Draw the images at some indices into a PNG file, with their best classes and label. read: see `write_report`."""
+    """Draw the images at the indices `worst` into a PNG file, with their top classes. read: see `write_report`."""
     drawn = []
     for place, index in enumerate(worst, 1):
         image, label = read(index), int(outcome.labels[index])
@@ -206,7 +206,7 @@ def draw_worst(outcome, worst, read, path):
 
 
 def draw_accuracy(outcome, results, path):
-    """Draw the accuracy of the SHOWN worst classes and, if there are more, the sorted curve of all into a PNG file."""
+    """Draw the accuracy of the SHOWN worst classes, and a sorted curve of all if there are more, into a PNG file."""
     results = [result for result in results if result.images]
     worst, overall = results[:SHOWN], outcome.right.mean()
     figure = import_figure()(figsize=(10, 1.4 + 0.24 * len(worst)), layout='constrained')
@@ -255,7 +255,7 @@ def draw_confusion(outcome, confusions, path):
 
 
 def draw_calibration(error, bins, path):
-    """Draw the results of `find_calibration` into a PNG file: a reliability diagram above the images per bin."""
+    """Draw the results of `find_calibration` into a PNG file: a reliability diagram and the images per bin."""
     images, confidence, accuracy = bins.T
     edges, width = np.arange(BINS) / BINS, 1 / BINS
     figure = import_figure()(figsize=(6, 6.4), layout='constrained')

@@ -1,4 +1,4 @@
-"""Weight files and checkpoints: written atomically, read without executing them; the newest of a folder."""
+"""Weight files and checkpoints: write them atomically, read them without executing anything, find the newest."""
 import functools
 import glob
 import hashlib
@@ -37,7 +37,7 @@ _DTYPES = {'F64': '<f8', 'F32': '<f4', 'F16': '<f2', 'BF16': '<u2', 'I64': '<i8'
 def save(state, path):
     """Write nested dictionaries of tensors, arrays and plain numbers to `path` atomically.
 
-    A path that ends in .safetensors takes a flat dictionary of tensors or arrays.
+    A .safetensors file takes a flat dictionary of tensors or arrays.
     Raises: UserError for a file that cannot be written, or a .safetensors path without the safetensors package.
     """
     arrays = to_arrays(state)
@@ -106,7 +106,7 @@ def load(path):
     """Return what `save` or `paddle.save` wrote, with NumPy arrays, or the arrays of a .safetensors file.
 
     Nothing in the file is executed (`read_pickle`). Its SHA-256 is logged.
-    Raises: UserError for an unreadable file, naming what was refused in it.
+    Raises: UserError for a file that cannot be read, with the content that was rejected.
     """
     check_exists(path)
     try:
@@ -132,9 +132,9 @@ def _load(path):
 
 
 def load_training(path):
-    """Read a training checkpoint to resume: a dictionary of PARTS.
+    """Read a training checkpoint to resume. Returns: a dictionary of PARTS.
 
-    Raises: UserError for any other file, including a checkpoint of another project, and for a corrupt one.
+    Raises: UserError for any other file, including another project's checkpoint, and for a corrupt one.
     """
     state = load(path)
     if not (isinstance(state, dict) and isinstance(state.get('model'), dict)):
@@ -184,7 +184,7 @@ def _check_finite(arrays, path):
 
 
 def find_all(folder):
-    """Yield (path, state) of each training checkpoint in a folder, by name; log and skip any other file."""
+    """Yield (path, state) of each training checkpoint in a folder, sorted by name; log and skip any other file."""
     for path in sorted(glob.glob(os.path.join(glob.escape(folder), '*.pdparams'))):
         try:
             yield path, load_training(path)
@@ -193,7 +193,7 @@ def find_all(folder):
 
 
 def position(state):
-    """Return how far a checkpoint's run is: (epochs done, steps done of the next epoch).
+    """Return how far along a checkpoint is: (epochs done, steps done of the next epoch).
 
     Epochs come first because a run resumed with larger batches counts fewer steps.
     """

@@ -10,7 +10,7 @@ import shutil
 from runtime.program import remedy
 from utils import UserError, describe_error, one_line
 
-# the names of the classes, one per line, next to the lists of a data set and the weights of a run
+# the names of the classes, one per line, next to the lists of a dataset and the weights of a run
 CLASS_NAMES = 'class_names.txt'
 
 
@@ -67,7 +67,7 @@ def to_plain(content, path):
         except UnicodeDecodeError as error:
             raise UserError(f'{path}: is not valid UTF-16 at byte {error.start}; save it as UTF-8') from None
     if codecs.BOM_UTF8[:1] in content:  # searching for one byte is much faster than for three
-        # joined lists have marks in the middle too
+        # concatenated lists have marks in the middle, too
         content = content.replace(codecs.BOM_UTF8, b'')
     if b'\r' in content:
         content = content.replace(b'\r\n', b'\n').replace(b'\r', b'\n')
@@ -75,7 +75,7 @@ def to_plain(content, path):
 
 
 def read_names(path):
-    """Read a text file with one name per line. Returns: a tuple of names, without the empty lines at the end.
+    """Read a text file with one name per line. Returns: a tuple of names, without trailing empty lines.
 
     Raises: UserError for a file that cannot be read, is neither UTF-8 nor UTF-16 with a byte-order mark, or has an
     empty line before its end.

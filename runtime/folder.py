@@ -1,4 +1,4 @@
-"""The folder of a run: run.json, log.jsonl and the checkpoints, and the state from which a run resumes."""
+"""The folder of a run: run.json, log.jsonl, the checkpoints, and the state to resume from."""
 import contextlib
 import datetime
 import glob
@@ -186,14 +186,14 @@ def find_revision(root):
 def recorded(path, start):
     """Record this start of a run in the JSON list at `path`, newest last: `start`, pid, times, status, error.
 
-    The status is running, and stays so if the process is killed; at the end it becomes finished, stopped (by a stop
-    request) or failed.
+    The status is running until the end, when it becomes finished, stopped (by a stop request) or failed. It stays
+    running if the process is killed.
     Raises: UserError for a file that is not such a list or cannot be written.
     """
     record = {**start, 'pid': os.getpid(), 'start': _now(), 'end': None, 'status': 'running', 'error': None}
 
     def write(**values):
-        starts, before = _read_starts(path), dict(record)  # another run may have written meanwhile
+        starts, before = _read_starts(path), dict(record)  # another run may have written in the meantime
         record.update(values)
         place = starts.index(before) if before in starts else len(starts)
         starts[place:place + 1] = [record]
@@ -226,7 +226,7 @@ def _read_starts(path):
     except ValueError:
         starts = None
     if not isinstance(starts, list):
-        raise UserError(f'{path}: not a JSON list of the starts of a run; fix it, or move it away')
+        raise UserError(f"{path}: not a JSON list of a run's starts; fix it, or move it away")
     return starts
 
 
@@ -262,7 +262,7 @@ def _epoch_of(line):
 
 
 def message_of_another_rank(folder):
-    """Return the newest error of a rank other than 0 from a folder's log.txt, or where else to look for it."""
+    """Return the newest error of a rank other than 0 from a folder's log.txt, or where to look for it."""
     with open(os.path.join(folder, 'log.txt'), encoding='utf-8', errors='replace') as file:
         messages = re.findall(r' (rank [1-9]\d*: error: .*)', file.read())
     return messages[-1] if messages else 'its message is in its workerlog, on its machine'

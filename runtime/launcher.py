@@ -9,7 +9,7 @@ import sys
 import tempfile
 import time
 
-from runtime.program import STOPPED, answer, environment_number
+from runtime.program import STOPPED, environment_number, handle_stop_signals
 from utils import UserError, program_name
 
 # seconds to hold back the stderr of each process: when one fails, the errors that follow in the others are noise
@@ -42,7 +42,7 @@ class Rank:
         self.held, self.read = [], 0
 
     def show(self, held=0.0):
-        """Copy to our stderr what the process wrote more than `held` seconds ago."""
+        """Copy to our stderr whatever the process wrote more than `held` seconds ago."""
         now = time.monotonic()
         text = os.pread(self.errors.fileno(), 2 ** 20, self.read)
         self.read += len(text)
@@ -72,17 +72,17 @@ def run_processes(command, count):
                  'PADDLE_TRAINER_ENDPOINTS': ','.join(endpoints), 'PADDLE_CURRENT_ENDPOINT': endpoint,
                  'FLAGS_selected_gpus': rank, 'RUN_PROCESSES_PID': os.getpid()}
         ranks.append(Rank(command, {**os.environ, **{name: str(value) for name, value in group.items()}}))
-    answer(signal.default_int_handler)  # raises KeyboardInterrupt
-    shown, asked = ranks[0], False
+    handle_stop_signals(signal.default_int_handler)  # raises KeyboardInterrupt
+    shown, interrupted = ranks[0], False
     try:
         failed = wait_for(ranks)
         shown = ranks[failed or 0]
     except KeyboardInterrupt:
-        asked = True
-        answer(signal.SIG_IGN)  # the processes handle it, and a second Ctrl-C too
+        interrupted = True
+        handle_stop_signals(signal.SIG_IGN)  # the processes handle it, and a second Ctrl-C too
     finally:
         end(ranks, shown)
-    if asked:
+    if interrupted:
         statuses = [rank.process.returncode for rank in ranks]
         if STOPPED in statuses:
             return STOPPED
@@ -98,14 +98,14 @@ def run_processes(command, count):
         if status < 0:
             print(f'rank {failed} was killed by {signal.Signals(-status).name}', file=sys.stderr)
         elif status == STOPPED and failed:  # rank 0 reports its own stop
-            print(f'rank {failed} received a stop request; continue with -resume auto', file=sys.stderr)
+            print(f'rank {failed} received a stop request; resume with -resume auto', file=sys.stderr)
     return 128 - status if status < 0 else status
 
 
 def wait_for(ranks):
-    """Wait until all processes have ended or one has failed. Returns: None, or the number of the one that failed."""
+    """Wait until all processes have ended or one has failed. Returns: the number of the one that failed, or None."""
     failed, statuses = [], [None]
-    # a process that raises may take longer to end than the ones that fail because of it
+    # a process that raises may take longer to exit than those that fail because of it
     deadline = math.inf
     while None in statuses and time.monotonic() < deadline:
         time.sleep(0.1)
@@ -119,7 +119,7 @@ def wait_for(ranks):
     # a user's mistake (status 2) is often found by all; SIGABRT is gloo's reaction to the end of another process
     mistakes = [number for number, status in enumerate(statuses) if status == 2]
     causes = [number for number in failed if statuses[number] != -signal.SIGABRT]
-    # a process told to stop during an evaluation leaves alone, and the others may then fail
+    # a process told to stop during an evaluation exits alone, and the others may then fail
     stopped = [number for number, status in enumerate(statuses) if status == STOPPED]
     return (mistakes or stopped or causes or failed or [None])[0]
 

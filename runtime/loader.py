@@ -1,4 +1,4 @@
-"""Load batches of a dataset as tensors on the device: waiting for them, and passing worker errors to the program."""
+"""Load batches of a dataset as tensors on the device, wait for them, and pass worker errors to the program."""
 import contextlib
 import queue
 import sys
@@ -20,13 +20,13 @@ SLOW_SHARE, SLOW_SECONDS = 0.2, 10
 
 
 class StoppedWaiting(Exception):
-    """Raised by a loader that is waiting for a batch when `should_stop` returns true."""
+    """Raised by a loader if `should_stop` returns true while it waits for a batch."""
 
 
 class Waits:
-    """Adds up the waits for batches in an iteration, and calls on_slow(share of the time) once if it is slow.
+    """Adds up the time an iteration waits for batches, and calls on_slow(share of the total time) once if it is slow.
 
-    The first wait does not count because it includes the start of the workers.
+    The first wait does not count, because it includes the start of the workers.
     """
 
     def __init__(self, on_slow):
@@ -58,7 +58,7 @@ def warn_of_waiting(num_workers, share):
 
 
 class _Stream(IterableDataset):
-    """The batches of `Workers` for Paddle's DataLoader, which copies them to the device while the device computes.
+    """Feeds the batches of `Workers` to Paddle's DataLoader, which copies them to the device while it computes.
 
     The DataLoader hangs when its dataset raises (2.6.2, 3.3.1), so an error ends the stream and is kept as `error`.
     thread: the DataLoader's thread that reads the stream.
@@ -80,7 +80,7 @@ class _Stream(IterableDataset):
 
 
 def _fetch(batches, place, requests, results):
-    """For each request, put the next batch, None at the end, or the error into results; a None request ends this.
+    """For each request, put the next batch, None at the end, or the error into results. None ends the thread.
 
     Runs in a thread, because a thread that waits for a batch in Paddle's code (2.6.2, 3.3.1) cannot handle signals.
     """
@@ -93,13 +93,13 @@ def _fetch(batches, place, requests, results):
 
 
 class Loader:
-    """Iterates over batches of tensors (uint8 [N, H, W, 3], int64 [N]); `waited` adds up the seconds of waiting.
+    """Iterates over batches of tensors (uint8 [N, H, W, 3], int64 [N]); `waited` counts the seconds spent waiting.
 
     dataset: yields (uint8 [H, W, 3], label); has `shape`, (H, W, 3), and name_of(index).
     batch_sampler: yields lists of items; has `batch_size`, the length of the longest list.
-    num_workers: processes that read images; 0: read in this process; -1: `default_workers`. The attribute has the
-        actual number.
-    timeout: seconds after which a wait for a batch is an error; 0: never.
+    num_workers: processes that read images; 0: read in this process; -1: `default_workers`, which the
+        attribute then contains.
+    timeout: longest wait for a batch in seconds, after which it is an error; 0: no limit.
     should_stop(): polled a few times a second while waiting; if true, the wait ends with StoppedWaiting.
     on_slow(share): called at most once per iteration, if waiting for batches takes too much of the time (`Waits`).
     Raises: UserError when it reaches an image that cannot be read, and after the timeout.
@@ -144,7 +144,7 @@ class Loader:
                 yield tuple(batch)
         finally:
             requests.put(None)
-            batches._shutdown = True  # or it waits, at exit too, for its thread, which may be stuck on a dead disk
+            batches._shutdown = True  # or it waits, even at exit, for its thread, which may be stuck on a dead disk
             batches._exit_thread_expectedly()
             workers.end()
             # a thread in C++ code when Python exits would abort the process; one that ends during a fork may block the

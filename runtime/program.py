@@ -35,18 +35,18 @@ def prepare_runtime(device=None):
         environment_number(name)  # Paddle parses them its own way
     if _check_versions() == 'paddlepaddle' or device == 'cpu' or not _has_driver():
         _prepare_cpu()
-    # Paddle (2.6.2, 3.3.1) prints a stack trace on SIGTERM, in which a newly forked data worker may deadlock; and it
-    # leaves its batches in shared memory unless Python exits cleanly. So the signal is held back until Python can
-    # handle it. So is Ctrl-C, which would look like a failed import
+    # On SIGTERM, Paddle (2.6.2, 3.3.1) prints a stack trace, in which a newly forked data worker may deadlock, and it
+    # leaves its batches in shared memory unless Python exits cleanly. So hold the signal back until Python can handle
+    # it, and Ctrl-C, which would look like a failed import
     with blocked([signal.SIGTERM, signal.SIGINT]):
         _import_paddle()
         signal.signal(signal.SIGTERM, lambda number, frame: sys.exit(128 + number))
-    # printed at every start of training, about what batch norms do anyway
+    # printed whenever training starts, about what batch norms do anyway
     warnings.filterwarnings('ignore', 'When training, we now always track global mean and variance')
 
 
 def _import_paddle():
-    # the import warns about the number of threads set here and a missing ccache: nothing that a user could fix
+    # the import warns about the number of threads set here and about a missing ccache: nothing a user can fix
     try:
         with contextlib.redirect_stderr(io.StringIO()), warnings.catch_warnings():
             warnings.simplefilter('ignore')
@@ -87,20 +87,20 @@ def _prepare_cpu():
         # the MKL inside Paddle (2.6.2, 3.3.1) takes its slowest path on AMD; 5 is AVX2
         os.environ.setdefault('MKL_DEBUG_CPU_TYPE', '5')
     if sys.platform == 'linux':
-        # glibc returns freed large blocks to the system, and every step would fault in their pages again
+        # glibc returns large freed blocks to the system, and every step would fault their pages in again
         with contextlib.suppress(AttributeError):  # another C library
             no_mmap, keep_all = (-4, 0), (-1, -1)  # M_MMAP_MAX, M_TRIM_THRESHOLD
             for option in (no_mmap, keep_all):
                 ctypes.CDLL(None).mallopt(*option)
 
 
-# numbers that Paddle's launcher, main_multi_gpu.py or srun sets in the environment, and their lowest values
+# environment variables set by Paddle's launcher, main_multi_gpu.py or srun -> their lowest values
 _LOWEST = {'PADDLE_TRAINERS_NUM': 1, 'PADDLE_LOCAL_SIZE': 1, 'PADDLE_TRAINER_ID': 0, 'FLAGS_selected_gpus': 0,
            'RUN_PROCESSES_PID': 1, 'SLURM_STEP_NUM_TASKS': 1, 'SLURM_STEP_NUM_NODES': 1}
 
 
 def environment_number(name, default=None):
-    """Return the number in a launcher's environment variable, the first for a list of GPUs; `default` if it is unset.
+    """Return the number in a launcher's environment variable, the first of a list of GPUs; `default` if it is unset.
 
     Raises: UserError for any other value.
     """
@@ -186,7 +186,7 @@ def join_process_group():
         return
     if not paddle.device.get_device().startswith('gpu'):
         os.environ['PADDLE_DISTRI_BACKEND'] = 'gloo'
-    with contextlib.redirect_stderr(io.StringIO()):  # a banner about flags that Paddle (3.3.1) sets itself
+    with contextlib.redirect_stderr(io.StringIO()):  # a banner about flags that Paddle (3.3.1) itself sets
         paddle.distributed.init_parallel_env()
 
 
@@ -202,7 +202,7 @@ def end_with_parent(parent=None):
             os._exit(1)
 
 
-def answer(handler):
+def handle_stop_signals(handler):
     """Install a handler for STOP_SIGNALS, except SIGHUP under nohup. Returns: {signal: previous handler}."""
     ignored = [number for number in STOP_SIGNALS
                if number.name == 'SIGHUP' and signal.getsignal(number) == signal.SIG_IGN]
@@ -210,9 +210,9 @@ def answer(handler):
 
 
 class StopRequest:
-    """Context manager that records the first of STOP_SIGNALS as `name`, for the program to act on when it can.
+    """Context manager that records the name of the first of STOP_SIGNALS, for the program to act on when it can.
 
-    A second Ctrl-C interrupts at once. Outside the main thread, which alone receives signals, it does nothing.
+    A second Ctrl-C interrupts at once. Does nothing outside the main thread, the only one that receives signals.
     """
 
     def __init__(self):
@@ -221,7 +221,7 @@ class StopRequest:
 
     def __enter__(self):
         if threading.current_thread() is threading.main_thread():
-            self._before = answer(self._remember)
+            self._before = handle_stop_signals(self._remember)
         return self
 
     def _remember(self, number, frame):
@@ -244,9 +244,9 @@ def run_program(main):
         _prepare_streams()
         _call(main)
     except SystemExit as error:
-        # a requested stop: a second request, as launchers send, must not change the status
+        # a requested stop: a second request, which launchers send, must not change the status
         if error.code in (STOPPED, 128 + signal.SIGTERM):
-            answer(signal.SIG_IGN)
+            handle_stop_signals(signal.SIG_IGN)
         raise
     except UserError as error:
         sys.exit(_fail(str(error), 2))
@@ -291,7 +291,7 @@ def _call(main):
 
 
 def _drop_output():
-    """Silence stdout if it cannot be written, so that it does not fail again at exit."""
+    """Silence stdout if it cannot be written to, so that it does not fail again at exit."""
     try:
         sys.stdout.flush()
     except OSError:
@@ -322,7 +322,7 @@ def remedy(error):
 def shortage(error):
     """Return one line about the system limit behind an exception; '' if there is none."""
     text = str(error)
-    # also by name, in the traceback of a data worker
+    # also by name: a data worker's traceback is text
     names = 'MemoryError|ResourceExhausted|bad_alloc|out of memory'
     if isinstance(error, MemoryError) or re.search(names, text, re.IGNORECASE):
         found = re.search('(out of memory error|fail to alloc|unable to allocate)[^\n]*', text, re.IGNORECASE)

@@ -1,7 +1,7 @@
 """Read Paddle's pickles without executing them.
 
-A .pdparams file is a pickle: a program for a stack machine. Python's machine imports and calls whatever the program
-names; this one knows only the instructions in Paddle's files, imports nothing and calls nothing.
+A .pdparams file is a pickle: a program for a stack machine. Python's own machine imports and calls whatever the
+program names; this one knows only the instructions in Paddle's files, imports nothing and calls nothing.
 """
 import itertools
 import math
@@ -29,8 +29,8 @@ class _Array:
     value: Optional[np.ndarray] = None
 
 
-# what pickles of paddle.save (2.6, 3.x) name: arrays and numbers as NumPy 1 and 2 pickle them, tensors as tuples (name,
-# array), and in protocol 2 bytes as text
+# globals in pickles of paddle.save (2.6, 3.x): arrays and numbers as NumPy 1 and 2 pickle them, tensors as tuples
+# (name, array), and bytes, which protocol 2 stores as text
 _GLOBALS = {f'{module}.{name}' for module, name in [
     ('numpy.core.multiarray', '_reconstruct'), ('numpy._core.multiarray', '_reconstruct'), ('numpy', 'ndarray'),
     ('numpy.core.multiarray', 'scalar'), ('numpy._core.multiarray', 'scalar'), ('numpy', 'dtype'),
@@ -41,16 +41,16 @@ _LITERALS = {'BININT', 'BININT1', 'BININT2', 'LONG1', 'BINFLOAT', 'SHORT_BINUNIC
              'SHORT_BINBYTES', 'BINBYTES', 'BINBYTES8'}
 _CONSTANTS = {'NONE': None, 'NEWTRUE': True, 'NEWFALSE': False, 'EMPTY_TUPLE': ()}
 _TUPLES = {'TUPLE1': 1, 'TUPLE2': 2, 'TUPLE3': 3}
-# limit on the instructions of a pickle and on the values they make; a checkpoint of a thousand tensors has at most 0.2
-# million
+# limit on the instructions in a pickle and on the values they create; a checkpoint with a thousand tensors has at most
+# 0.2 million
 _MOST = 1_000_000
 
 
 def read_pickle(data):
     """Read the nested dictionaries and lists of arrays and plain values that `paddle.save` (2.6, 3.x) pickled.
 
-    NumPy scalars become Python numbers. Time and memory are proportional to the size of the data, whatever it contains.
-    Raises: ValueError for anything else in the pickle, naming it; almost any exception for bytes that are not a pickle.
+    NumPy scalars become Python numbers. Time and memory are proportional to the size of the data, whatever its content.
+    Raises: ValueError that names anything else in the pickle; almost any exception for bytes that are not a pickle.
     """
     stack, marks, memo = [], [], {}
     made = 0  # bytes of arrays, and of text encoded as bytes

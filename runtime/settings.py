@@ -20,13 +20,13 @@ from utils import UserError, one_line, program_name
 
 
 def refusal(name, value, why):
-    """Return the UserError for a key with an invalid value. why: completes the sentence after "but"; the remedy."""
+    """Return the UserError for a key with an invalid value. why: continues after "but", with the remedy."""
     return UserError(f'{name} is {one_line(repr(value))}, but {why}')
 
 
 @dataclasses.dataclass(frozen=True)
 class Key:
-    """The default of a key, which determines its type, and its other valid values.
+    """The default of a key, which determines its type, and the limits on its values.
 
     low, high: inclusive bounds of a number, or of each number in a list; high requires low
     choices: valid strings, compared without regard to case
@@ -52,8 +52,8 @@ class Key:
     def read(self, value, name):
         """Convert a value to the key's type. name: the key's name, for errors.
 
-        Where a number, list or bool is expected, a string is parsed as a Python literal: PyYAML reads `1e-4` as a
-        string, and every value on the command line is one.
+        A string is parsed as a Python literal if the key takes a number, list or bool: PyYAML reads `1e-4` as a string,
+        and every value on the command line is one.
         Raises: UserError for a value with a different type, and for infinity and NaN.
         """
         kind = type(self.default)
@@ -76,7 +76,7 @@ class Key:
         raise refusal(name, value, f'must be {described}, like {example!r}')
 
     def check(self, value, name):
-        """Raise a UserError for an invalid value of the key's type. name: the key's name."""
+        """Raise a UserError for a value of the right type that is not valid. name: the key's name."""
         if isinstance(value, list):
             if self.length not in (None, len(value)):
                 raise refusal(name, value, f'must have {self.length} entries')
@@ -131,7 +131,7 @@ class Settings:
         self.sections = {name[:dot.start()] for name in keys for dot in re.finditer(r'\.', name)}
 
     def defaults(self):
-        """Return a new config of the defaults, not frozen; it shares nothing with other configs."""
+        """Return a new config with the defaults, not frozen. It shares no values with other configs."""
         config = CfgNode()
         for name, key in self.keys.items():
             _put(config, name, copy.copy(key.default))
@@ -156,7 +156,7 @@ class Settings:
     def _nearest(self, name):
         """Return the key most similar to a name, ignoring case. The last part counts most: users mix up sections.
 
-        The first key in which that part is a whole word wins: LR means the first of the keys that end in LR.
+        The first key that contains that part as a whole word wins: LR means the first key that ends in LR.
         """
         word = re.escape(name.rpartition('.')[2].upper().removesuffix('S'))
         for known in self.keys if word else ():
@@ -170,7 +170,7 @@ class Settings:
         return max(self.keys, key=likeness)
 
     def merge_file(self, config, path, parents=()):
-        """Merge a YAML file into a config, after the files in its BASE. parents: the files whose BASE led to it.
+        """Merge a YAML file into a config, after the files in its BASE. parents: files whose BASE led to this one.
 
         Raises: UserError for a file that cannot be read, and as `set`.
         """
@@ -229,7 +229,7 @@ class Settings:
         return parser
 
     def _meanings(self, flags):
-        """Return {flag that a user may guess from a key: what sets the key}, for the error of an unknown flag."""
+        """Return {flag that a user may guess from a key: how to set the key}, for the error about an unknown flag."""
         flag_of, meanings = {self.flags[flag][0]: f'-{flag}' for flag in flags}, {}
         for key in self.keys:
             name = key.rpartition('.')[2].lower()
@@ -303,7 +303,7 @@ def add_device_flag(parser):
 class ArgumentParser(argparse.ArgumentParser):
     """argparse with exact single-dash flags, values that may start with a minus, and one-line errors.
 
-    meanings: {flag that a user may guess: what to give instead}, for the error of an unknown flag.
+    meanings: {flag that a user may guess: what to give instead}, for the error about an unknown flag.
     """
 
     def __init__(self, meanings=(), **kwargs):

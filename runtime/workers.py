@@ -1,8 +1,8 @@
 """Worker processes that read dataset items into memory shared with the main process.
 
-Paddle's own loader (2.6.2, 3.3.1) passes each batch in a new file in /dev/shm, whose pages the system clears and maps
-each time; a container has 64 MB of it by default. Here the batches reuse memory that is shared from the start and that
-the size of /dev/shm does not limit. Nothing here imports Paddle.
+Paddle's own loader (2.6.2, 3.3.1) passes each batch in a new file in /dev/shm, whose pages the system clears and
+maps each time; a container has 64 MB of it by default. Here, batches reuse memory that is shared from the start and not
+limited by the size of /dev/shm. Nothing here imports Paddle.
 """
 import atexit
 import collections
@@ -102,7 +102,7 @@ def _work(dataset, images, labels, place, connection, parent):
         connection.send(read_items(dataset, items, images[slot], labels[slot], place))
 
 
-def _death(worker):
+def _exit_error(worker):
     """Return the error for a worker that has ended, with the likely cause."""
     worker.join()
     if worker.exitcode == -signal.SIGKILL:
@@ -128,16 +128,16 @@ class Workers:
         self.labels = _shared_array([PREFETCH * count, batch_size], 'int64')
         self.workers, self.connections = [], []
         for number in range(count):
-            mine, its = multiprocessing.get_context('fork').Pipe()
+            ours, theirs = multiprocessing.get_context('fork').Pipe()
             worker = multiprocessing.get_context('fork').Process(
                 target=_work, daemon=True,
-                args=[dataset, self.images, self.labels, self.places[number:number + 1], its, os.getpid()])
+                args=[dataset, self.images, self.labels, self.places[number:number + 1], theirs, os.getpid()])
             with blocked(STOP_SIGNALS), _without_collection():  # in the worker too, until `_start_worker`
                 worker.start()
-            its.close()  # so that the parent notices when the worker ends
+            theirs.close()  # so that the parent notices when the worker ends
             _WORKERS.add(worker)
             self.workers.append(worker)
-            self.connections.append(mine)
+            self.connections.append(ours)
 
     def end(self):
         for worker in self.workers:
@@ -189,4 +189,4 @@ class Workers:
         try:
             yield self.connections[number]
         except (EOFError, OSError):
-            raise _death(self.workers[number]) from None
+            raise _exit_error(self.workers[number]) from None

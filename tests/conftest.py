@@ -1,4 +1,4 @@
-"""Shared by the tests: runtime settings, a narrow config, small data sets of real images, helpers to run programs."""
+"""Shared test code: runtime settings, a narrow config, small datasets of real images, helpers to run programs."""
 import json
 import os
 import pathlib
@@ -24,7 +24,7 @@ from config import get_config  # noqa: E402
 
 ROOT = pathlib.Path(__file__).resolve().parent.parent
 VARIANTS = ['s0', 's1', 's2', 's3', 's4']
-# options of a model that trains in seconds, with every kind of branch and SE
+# config of a model that trains in seconds, with SE and every kind of branch
 NARROW = ['MODEL.NUM_BLOCKS', '[1,1,1,2,1]', 'MODEL.CHANNELS', '[4,4,8,8,8]', 'MODEL.EXPANSIONS', '[1,1,1,1,1]',
           'MODEL.NUM_BRANCHES', '[1,2,1,1,2]', 'MODEL.USE_SE', 'True', 'DATA.IMAGE_SIZE', '32', 'DATA.CROP_PCT', '1',
           'TRAIN.LINEAR_SCALED_LR', '0', 'TRAIN.WARMUP_EPOCHS', '0', 'DATA.NUM_WORKERS', '1']
@@ -86,7 +86,7 @@ def run(*args, status=0, cwd=ROOT, env=(), fork=True):
 
 
 def fails(*args, cwd=ROOT, env=()):
-    """Run a program that must end like a user's mistake. Returns: its one line on stderr."""
+    """Run a program that must fail as for a user's mistake. Returns: its one line on stderr."""
     process = run(*args, status=2, cwd=cwd, env=env)
     lines = process.stderr.splitlines()
     assert len(lines) == 1 and ': error: ' in lines[0], process.stderr
@@ -126,7 +126,7 @@ def call_main(monkeypatch, capsys):
     def call(tool, *args):
         monkeypatch.setattr(tool, 'subprocess', forked)
         monkeypatch.setattr(sys, 'argv', [tool.__name__, *map(str, args)])
-        capsys.readouterr()  # what this process has logged
+        capsys.readouterr()  # discard what this process has logged
         tool.main()
         out, error = capsys.readouterr()
         assert error == ''
@@ -135,7 +135,7 @@ def call_main(monkeypatch, capsys):
 
 
 def with_lists(fashion, folder, **lists):
-    """Make a data set of the images of `fashion` with other list files. lists: {split: lines}."""
+    """Create a dataset of the images in `fashion` with other list files. lists: {split: lines}."""
     folder.mkdir()
     for split in ('train', 'val'):
         (folder / split).symlink_to(fashion / split)
@@ -146,7 +146,7 @@ def with_lists(fashion, folder, **lists):
 
 @pytest.fixture(scope='session')
 def fashion(tmp_path_factory):
-    """The demo data set as image files, with lists of the first 60 training and 35 validation images."""
+    """The demo dataset as image files, with lists of the first 60 training and 35 validation images."""
     folder = tmp_path_factory.mktemp('fashion')
     run('-m', 'tools.make_fashion_mnist', '-source', 'demo', '-output', folder)
     for split, count in (('train', 60), ('val', 35)):

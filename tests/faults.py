@@ -68,7 +68,7 @@ def send(name):
 
 
 def terminate_all(*args):
-    """Terminate all processes of a group, after the others have gone as far as they can without this one."""
+    """Terminate all processes of a group once the others have run as far as they can without this one."""
     time.sleep(2)
     os.kill(os.getppid(), signal.SIGTERM)
     time.sleep(1)

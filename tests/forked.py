@@ -152,7 +152,7 @@ class _Forked(BaseException):
 
 
 def _take_time_as_rank():
-    """Start and exit no faster than a real process, because the other ranks depend on it."""
+    """Start and exit no faster than a real process, because the other ranks depend on the timing."""
     # Python takes this long to exit. A rank that ends at once aborts a reduction that the others are about to finish,
     # and a rank that ends because of another must be seen to end after it
     atexit.register(time.sleep, 0.2)
@@ -200,7 +200,7 @@ def _serve(requests):
     while True:
         request, fds, *_ = socket.recv_fds(requests, 2 ** 20, 3)
         if not request:
-            os.killpg(0, signal.SIGKILL)  # the remaining programs too
+            os.killpg(0, signal.SIGKILL)  # also the remaining programs
         if not os.fork():
             break
         for fd in fds:

@@ -1,4 +1,4 @@
-"""Augmentations of small images against results computed by hand."""
+"""Augmentations of small images, compared with results computed by hand."""
 import numpy as np
 import paddle
 import pytest
@@ -119,7 +119,7 @@ def test_color_and_sharpness():
 ], ids=['noise', 'one pixel', 'small', 'plain', 'two levels', 'dark'])
 @pytest.mark.parametrize('name', OPERATIONS)
 def test_operations_on_arrays_equal_pillow(name, image):
-    """Within two levels for operations that round averages, exactly for all others."""
+    """Operations that round averages may differ by two levels."""
     operation = OPERATIONS[name]
     signs = (-1, 1) if operation.signed else (1,)
     for amount in [sign * operation.largest * share for sign in signs for share in (0, 0.1, 0.5, 0.77, 1)]:
@@ -276,7 +276,7 @@ def test_augmentations_come_after_the_crop_and_the_flip():
 
 
 def test_augmentations_are_the_same_on_both_backends(tmp_path):
-    """With the nearest filter, which is the same on both."""
+    """Uses the nearest filter, which is the same on both."""
     path = str(tmp_path / 'photo.jpg')
     color_noise(60, 40).save(path)
     transform = TrainTransform(32, (0.2, 1.0), 'nearest', [AutoAugment(), RandAugment(2, 9), ColorJitter(0.4)])

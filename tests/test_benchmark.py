@@ -1,4 +1,4 @@
-"""tools.benchmark: its output, not the speed of anything."""
+"""The output of tools.benchmark, not its measurements."""
 import importlib.util
 import json
 import types
@@ -85,7 +85,7 @@ def test_latency_of_every_engine(latency):
 
 
 def test_latency_of_fused_weights(latency, config, tmp_path):
-    """An engine that cannot run them reports why, and the others are measured."""
+    """An engine that cannot run fused weights reports why, and the others are measured."""
     weights = str(tmp_path / 'fused.pdparams')
     checkpoint.save(build_network(config, fused=True).state_dict(), weights)
     lines = latency('-engines', 'paddle', 'paddle-unfused', '-pretrained', weights).stdout.splitlines()
@@ -94,7 +94,7 @@ def test_latency_of_fused_weights(latency, config, tmp_path):
 
 
 def test_latency_of_timm(latency, tmp_path):
-    """With a stand-in for timm, which the tests do not install."""
+    """Uses a stand-in for timm, which the tests do not install."""
     for name, code in STAND_INS.items():
         path = tmp_path / 'fake' / name
         path.parent.mkdir(parents=True, exist_ok=True)
@@ -183,8 +183,8 @@ def test_training_on_a_synthetic_batch(train):
         assert row['machine'] and any(name.startswith('paddlepaddle') for name in row['versions'])
 
 
-def test_training_on_a_data_set(train, fashion):
-    """Over several epochs, which have seven batches each."""
+def test_training_on_a_dataset(train, fashion):
+    """The turns span several epochs of seven batches each."""
     lines = train('-data_path', fashion, '-batch_size', '8', '-num_workers', '0', '2').stdout.splitlines()
     assert 'narrow at 32 pixels; 2 turns of 2 steps' in lines[0]
     rows = [line.split() for line in lines[2:] if line.startswith('paddle')]
@@ -213,7 +213,7 @@ def test_training_turn():
 
 
 def test_training_next_to_timm(train, tmp_path):
-    """With a stand-in for timm. A row that runs out of memory reports it, and the others are measured."""
+    """Uses a stand-in for timm. A row that runs out of memory reports it, and the others are measured."""
     for name, code in TRAINING_STAND_INS.items():
         path = tmp_path / 'fake' / name
         path.parent.mkdir(parents=True, exist_ok=True)
@@ -290,7 +290,7 @@ def test_training_errors(train, args, message):
 LOADER = ['-m', 'tools.benchmark', 'loader', '-image_size', '32', '-batch_size', '4', '-batches', '2', '-turns', '2']
 
 
-def test_loading_a_data_set(fashion):
+def test_loading_a_dataset(fashion):
     """No image is read twice in a turn, so the list must be long enough."""
     command = [*LOADER, '-data_path', fashion, '-num_workers', '0', '1']
     rows = [json.loads(line) for line in run(*command, '-json').stdout.splitlines()]
@@ -308,7 +308,7 @@ def test_loading_a_data_set(fashion):
 
 
 def test_loading_photographs_next_to_torchvision(tmp_path):
-    """With stand-ins for the packages that ship photographs, and for torchvision, with one row that fails."""
+    """Uses stand-ins for the packages that ship photographs and for torchvision, with one row that fails."""
     fake = tmp_path / 'fake'
     for package, names in PHOTOGRAPHS.items():
         for number, name in enumerate(names):

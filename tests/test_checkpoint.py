@@ -1,4 +1,4 @@
-"""Weight files and checkpoints: what is read, what is refused, and writing them whole or not at all."""
+"""Weight files and checkpoints: which are read or rejected, and writing them completely or not at all."""
 import errno
 import math
 import os
@@ -130,8 +130,8 @@ def test_invalid_training_checkpoints_are_refused(tmp_path, parts, message):
 
 
 def test_parts_of_a_training_checkpoint(tmp_path, monkeypatch):
-    """They include the state of PaddlePaddle's GradScaler; anything else in the file is dropped."""
-    # a GradScaler works only on a GPU: this one mistakes the CPU for one
+    """The parts include the state of PaddlePaddle's GradScaler; anything else in the file is dropped."""
+    # a GradScaler works only on a GPU; this one takes the CPU for a GPU
     monkeypatch.setattr(paddle.amp.grad_scaler, '_dygraph_tracer', unittest.mock.MagicMock())
     scaler = paddle.amp.GradScaler()
     assert {key: type(value) for key, value in checkpoint.to_arrays(scaler.state_dict()).items()

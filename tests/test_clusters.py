@@ -1,4 +1,4 @@
-"""The examples for several machines in docs/training.md, run the way SLURM and Kubernetes run them."""
+"""The examples for several machines in docs/training.md, run as SLURM and Kubernetes would."""
 import json
 import os
 import re
@@ -32,7 +32,7 @@ def write_program(path, text):
     path.chmod(0o755)
 
 
-# starts the command once per node, with the variables of a task; returns the highest exit status
+# starts the command once per node with a task's variables; returns the highest exit status
 SRUN = f'''#!{sys.executable}
 import os, subprocess, sys
 args = sys.argv[1:]
@@ -79,7 +79,7 @@ class Slurm:
         return [int(number) for number in (self.folder / 'tasks').read_text().split()]
 
     def scontrol(self):
-        """Its calls, one line of arguments each."""
+        """The calls of scontrol, one line of arguments each."""
         path = self.folder / 'scontrol'
         return path.read_text().splitlines() if path.exists() else []
 
@@ -114,7 +114,7 @@ def free_port(low, high):
 
 
 def wait_for_steps(log, starts, *processes):
-    """Wait until a run trains that has been started `starts` times."""
+    """Wait until a run is training after `starts` starts."""
     deadline = time.monotonic() + 100
     text = ''
     while text.count(', processes: ') < starts or ' step ' not in text.rpartition(', processes: ')[2]:
@@ -125,7 +125,7 @@ def wait_for_steps(log, starts, *processes):
 
 @pytest.fixture
 def end_all():
-    """A list of processes; those that a failed test has left are killed, with their sessions."""
+    """A list of processes. Those that a failed test leaves behind are killed, with their sessions."""
     processes = []
     yield processes
     for process in processes:
@@ -152,7 +152,7 @@ def test_the_manifest_is_consistent():
 
 
 def test_a_run_moves_from_slurm_to_kubernetes_and_back(fashion, tmp_path, end_all):
-    """Stopped on two machines as each system does it, it ends on one. Its weights are those of an undisturbed run."""
+    """Each system stops the run on two machines; it finishes on one, with the weights of an uninterrupted run."""
     args = get_parser('').parse_args(['-opts', *NARROW, 'MODEL.NUM_CLASSES', '10', 'DATA.BATCH_SIZE', '8',
                                       'TRAIN.NUM_EPOCHS', '20', 'VALIDATE_FREQ', '20', 'REPORT_FREQ', '1'])
     narrow, output = tmp_path / 'narrow.yaml', tmp_path / 'run'
@@ -168,7 +168,7 @@ def test_a_run_moves_from_slurm_to_kubernetes_and_back(fashion, tmp_path, end_al
     script = slurm.submit(job, **variables)
     end_all.append(script)
     wait_for_steps(output / 'log.txt', 1, script)
-    for task in slurm.tasks():  # slurmstepd signals the tasks, not what they have started
+    for task in slurm.tasks():  # slurmstepd signals the tasks, not the processes that they started
         os.kill(task, signal.Signals[f'SIG{name}'])
     assert script.wait(60) == signal.SIGTERM
     assert slurm.scontrol() == [f'requeue {job}']
@@ -210,12 +210,12 @@ def test_a_run_moves_from_slurm_to_kubernetes_and_back(fashion, tmp_path, end_al
                        '._variance' not in name} for state in states))
 
 
-@pytest.mark.parametrize('status, is_queued_again', [(0, False), (1, False), (2, False), (15, True), (75, True)])
-def test_the_slurm_script_on_one_machine(tmp_path, status, is_queued_again):
-    """The task becomes main_multi_gpu.py. Only a run that was stopped is queued again."""
+@pytest.mark.parametrize('status, is_requeued', [(0, False), (1, False), (2, False), (15, True), (75, True)])
+def test_the_slurm_script_on_one_machine(tmp_path, status, is_requeued):
+    """The task becomes main_multi_gpu.py. Only a stopped run is requeued."""
     slurm = Slurm(tmp_path)
     write_program(tmp_path / 'python', f'#!/bin/sh\necho $$ "$@" > {tmp_path}/command\nexit {status}\n')
     assert slurm.submit(7, nodes='1', PYTHON=str(tmp_path / 'python')).wait(20) == status
     task, program, *_ = (tmp_path / 'command').read_text().split()
     assert [int(task)] == slurm.tasks() and program == 'main_multi_gpu.py'
-    assert slurm.scontrol() == (['requeue 7'] if is_queued_again else [])
+    assert slurm.scontrol() == (['requeue 7'] if is_requeued else [])

@@ -152,7 +152,7 @@ def test_flags():
 
 def test_flags_with_value_0_are_merged(tmp_path):
     config = get_config(write(tmp_path / 'x.yaml', 'TRAIN:\n  LAST_EPOCH: 5\n'))
-    update_config(config, SimpleNamespace(last_epoch=0))  # as in a notebook, with a single flag
+    update_config(config, SimpleNamespace(last_epoch=0))  # as in a notebook, which sets a single flag
     assert config.TRAIN.LAST_EPOCH == 0
     with pytest.raises(UserError, match='DATA.BATCH_SIZE is 0'):
         resolve_config(parse('-batch_size', '0'))
@@ -258,7 +258,7 @@ def numbers():
 
 @pytest.mark.parametrize('name, key', list(numbers()))
 def test_every_number_has_bounds(name, key):
-    """All have a lower bound; an upper bound exists where larger numbers have no meaning."""
+    """All have a lower bound, and an upper bound where larger numbers make no sense."""
     kind = type(key.default[0] if isinstance(key.default, list) else key.default)
     bounds = f'at least {key.low}' if key.high == math.inf else f'between {key.low} and {key.high}'
     assert key.low > -math.inf
@@ -276,7 +276,7 @@ def test_every_number_has_bounds(name, key):
 
 
 def with_number(key, value):
-    """Return the default config with one number replaced, in a list the first entry."""
+    """Return the default config with one number replaced (in a list, the first entry)."""
     config = get_config()
     config.TRAIN.CURRICULUM = [{'EPOCH': 1, 'IMAGE_SIZE': 160, 'AUTO_AUGMENT_STRENGTH': 0.0}]
     node, (*parents, leaf) = config, key.split('.')

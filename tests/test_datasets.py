@@ -39,7 +39,7 @@ def test_list_paths_may_contain_spaces(tmp_path):
     'a/ü 1.jpg 0\r\nb 4\r\n'.encode(),
     'a/ü 1.jpg\t0\rb\t4'.encode(),
     'a/ü 1.jpg 0\nb 4\n\n'.encode('utf-8-sig'),
-    'a/ü 1.jpg 0\n\ufeffb 4\n'.encode(),  # two lists joined
+    'a/ü 1.jpg 0\n\ufeffb 4\n'.encode(),  # two concatenated lists
     *(mark + 'a/ü 1.jpg 0\r\nb 4\r\n'.encode(name) for mark, name in (
         (codecs.BOM_UTF16_LE, 'utf-16-le'), (codecs.BOM_UTF16_BE, 'utf-16-be'))),
 ])
@@ -116,7 +116,7 @@ def test_block_parsing_agrees_with_parse_line(tmp_path, monkeypatch, block):
 
 
 def test_a_list_takes_little_more_memory_than_its_file(tmp_path):
-    """Only a start and a label per line, no strings: each data worker would copy those."""
+    """Adds only a start and a label per line, and no strings, which each data worker would copy."""
     count = 200_000
     path = listed(tmp_path, ''.join(f'train/n01440764/n01440764_{number}.JPEG 0\n' for number in range(count)))
     tracemalloc.start()
@@ -148,7 +148,7 @@ def test_train_sampler():
     assert first == epoch(1)
     assert [i for b in epoch(2) for _, i in b] != flat
     assert [i for b in epoch(1, seed=1) for _, i in b] != flat
-    # two ranks split the images that one rank with twice the batch size has
+    # two ranks split the images of one rank with twice the batch size
     ranks = [epoch(1, rank=rank, world_size=2) for rank in (0, 1)]
     sampler = TrainSampler(23, 10, 0)
     assert [a + b for a, b in zip(*ranks)] == list(sampler)
@@ -192,7 +192,7 @@ def test_batches_depend_only_on_seed_epoch_and_rank(config, jpegs, backend):
     config.DATA.DATA_PATH = str(jpegs)
     config.DATA.IMAGE_BACKEND = backend
     config.DATA.BATCH_SIZE = 16
-    # workers first: a fork while a thread that has used OpenCV ends can leave them with one of its locks held
+    # with workers first: if a thread that has used OpenCV ends during the fork, a worker can inherit a held lock
     with_workers = []
     for config.DATA.NUM_WORKERS in (1, 3):
         with_workers.append(digests(config, 1))
@@ -282,7 +282,7 @@ def test_unused_classes_are_reported(config, fashion):
 
 
 def test_labels_that_start_at_1_are_reported(config, tmp_path):
-    """Without class_names.txt, the number of classes does not reveal them."""
+    """Without class_names.txt, the number of classes does not reveal unused ones."""
     listed(tmp_path, 'a 1\nb 2\nc 3\nd 3\n')
     listed(tmp_path, 'a 1\n', 'val_list.txt')
     config.DATA.DATA_PATH, config.MODEL.NUM_CLASSES = str(tmp_path), 0

@@ -26,7 +26,7 @@ def group(count, *args, status=0):
                env={'PYTHONPATH': f'{ROOT}:{ROOT / "tests"}'})
 
 
-# a run with a curriculum of image sizes and with augmentations
+# a run with augmentations and a curriculum of image sizes
 FOUR_EPOCHS = ['TRAIN.NUM_EPOCHS', '4', 'SAVE_FREQ', '1', 'KEEP_CHECKPOINTS', '0', 'DATA.BATCH_SIZE', '8',
                'TRAIN.END_WEIGHT_DECAY', '1e-5', 'TRAIN.AUTO_AUGMENT', 'True', 'TRAIN.RANDOM_ERASE_PROB', '0.5',
                'TRAIN.CURRICULUM', str(STAGES)]
@@ -121,7 +121,7 @@ def test_helpers(count):
 
 
 def test_world_size_and_accumulation_make_no_difference(fashion, tmp_path):
-    """Without batch norm; processes x batch size x accumulated batches = 20 in all four cases."""
+    """The model has no batch norm; processes x batch size x accumulated batches is 20 in all four cases."""
     results = []
     for count, batch, accumulated in ((1, 20, 1), (2, 10, 1), (1, 10, 2), (2, 5, 2)):
         target = tmp_path / f'{count}-{accumulated}.npz'
@@ -164,7 +164,7 @@ def test_nothing_synchronizes_between_log_lines(fashion, count):
         once = steps[1]
         assert steps == [0, once, 2 * once, 2 * once, 3 * once] and once <= len(calls[:once])
         assert calls[:once].count('tolist') == 1 and calls[:once].count('all_reduce') == count - 1
-        assert calls.count('all_reduce') == (5 if count > 1 else 0)  # with the batch-norm statistics
+        assert calls.count('all_reduce') == (5 if count > 1 else 0)  # one is for the batch-norm statistics
 
 
 def test_gradients_are_synchronized_once_per_window(fashion):
@@ -209,7 +209,7 @@ def test_a_non_finite_loss_ends_all_ranks_together(fashion, count):
 
 
 def ended(folder):
-    """Whether the processes that left a PID file in a folder have ended."""
+    """Whether the processes with a PID file in a folder have ended."""
     pids = [int(path.stem) for path in folder.glob('*.pid')]
     return pids and not any(os.path.exists(f'/proc/{pid}') for pid in pids)
 
@@ -275,7 +275,7 @@ def test_one_process_matches_main_single_gpu(fashion, tmp_path):
 
 
 def test_commands_of_the_first_readme(trained, fashion, tmp_path):
-    """Missing devices, quotes, equals signs, -amp; only the paths differ."""
+    """They name missing devices and use quotes, equals signs and -amp. Only the paths differ here."""
     narrow = ' '.join(map(str, options(fashion, 'TRAIN.NUM_EPOCHS', '1')[5:]))
     for task in ('', f"-eval -pretrained='{trained[0]}/best.pdparams'"):
         command = (f"CUDA_VISIBLE_DEVICES=0,1,2,3,4,5,6,7 {sys.executable} main_multi_gpu.py "
@@ -320,7 +320,7 @@ def test_scripts(trained, fashion, tmp_path):
     ({'GPUS': '0,1', 'NNODES': '2', 'RANK': '1', 'MASTER': 'a:80'}, ['-x'],
      '-m paddle.distributed.launch --devices 0,1 --nnodes 2 --master a:80 --rank 1 --log_dir OUT/launch-1 '
      'main_multi_gpu.py -output OUT -amp REST -x'),
-    # the launcher of the first machine serves the others, however they call it
+    # the launcher on the first machine serves the others, whatever name they use for it
     ({'NNODES': '2', 'RANK': '0', 'MASTER': '10.0.0.1:80'}, [],
      '-m paddle.distributed.launch --host 10.0.0.1 --nnodes 2 --master 127.0.0.1:80 --rank 0 --log_dir OUT/launch-0 '
      'main_multi_gpu.py -output OUT -amp REST'),
@@ -329,7 +329,7 @@ def test_scripts(trained, fashion, tmp_path):
      'main_multi_gpu.py -output OUT -amp REST'),
 ])
 def test_commands_that_the_scripts_start(tmp_path, variables, flags, command):
-    """On one machine, main_multi_gpu.py itself."""
+    """On one machine, they start main_multi_gpu.py itself."""
     python = tmp_path / 'python'
     python.write_text('#!/bin/sh\necho ${CUDA_VISIBLE_DEVICES:+devices $CUDA_VISIBLE_DEVICES:} "$@"\n')
     python.chmod(0o755)

@@ -24,20 +24,20 @@ from mobileone import build_mobileone
 from runtime import checkpoint
 
 PAGES = [ROOT / 'README.md', ROOT / 'CONTRIBUTING.md', *sorted((ROOT / 'docs').glob('*.md'))]
-# what is not run here, and where it is
+# commands that are not run here -> where they are tested
 ELSEWHERE = {
     r'pip install|python3 -m venv': 'installation: .ci/run',
     r'(PADDLE=\S+ )?sh run_(demo|tests)\.sh|bash \.ci/run': '.ci/run',
     r'NNODES=': 'each waits for the other; test_clusters.py',
     r'from paddlex': 'needs PaddleX; what was seen by hand is on the page',
 }
-# commands of which only the flags are checked
+# only the flags of these commands are checked
 PARSED = {
     r'python -m tools\.benchmark': 'takes minutes; test_benchmark.py',
     r'python -m tools\.ablations': 'takes hours; test_tools.py',
     r'python load_pytorch_weights\.py': 'needs files of PyTorch; test_load_pytorch_weights.py',
 }
-# as much of PaddleDetection and PaddleSeg as the backbones need
+# the parts of PaddleDetection and PaddleSeg that the backbones need
 STUBS = {
     'ppdet/core/workspace.py': 'def register(layer):\n    return layer\n',
     'ppdet/modeling/shape_spec.py': 'ShapeSpec = dict\n',
@@ -49,7 +49,7 @@ from runtime.settings import ArgumentParser
 parse_args = ArgumentParser.parse_args
 def parse_and_stop(self, *args):
     parsed = parse_args(self, *args)
-    if self.prog != 'tools.benchmark':  # which parses the name of the benchmark only
+    if self.prog != 'tools.benchmark':  # which parses only the name of the benchmark
         print('parsed')
         sys.exit()
     return parsed
@@ -63,7 +63,7 @@ else:
 
 
 def snippets(page):
-    """[(language, code)] of a page in its order: shell commands, without comments, and Python blocks.
+    """Return [(language, code)] of a page in order: shell commands, without comments, and Python blocks.
 
     A shell block that is a script is left out.
     """
@@ -87,7 +87,7 @@ def matches(patterns, command):
 
 @pytest.fixture(scope='module')
 def original(fashion, tmp_path_factory):
-    """A copy of the repository that has what the pages' commands read."""
+    """A copy of the repository with the files that the pages' commands read."""
     folder = tmp_path_factory.mktemp('docs') / 'clone'
     shutil.copytree(ROOT, folder, ignore=shutil.ignore_patterns('.*', '__pycache__', 'output', 'data', 'tests', 'log'))
     narrow = [[key, yaml.safe_load(value)] for key, value in zip(NARROW[::2], NARROW[1::2])]
@@ -128,7 +128,7 @@ def clone(original, tmp_path):
 
 
 def expand(pattern, clone):
-    """The paths that a pattern stands for in the clone, or the pattern itself, as in a shell."""
+    """Expand a pattern in the clone as a shell does: to the matching paths, or to itself."""
     return sorted(os.path.relpath(path, clone) for path in glob.glob(str(clone / pattern))) or [pattern]
 
 
@@ -167,7 +167,7 @@ def test_commands_and_python_snippets(page, clone):
 
 
 def test_backbones(clone):
-    """The maps are those of forward_features, from pretrained weights, and the same when fused."""
+    """The backbones return the maps of forward_features for pretrained weights, fused or not."""
     blocks = [code for language, code in snippets(ROOT / 'docs/deployment.md') if language == 'python']
     [detection], [segmentation] = ([code for code in blocks if name in code] for name in ('ppdet', 'paddleseg'))
     status, output = run_python(detection + segmentation + '''
@@ -194,7 +194,7 @@ def test_every_exception_is_needed():
 
 @pytest.mark.parametrize('page', PAGES, ids=lambda page: page.name)
 def test_links_lead_somewhere(page):
-    """Files and headings of the repository; GitHub makes an anchor of a heading's words in lower case."""
+    """Links lead to files and headings of the repository; GitHub's anchor is the heading in lower case."""
     text = re.sub(r'^```.*?^```', '', page.read_text(), flags=re.M | re.S)
     for target in re.findall(r'(?:\]\(|src=")([^)"]+)', text):
         name, _, anchor = target.partition('#')

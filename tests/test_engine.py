@@ -86,7 +86,7 @@ def test_networks_are_evaluated_in_one_pass(config, loaders):
 
 @pytest.mark.parametrize('training_too', [False, True])
 def test_workers_end_when_an_exception_leaves_the_loop(config, fashion, training_too):
-    """For example `sys.exit`. They end even though the exception keeps the loop's frame alive."""
+    """For example `sys.exit`. The workers end although the exception keeps the loop's frame alive."""
     config.DATA.DATA_PATH, config.DATA.BATCH_SIZE, config.DATA.NUM_WORKERS = str(fashion), 4, 2
     loader = get_dataloader(config, get_dataset(config, training_too), training_too)
 
@@ -212,7 +212,7 @@ class FakeScaler:
 
 @pytest.mark.parametrize('dtype, level', [('float16', 'O1'), ('bfloat16', 'o2')])
 def test_mixed_precision_is_used_in_training_and_evaluation(config, loaders, monkeypatch, dtype, level):
-    """On a simulated GPU: the arguments passed to Paddle, and the order of the scaler's calls."""
+    """Checks, on a simulated GPU, the arguments passed to Paddle and the order of the scaler's calls."""
     contexts, calls = [], []
 
     @contextlib.contextmanager
@@ -241,7 +241,7 @@ def test_mixed_precision_is_used_in_training_and_evaluation(config, loaders, mon
 
 @pytest.mark.parametrize('level', ['O1', 'O2'])
 def test_every_convolution_is_in_half_precision(fashion, level):
-    """As a GPU would train, traced on a CPU: Paddle logs the type it chooses before it notices that there is no GPU.
+    """Traces GPU training on a CPU: Paddle logs the type that it chooses before it notices that there is no GPU.
 
     The types of batch norms and sums are not checked: these follow their inputs, which stay float32 on a CPU.
     """
@@ -273,7 +273,7 @@ def test_train_step_never_waits_for_the_device(config, loaders, monkeypatch):
 
 @pytest.mark.parametrize('on_cpu, most', [(True, 1200), (False, 950)])
 def test_launches_of_a_step(monkeypatch, on_cpu, most):
-    """S0 with EMA, label smoothing and SGD, with the CPU operators and with the GPU operators."""
+    """Tests S0 with EMA, label smoothing and SGD, with CPU and with GPU operators."""
     monkeypatch.setattr('mobileone._is_on_cpu', lambda x: on_cpu)
     config = variant_config('s0')
     assert config.TRAIN.MODEL_EMA and config.TRAIN.SMOOTHING and config.TRAIN.OPTIMIZER.NAME == 'SGD'
@@ -375,7 +375,7 @@ def test_part_of_an_epoch_is_the_same_after_a_resume(config, loaders):
 @pytest.mark.parametrize('seconds, steps', [(0.01, [1, 12]), (1.0, [1, 6, 11, 12]), (2.0, [1, 3, 5, 7, 9, 11, 12]),
                                             (7.0, list(range(1, 13)))])
 def test_ranks_agree_every_five_seconds(config, loaders, monkeypatch, seconds, steps):
-    """They also agree after the first step of an epoch and at log lines; here only the last step logs."""
+    """Ranks also agree after the first step of an epoch and at log lines; here, only the last step logs."""
     config.DATA.BATCH_SIZE = 5
     loader = get_dataloader(config, get_dataset(config))
     training = build_training(config, build_mobileone(config), loader)

@@ -32,9 +32,9 @@ TWO = ['main_multi_gpu.py', '-nproc', '2']
 
 
 @pytest.fixture(scope='module')
-def whole(fashion, tmp_path_factory):
+def uninterrupted(fashion, tmp_path_factory):
     """An uninterrupted run, and its options."""
-    folder = tmp_path_factory.mktemp('faults') / 'whole'
+    folder = tmp_path_factory.mktemp('faults') / 'uninterrupted'
     opts = options(fashion, *RUN)
     run(MAIN, '-output', folder, *opts)
     assert [row['step'] for row in records(folder) if row['split'] == 'train'] == [5, 10, 15, 20]
@@ -53,13 +53,13 @@ def faulty(fault, number, *args, status):
 
 
 @pytest.mark.parametrize('faults', [
-    # killed in step 4, so 2 of 5 steps are saved; after resuming, killed in the evaluation of epoch 2
+    # killed in step 4, when 2 of 5 steps are saved; after resuming, killed in the evaluation of epoch 2
     [('step', 4), ('evaluation', 9)],
     # killed with a half-written file, then with complete files that are not renamed yet
     [('write', 4), ('rename', 5), ('rename', 1)],
 ])
-def test_killed_at_a_chosen_point(whole, tmp_path, faults):
-    folder, opts = whole
+def test_killed_at_a_chosen_point(uninterrupted, tmp_path, faults):
+    folder, opts = uninterrupted
     args = ['-output', tmp_path / 'run', '-resume', 'auto', *opts]
     for fault, number in faults:
         faulty(fault, number, *args, status=-signal.SIGKILL)
@@ -75,13 +75,13 @@ def test_killed_at_random(fashion, tmp_path, long, count):
     """Kill the parent, a rank or a data worker several times, at any point, and then let the run finish."""
     command = ['main_multi_gpu.py', '-nproc', count, '-resume', 'auto', *options(
         fashion, *RUN, 'DATA.BATCH_SIZE', 6 // count, 'REPORT_FREQ', '2'), '-output']
-    run(*command, tmp_path / 'whole')
+    run(*command, tmp_path / 'uninterrupted')
     for chain in range(25 if long else 1):
         chance = random.Random(chain)
         output = tmp_path / str(chain)
         for _ in range(4 if long else 3 if count == 1 else 1):
             process = Program([*command, output], start_new_session=True)
-            # not before the run's first file: until then there is nothing to lose
+            # not before the run's first file: until then, nothing can be lost
             while not (output / 'log.txt').exists():
                 time.sleep(0.01)
             time.sleep(chance.uniform(0, 3))
@@ -90,15 +90,15 @@ def test_killed_at_random(fashion, tmp_path, long, count):
             process.wait(60)
             wait_until(lambda: not members(process))  # noqa: B023  called at once
         run(*command, output)
-        assert_same_runs(tmp_path / 'whole', output)
+        assert_same_runs(tmp_path / 'uninterrupted', output)
 
 
 @pytest.mark.parametrize('fault, number, where', [
     ('terminate', 8, 'epoch 2, step 3'), ('interrupt', 5, 'epoch 1, step 5'),
     ('terminate_evaluation', 2, 'epoch 1, step 5')])
-def test_a_stop_request_saves_and_resumes_bitwise(whole, tmp_path, fault, number, where):
+def test_a_stop_request_saves_and_resumes_bitwise(uninterrupted, tmp_path, fault, number, where):
     """SIGTERM and Ctrl-C end a run after the current step, with a checkpoint from which it resumes bitwise."""
-    folder, opts = whole
+    folder, opts = uninterrupted
     args = ['-output', tmp_path / 'run', '-resume', 'auto', *opts, 'SAVE_FREQ_STEPS', '0', 'REPORT_FREQ', '1000']
     process = run(FAULTS, fault, number, MAIN, *args, status=STOPPED, env=PATHS)
     name = 'SIGINT' if fault == 'interrupt' else 'SIGTERM'
@@ -115,9 +115,9 @@ def test_a_stop_request_saves_and_resumes_bitwise(whole, tmp_path, fault, number
 
 
 @pytest.mark.parametrize('name', ['SIGHUP', 'SIGUSR1', 'SIGUSR2', 'SIGXCPU'])
-def test_signals_that_precede_a_shutdown(whole, tmp_path, name):
-    """SLURM's --signal, a closed terminal, a CPU time limit."""
-    _, opts = whole
+def test_signals_that_precede_a_shutdown(uninterrupted, tmp_path, name):
+    """For example from SLURM's --signal, a closed terminal or a CPU time limit."""
+    _, opts = uninterrupted
     process = run(FAULTS, name, 3, MAIN, '-output', tmp_path / 'run', *opts, status=STOPPED, env=PATHS)
     assert f'stopped by {name}; {tmp_path}/run/latest.pdparams (epoch 1, step 3) is saved' in process.stdout
     assert checkpoint.load_training(str(tmp_path / 'run/latest.pdparams'))['step'] == 3
@@ -136,8 +136,8 @@ def test_a_killed_data_worker_ends_the_run(fashion, tmp_path, fault, count):
                         r'fewer data workers or smaller batches\n', process.stderr), process.stderr
 
 
-def test_nohup_is_respected(whole, tmp_path):
-    _, opts = whole
+def test_nohup_is_respected(uninterrupted, tmp_path):
+    _, opts = uninterrupted
     code = ('import runpy, signal, sys; signal.signal(signal.SIGHUP, signal.SIG_IGN); sys.argv[:1] = []; '
             'runpy.run_path(sys.argv[0], run_name="__main__")')
     process = run('-c', code, FAULTS, 'SIGHUP', 3, MAIN, '-output', tmp_path / 'run', *opts, 'TRAIN.NUM_EPOCHS', '1',
@@ -146,7 +146,7 @@ def test_nohup_is_respected(whole, tmp_path):
 
 
 def test_two_training_runs_cannot_share_a_folder(fashion, tmp_path):
-    """A run's lock is released however the run ends; an evaluation needs no lock."""
+    """The lock is released however the run ends; an evaluation needs none."""
     opts = options(fashion, *LONG)
     process = start([MAIN, '-output', tmp_path / 'run', *opts], tmp_path / 'run')
     before = (tmp_path / 'run/config.yaml').read_bytes()
@@ -161,8 +161,8 @@ def test_two_training_runs_cannot_share_a_folder(fashion, tmp_path):
     assert 'resumed' in out
 
 
-def test_another_batch_size_restarts_the_epoch(whole, tmp_path):
-    _, opts = whole
+def test_another_batch_size_restarts_the_epoch(uninterrupted, tmp_path):
+    _, opts = uninterrupted
     faulty('terminate', 8, '-output', tmp_path / 'run', *opts, status=STOPPED)
     out = run(MAIN, '-output', tmp_path / 'run', '-resume', 'auto', *opts, 'DATA.BATCH_SIZE', '5').stdout
     assert 'steps: 8 in the checkpoint, 6 in this run; resuming after epoch 1, but the result will not be' in out
@@ -200,7 +200,7 @@ def wait_for_checkpoint(process, folder):
 
 
 def test_a_signal_to_the_whole_process_group(fashion, tmp_path):
-    """As launchers and terminals send it: data workers ignore it, and the run can save."""
+    """Launchers and terminals send such signals. Data workers ignore them, so the run can save."""
     process = start([MAIN, '-output', tmp_path / 'run', *options(fashion, *LONG)], tmp_path / 'run')
     wait_until(lambda: len(members(process)) == 3)
     began = time.monotonic()
@@ -213,7 +213,7 @@ def test_a_signal_to_the_whole_process_group(fashion, tmp_path):
 
 @pytest.mark.parametrize('count', [1, 2])
 def test_a_run_waiting_for_its_workers_can_be_stopped(fashion, tmp_path, count):
-    """The workers are suspended, as by a dead network disk; with two processes, only those of one."""
+    """The data workers hang as on a dead network disk; with two processes, only those of one."""
     process = start(['main_multi_gpu.py', '-nproc', count, '-output', tmp_path / 'run', *options(
         fashion, *LONG, 'TRAIN.NUM_EPOCHS', '30000', 'VALIDATE_FREQ', '30000', 'SAVE_FREQ', '0')], tmp_path / 'run')
     wait_until(lambda: len(members(process)) == (3 if count == 1 else 7))
@@ -239,7 +239,7 @@ def test_workers_do_not_outlive_their_parent(fashion, tmp_path):
 
 
 def test_a_second_interrupt_stops_at_once(fashion, tmp_path):
-    """With two processes the stop would come at the next log line, which REPORT_FREQ puts far away."""
+    """With two processes, the run would stop at the next log line, which REPORT_FREQ puts far away."""
     process = start([*TWO, '-output', tmp_path / 'run', *options(
         fashion, *LONG, 'SAVE_FREQ_STEPS', '1', 'REPORT_FREQ', '1000000', 'TRAIN.NUM_EPOCHS', '1', 'DATA.BATCH_SIZE',
         '1')], tmp_path / 'run')
@@ -253,7 +253,7 @@ def test_a_second_interrupt_stops_at_once(fashion, tmp_path):
 
 @pytest.mark.parametrize('count', [1, 2])
 def test_a_stop_without_a_reader_of_the_output(fashion, tmp_path, count):
-    """`python ... 2>&1 | tee log`: Ctrl-C ends tee too."""
+    """In `python ... 2>&1 | tee log`, Ctrl-C also ends tee."""
     reader, writer = os.pipe()
     process = start(['main_multi_gpu.py', '-nproc', count, '-output', tmp_path / 'run', *options(
         fashion, *LONG, 'REPORT_FREQ', '1')], tmp_path / 'run', stdout=writer, stderr=writer)
@@ -266,9 +266,9 @@ def test_a_stop_without_a_reader_of_the_output(fashion, tmp_path, count):
 
 
 @pytest.mark.parametrize('name, epoch', [('latest.pdparams', 1), ('epoch_4.pdparams', 3)])
-def test_a_full_disk(whole, tmp_path, name, epoch):
+def test_a_full_disk(uninterrupted, tmp_path, name, epoch):
     """The error names the path, the previous checkpoint is intact, and the run resumes from it."""
-    folder, opts = whole
+    folder, opts = uninterrupted
     output = tmp_path / 'run'
     args = ['-output', output, '-resume', 'auto', *opts, 'SAVE_FREQ_STEPS', '0']
     # at the fourth file: in epoch 1, latest is written before the evaluation, then best and latest
@@ -293,9 +293,9 @@ def test_a_full_disk_for_a_log(fashion, tmp_path, name):
     assert f'{tmp_path}/run/{name}: No space left on device; free up disk space' in line
 
 
-def test_a_folder_that_disappears(whole, tmp_path):
+def test_a_folder_that_disappears(uninterrupted, tmp_path):
     """The error names the folder."""
-    _, opts = whole
+    _, opts = uninterrupted
     process = start([MAIN, '-output', tmp_path / 'run', *opts, 'TRAIN.NUM_EPOCHS', '3000'], tmp_path / 'run')
     shutil.move(tmp_path / 'run', tmp_path / 'elsewhere')
     (tmp_path / 'run').write_text('')
@@ -312,16 +312,16 @@ BOTH = ['DATA.BATCH_SIZE', '3', 'REPORT_FREQ', '2']
 
 
 @pytest.fixture(scope='module')
-def whole_of_two(fashion, tmp_path_factory):
+def uninterrupted_pair(fashion, tmp_path_factory):
     folder = tmp_path_factory.mktemp('faults') / 'two'
     opts = options(fashion, *RUN, *BOTH)
     run(*TWO, '-output', folder, *opts)
     return folder, opts
 
 
-def test_two_killed_processes_resume_bitwise(whole_of_two, tmp_path):
-    """With the same SAVE_FREQ_STEPS, including the batch-norm statistics."""
-    folder, opts = whole_of_two
+def test_two_killed_processes_resume_bitwise(uninterrupted_pair, tmp_path):
+    """Bitwise including the batch-norm statistics, because SAVE_FREQ_STEPS is the same."""
+    folder, opts = uninterrupted_pair
     args = ['-output', tmp_path / 'run', '-resume', 'auto', *opts]
     process = run(*FAULTY_TWO, 'step', 9, TWO[0], *args, status=128 + signal.SIGKILL, env=PATHS)
     assert process.stderr == 'rank 1 was killed by SIGKILL\n'
@@ -330,9 +330,9 @@ def test_two_killed_processes_resume_bitwise(whole_of_two, tmp_path):
     assert_same_runs(folder, tmp_path / 'run')
 
 
-def test_a_stop_request_to_one_of_two_processes(whole_of_two, tmp_path):
-    """They agree at the next log line; the resume is bitwise, except for batch-norm statistics."""
-    folder, opts = whole_of_two
+def test_a_stop_request_to_one_of_two_processes(uninterrupted_pair, tmp_path):
+    """Both stop at the next log line. The resume is bitwise, except for batch-norm statistics."""
+    folder, opts = uninterrupted_pair
     args = ['-output', tmp_path / 'run', '-resume', 'auto', *opts]
     out = run(*FAULTY_TWO, 'terminate', 8, TWO[0], *args, status=STOPPED, env=PATHS).stdout
     assert f'stopped by a signal to another process; {tmp_path}/run/latest.pdparams (' in out
@@ -350,13 +350,13 @@ def test_a_stop_request_to_one_of_two_processes(whole_of_two, tmp_path):
     assert_same(*states)
 
 
-def test_a_stop_request_to_one_of_two_processes_in_an_evaluation(whole_of_two, tmp_path):
-    """It stops alone, which ends the other; the checkpoint was saved before. The resume is bitwise, statistics too."""
-    folder, opts = whole_of_two
+def test_a_stop_request_to_one_of_two_processes_in_an_evaluation(uninterrupted_pair, tmp_path):
+    """It stops alone, which ends the other; the checkpoint was saved before. Even the statistics are bit-identical."""
+    folder, opts = uninterrupted_pair
     args = ['-output', tmp_path / 'run', '-resume', 'auto', *opts]
     began = time.monotonic()
     process = run(*FAULTY_TWO, 'terminate_evaluation', 6, TWO[0], *args, status=STOPPED, env=PATHS)
-    assert process.stderr.splitlines()[-1] == 'rank 1 received a stop request; continue with -resume auto'
+    assert process.stderr.splitlines()[-1] == 'rank 1 received a stop request; resume with -resume auto'
     assert time.monotonic() - began < 60
     latest = checkpoint.load(str(tmp_path / 'run/latest.pdparams'))
     assert latest['epoch'] == 1 and latest['progress']['steps'] == latest['progress']['steps_per_epoch'] == 5
@@ -386,7 +386,7 @@ def test_a_stop_request_to_the_parent(fashion, tmp_path, number):
 
 
 def test_a_stop_request_to_all_while_they_wait_for_one(fashion, tmp_path):
-    """At the end of an evaluation, while one process is late."""
+    """The request comes at the end of an evaluation, while one process is late."""
     process = run(*FAULTY_TWO, 'terminate_all_in_evaluation', 4, TWO[0], '-output', tmp_path / 'run', *options(
         fashion, *RUN, *BOTH), status=STOPPED, env=PATHS)
     assert f'stopped by SIGTERM; {tmp_path}/run/latest.pdparams (' in process.stdout
@@ -394,11 +394,11 @@ def test_a_stop_request_to_all_while_they_wait_for_one(fashion, tmp_path):
 
 
 def test_slow_steps_do_not_delay_a_stop(fashion, tmp_path):
-    """With several processes: log lines are a minute apart, and the parent kills them after 30 seconds."""
+    """Log lines are a minute apart, but the parent kills the processes after 30 seconds."""
     process = start([*FAULTY_TWO, 'slow', '1', TWO[0], '-output', tmp_path / 'run', *options(
         fashion, *LONG, 'SAVE_FREQ_STEPS', '1', 'REPORT_FREQ', '1000', 'DATA.BATCH_SIZE', '1')], tmp_path / 'run',
         env={**os.environ, **PATHS})
-    time.sleep(8)  # until they have measured how long a step takes
+    time.sleep(8)  # until the processes know how long a step takes
     began = time.monotonic()
     process.terminate()
     out, _ = process.communicate(timeout=40)
@@ -407,7 +407,7 @@ def test_slow_steps_do_not_delay_a_stop(fashion, tmp_path):
 
 
 def test_a_stop_request_to_the_launcher(fashion, tmp_path):
-    """The launcher's own status is 15, whatever the processes return."""
+    """The launcher exits with status 15, whatever the processes return."""
     command = [*LAUNCHER, '--log_dir', tmp_path / 'log', TWO[0], '-output', tmp_path / 'run', *options(fashion, *LONG)]
     process = subprocess.Popen([*map(str, command)], cwd=ROOT, stdout=subprocess.DEVNULL)
     wait_for_checkpoint(process, tmp_path / 'run')
@@ -419,7 +419,7 @@ def test_a_stop_request_to_the_launcher(fashion, tmp_path):
 
 @pytest.mark.parametrize('launcher', [False, True])
 def test_an_error_in_one_process_is_shown(fashion, tmp_path, launcher):
-    """On the console with main_multi_gpu.py; in the rank's log with Paddle's launcher, which shows only rank 0."""
+    """main_multi_gpu.py shows it on the console; Paddle's launcher, which shows only rank 0, in the rank's log."""
     args = [FAULTS, 'raise', '5', TWO[0], '-output', tmp_path / 'run', *options(fashion, 'TRAIN.NUM_EPOCHS', '3000')]
     env = {**os.environ, **PATHS}
     if launcher:

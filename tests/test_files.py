@@ -1,4 +1,4 @@
-"""Writing files whole or not at all, and refusing paths that are not regular files."""
+"""Writing files completely or not at all, and rejecting paths that are not regular files."""
 import codecs
 import json
 import os
@@ -152,7 +152,7 @@ def test_missing_files_are_not_irregular(tmp_path):
 
 @pytest.mark.parametrize('kind', ['list', 'image', 'config', 'base', 'weights', 'checkpoint', 'teacher'])
 def test_programs_refuse_pipes(kind, fashion, tmp_path):
-    """In one line and immediately, although nothing writes to them."""
+    """The error is one line and immediate, although nothing writes to the pipes."""
     pipe = tmp_path / 'x'
     data = with_lists(fashion, tmp_path / 'data', val=[f'{pipe} 0'] if kind == 'image' else ['val 0'])
     if kind == 'list':
@@ -170,7 +170,7 @@ def test_programs_refuse_pipes(kind, fashion, tmp_path):
 
 
 def test_check_dataset_lists_pipes(fashion, tmp_path):
-    """Together with other bad lines."""
+    """Pipes are listed together with other bad lines."""
     os.mkfifo(tmp_path / 'x')
     shutil.copy(fashion / (fashion / 'val_list.txt').read_text().split()[0], tmp_path / 'y')
     (tmp_path / 'val_list.txt').write_text('x 0\ny 0\n')

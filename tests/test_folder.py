@@ -59,7 +59,7 @@ def test_every_start_is_recorded(tmp_path, error, status, line):
 
 
 def test_concurrent_runs_keep_their_records(tmp_path, monkeypatch):
-    """Even with the same command in the same second."""
+    """Even if they run the same command in the same second."""
     path = tmp_path / 'run.json'
     monkeypatch.setattr(folder, '_now', lambda: 'now')
     monkeypatch.setattr(os, 'getpid', iter([7, 8]).__next__)
@@ -89,7 +89,7 @@ def test_a_full_disk_does_not_hide_why_a_run_ended(tmp_path):
 def test_a_broken_record_is_not_replaced(tmp_path, text):
     path = tmp_path / 'run.json'
     path.write_text(text)
-    with pytest.raises(UserError, match='run.json: not a JSON list of the starts of a run; fix it, or move it away'), \
+    with pytest.raises(UserError, match='run.json: not a JSON list of a run.s starts; fix it, or move it away'), \
             folder.recorded(str(path), {}):
         pass
     assert path.read_text() == text

@@ -23,7 +23,7 @@ from utils import UserError
 
 PATHS = sorted((ROOT / 'configs').glob('*.yaml'))
 SECTIONS = sorted(SETTINGS.sections)
-# values with the wrong type for most keys, or with the right type in disguise
+# values that have the wrong type for most keys, or the right type in disguise
 WRONG = [None, True, False, 1, 2.5, float('nan'), float('inf'), '', '7', '1e-4', 'x', 'None', '[1, 2]', [], [1],
          [0.5, 0.1], [1] * 5, [2.0] * 5, [[1]] * 5, [None], {}, {'A': 1}, [{}], [{'EPOCH': 1}],
          datetime.date(2022, 1, 1)]
@@ -57,7 +57,7 @@ def likely(key, rng):
 
 
 def outside(key, rng):
-    """Draw a number just outside the bounds of a key or with the wrong sign; for a list, as its last entry."""
+    """Draw a number just outside a key's bounds or with the wrong sign; for a list, it replaces the last entry."""
     known, value = KEYS[key], likely(key, rng)
     number = rng.choice([0, -1, -0.5, known.low - 1, known.low - 1e-3, known.high + 1, known.high + 1e-3])
     return [*value[:-1], number] if isinstance(value, list) else number
@@ -135,7 +135,7 @@ def mutated(number):
     return path, mutate_text(text, rng) if rng.random() < 0.15 else text
 
 
-# limits that keep the tests fast and small; larger values are cut only after they have passed every check
+# limits that keep the tests fast and small; larger values are reduced only after passing every check
 LARGEST = {'MODEL.NUM_CLASSES': 1000, 'MODEL.NUM_BLOCKS': 2, 'MODEL.CHANNELS': 16, 'MODEL.EXPANSIONS': 4.0,
            'MODEL.NUM_BRANCHES': 4, 'DATA.BATCH_SIZE': 8, 'DATA.BATCH_SIZE_EVAL': 8, 'DATA.IMAGE_SIZE': 64,
            'TRAIN.CURRICULUM.IMAGE_SIZE': 64, 'DATA.NUM_WORKERS': 0, 'TRAIN.RAND_AUGMENT_LAYERS': 10,
@@ -173,7 +173,7 @@ def two_steps(config):
 
 
 def test_mutations_of_the_yaml_files(fashion, long, tmp_path):
-    """Each trains a narrow network for two steps, or is refused in a line that names a key or a place in the file."""
+    """Each config trains a narrow network for two steps, or gives a one-line error that names a key or a place."""
     lines = {split: (fashion / f'{split}_list.txt').read_text().splitlines() for split in ('train', 'val')}
     data = with_lists(fashion, tmp_path / 'data', train=lines['train'][:8], val=lines['val'][:4])
     own = {**dict(zip(NARROW[::2], NARROW[1::2])), 'DATA.DATA_PATH': str(data), 'DATA.BATCH_SIZE': 4,

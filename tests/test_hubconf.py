@@ -31,7 +31,7 @@ def test_networks_with_weights(is_fused, tmp_path):
 
 
 def test_from_another_folder(tmp_path):
-    """In a process with a different current folder: weights for ten classes, given as a pathlib.Path."""
+    """Loads weights for ten classes, given as a pathlib.Path, from a different current folder."""
     config = variant_config('s0')
     config.MODEL.NUM_CLASSES = 10
     checkpoint.save(build_mobileone(config).state_dict(), str(tmp_path / 'weights.pdparams'))

@@ -1,4 +1,4 @@
-"""All kinds of image files that are converted or refused; reading lists and images from random bytes."""
+"""All kinds of image files that are converted or rejected; reading lists and images from random bytes."""
 import io
 import math
 import os
@@ -51,7 +51,7 @@ def test_images_that_pillow_writes_are_read(tmp_path):
 
 
 def test_find_images(tmp_path):
-    """At any depth, each once, with the reasons for other files."""
+    """Images are found at any depth, each once, and other files are reported with a reason."""
     root = tmp_path / 'root'
     for name in ('a/1.jpg', 'a/deep/er/2.ppm', 'b/3.TIF', '.Trash-0/x.jpg', 'a/.ipynb_checkpoints/1.jpg',
                  'a/@eaDir/1.jpg/thumb.jpg', '__MACOSX/a/x.jpg', 'a/._1.jpg', 'a/Thumbs.db', 'b/note.txt', 'b/README',
@@ -145,7 +145,7 @@ def read(request):
 
 @pytest.fixture(params=['pillow', 'fast'])
 def backend(request):
-    """DATA.IMAGE_BACKEND."""
+    """A value of DATA.IMAGE_BACKEND."""
     return request.param
 
 
@@ -325,7 +325,7 @@ def test_exceptions_without_a_message_get_a_reason(monkeypatch, tmp_path, error,
 @pytest.mark.parametrize('content', [b'', JPEG[:len(JPEG) // 2], png(20000, 20000, 8, 2)],
                          ids=['empty', 'cut', 'bomb'])
 def test_the_loader_names_a_bad_image(content, reader, workers, config, tmp_path):
-    """It neither skips nor replaces it."""
+    """The loader neither skips nor replaces the image."""
     write_images(tmp_path / 'x', 3)
     stored(tmp_path, content, 'x/photo 1.jpg')
     is_train = reader != 'evaluation'
@@ -389,7 +389,7 @@ def photo(width, height, **options):
 @pytest.mark.parametrize('orientation', range(1, 9))
 @pytest.mark.parametrize('side', [25, 50, 100, 150, 300])  # decoded at scales of 8, 8, 4, 2 and 1
 def test_scaled_decoding_keeps_the_position(side, orientation, tmp_path, backend):
-    """To a fraction of a pixel: a shift by half a pixel at a scale of 8 is four pixels, two levels here."""
+    """Accurate to a fraction of a pixel: at a scale of 8, half a pixel would be four pixels, two levels here."""
     exif = Image.Exif()
     exif[0x0112] = orientation
     path = stored(tmp_path, photo(517, 513, exif=exif))
@@ -403,7 +403,7 @@ def test_scaled_decoding_keeps_the_position(side, orientation, tmp_path, backend
 
 
 def test_decoding_scale_of_regions(tmp_path, monkeypatch):
-    """Never below the side, and not at all for nearest, which must not average pixels."""
+    """Regions are never decoded smaller than the side, and at full size for nearest, which must not average pixels."""
     asked = []
     draft = JpegImageFile.draft
     monkeypatch.setattr(JpegImageFile, 'draft', lambda self, mode, size: asked.append(draft(self, mode, size)))
@@ -438,7 +438,7 @@ def jpeg_reads(monkeypatch):
 @pytest.mark.parametrize('mode, kind, count', [
     ('RGB', 'JPEG', 1), ('L', 'JPEG', 1), ('CMYK', 'JPEG', 0), ('RGB', 'PNG', 0)])
 def test_which_files_the_fast_backend_reads(mode, kind, count, config, tmp_path, monkeypatch):
-    """RGB and gray JPEG files, only for training."""
+    """The backend reads RGB and gray JPEG files, and only in training."""
     stored(tmp_path, encoded(Image.fromarray(COLORS).convert(mode), kind), 'x')
     for split in ('train', 'val'):
         (tmp_path / f'{split}_list.txt').write_text('x 0\n')
@@ -520,7 +520,7 @@ def test_large_and_elongated_images_do_not_exhaust_memory(tmp_path, backend):
 
 
 def test_pillow_writes_nothing_to_the_console(tmp_path, caplog):
-    """Neither warnings nor log lines on images."""
+    """Images cause neither warnings nor log lines."""
     exif = b'Exif\0\0MM\0*\xff\xff\xff\xff'
     paths = [stored(tmp_path, content, name) for name, content in (
         ('palette', with_palette(bytes([0, 128, 255] * 4))),
@@ -537,7 +537,7 @@ def test_pillow_writes_nothing_to_the_console(tmp_path, caplog):
 @pytest.mark.parametrize('crop_pct', [0.875, 1.0])
 @pytest.mark.parametrize('name', ['nearest', 'bilinear', 'bicubic', 'lanczos'])
 def test_resizing_only_the_crop_gives_the_same_pixels(size, crop_pct, name, monkeypatch):
-    """The path for elongated images, applied to others: the same up to rounding."""
+    """Applies the code for elongated images to other images: the pixels are the same up to rounding."""
     small = Image.fromarray(COLORS[:9, :13])
     image, transform = small.resize(size, Image.Resampling.BICUBIC), EvalTransform(224, crop_pct, name)
     expected = transform(image).astype(int)
@@ -547,7 +547,7 @@ def test_resizing_only_the_crop_gives_the_same_pixels(size, crop_pct, name, monk
 
 
 def test_which_images_are_resized_whole():
-    """Those up to 100 : 1; beyond, the crop shows the same part of the image."""
+    """Images up to 100:1 are; beyond that, the crop shows the same part of the image."""
     strip = Image.fromarray(COLORS[:, :7]).resize((20, 2000), Image.Resampling.BICUBIC)
     transform = EvalTransform(224, 0.875, 'bicubic')
     whole = np.asarray(strip.resize((256, 25600), Image.Resampling.BICUBIC).crop((16, 12688, 240, 12912)))
@@ -616,7 +616,7 @@ def mutated_images(draw):
 
 
 def pixels_or_refused(path, open_function, *args):
-    """Return a grid of pixels of the image that a function opens; None if it refuses the file."""
+    """Return a grid of pixels of the image that a function opens; None if it rejects the file."""
     try:
         image = open_function(path, *args)
         return image.region((0, 0, *image.size), 8, Image.Resampling.NEAREST).tolist()

@@ -1,4 +1,4 @@
-"""Process groups on one machine: their output while they run, their exit status, tasks of srun."""
+"""Process groups on one machine: output while they run, exit status, srun tasks."""
 import os
 import time
 
@@ -13,7 +13,7 @@ GROUP = ('import sys, runtime.launcher as l; l.HELD = 0.5; '
 
 
 def test_stderr_of_a_process_is_shown_while_it_runs(tmp_path):
-    """For each process; the error that ends one is shown once, whatever the others report after it."""
+    """Shown for each process. The error that ends one is shown once, whatever the others report after it."""
     script = tmp_path / 'script.py'
     script.write_text("""
 import os, pathlib, sys, time
@@ -72,7 +72,7 @@ def test_srun_tasks_that_would_be_separate_runs_are_refused(tasks, nodes, comman
     (None, {}), (None, {'SLURM_STEP_NUM_TASKS': '1', 'SLURM_STEP_NUM_NODES': '1'}),
     (1, {'SLURM_STEP_NUM_TASKS': '8'}), (None, {'SLURM_STEP_NUM_TASKS': '2', 'PADDLE_TRAINER_ID': '3'})])
 def test_intended_srun_tasks_are_allowed(monkeypatch, processes, env):
-    """A single task, -nproc 1, and tasks that Paddle's launcher has joined."""
+    """These are a single task, -nproc 1, and tasks that Paddle's launcher has joined."""
     for name in ('SLURM_STEP_NUM_TASKS', 'SLURM_STEP_NUM_NODES', 'PADDLE_TRAINER_ID'):
         monkeypatch.delenv(name, raising=False)
     for name, value in env.items():

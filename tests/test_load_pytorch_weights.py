@@ -105,7 +105,7 @@ def test_errors_name_the_tensors():
 
 @pytest.mark.parametrize('layout', LAYOUTS)
 def test_custom_networks_are_converted(config, layout):
-    """Names follow from the config, not from the five variants."""
+    """Names depend on the config, not on the five variants."""
     config.MODEL.NUM_BLOCKS = [1, 2, 1, 3, 2]
     arrays = {name: tensor.numpy() for name, tensor in build_mobileone(config).state_dict().items()}
     tensors = renamed(arrays, layout)
@@ -170,7 +170,7 @@ def test_expanded_tensors_take_no_memory(arrays, config, dtype):
 
 
 # a stand-in for PyTorch, which the tests do not install: it checks how a file, here a pickle of arrays, is read. uint16
-# arrays are bfloat16, and bool plays a type that NumPy lacks
+# arrays represent bfloat16, and bool a type that NumPy lacks
 FAKE_TORCH = '''
 import contextlib, os, pickle, types
 import numpy
@@ -279,7 +279,7 @@ def test_checkpoints_without_a_network(convert):
 
 @pytest.mark.parametrize('type_', ['float32', 'bfloat16'])
 def test_other_widths_and_classes_by_opts(tmp_path, arrays, type_):
-    """From one .safetensors file to another, which needs no PyTorch."""
+    """Converting one .safetensors file to another needs no PyTorch."""
     arrays = {name: np.round(value * 4) for name, value in arrays.items()}
     tensors = {f'model.{name}': np.ascontiguousarray(value) for name, value in renamed(arrays, 'timm').items()}
     tensors['model.stem.conv_kxk.0.bn.num_batches_tracked'] = np.array(5)

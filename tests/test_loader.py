@@ -43,7 +43,7 @@ def test_workers_ignore_stop_signals(config, fashion, monkeypatch):
 
 
 def test_other_processes_are_left_alone_at_the_end(tmp_path):
-    """Those started by other parts of the program, which multiprocessing ends."""
+    """Processes that other parts of the program started are left to multiprocessing."""
     code = f"""
 import multiprocessing, pathlib, signal, time
 import datasets
@@ -113,7 +113,7 @@ def test_starting_workers_end_immediately(monkeypatch):
 
 @pytest.mark.parametrize('workers', [0, 1, 3])
 def test_batches_match_the_sampler_even_if_kept(workers):
-    """In order, with any length, and not overwritten by later batches that reuse shared memory."""
+    """Batches come in order, have any length, and are not overwritten by later ones that reuse shared memory."""
     batches = Batches(list(range(start, start + 1 + start % 5)) for start in range(0, 60, 3))
     loader = Loader(Images(0), batches, workers)
     for _ in range(2):
@@ -201,7 +201,7 @@ def test_a_worker_without_work_may_end():
 
 @pytest.mark.parametrize('workers', [0, 1])
 def test_loading_and_steps_overlap(workers):
-    """Steps that take 1.2 times as long as loading a batch hardly wait."""
+    """If a step takes 1.2 times as long as loading a batch, it hardly waits."""
     loader = Loader(Images(0.02), Batches([list(range(8))] * 15), workers)
     batches = iter(loader)
     next(batches)
@@ -221,7 +221,7 @@ def shared_by_workers():
 
 @pytest.mark.parametrize('workers', [1, 3])
 def test_shared_memory_of_workers_is_bounded(workers):
-    """Regardless of the number of batches and how fast they are read."""
+    """It depends neither on the number of batches nor on how fast they are read."""
     loader = Loader(Images(0, 512), Batches([list(range(16))] * 100), workers)
     with contextlib.closing(iter(loader)) as batches:
         next(batches)
@@ -238,7 +238,7 @@ def can_mount():
 @pytest.mark.skipif(not can_mount(), reason='needs permission to mount')
 @pytest.mark.parametrize('count', [1, 2])
 def test_a_small_dev_shm_is_enough(fashion, tmp_path, count):
-    """1 MB for images of 147 KiB; a container has 64 MB by default."""
+    """/dev/shm has 1 MB here, and an image 147 KiB; a container has 64 MB by default."""
     command = [sys.executable, 'main_multi_gpu.py', '-nproc', count, '-output', tmp_path / 'run', *options(
         fashion, 'DATA.IMAGE_SIZE', '224', 'DATA.NUM_WORKERS', '2', 'TRAIN.NUM_EPOCHS', '1')]
     process = subprocess.run(['unshare', '-m', 'sh', '-c', 'mount -t tmpfs -o size=1m tmpfs /dev/shm; exec "$@"', 'sh',
@@ -286,7 +286,7 @@ except test_loader.StoppedWaiting:
 @pytest.mark.parametrize('cores, processes, workers', [
     (1, 1, 1), (2, 1, 1), (4, 1, 3), (9, 1, 8), (64, 1, 8), (64, 8, 7), (24, 8, 2), (8, 8, 1), (4, 8, 1)])
 def test_default_number_of_workers(monkeypatch, cores, processes, workers):
-    """One less than this process's share of the cores that it may use, between 1 and 8."""
+    """It is one less than this process's share of the usable cores, between 1 and 8."""
     monkeypatch.setattr(os, 'sched_getaffinity', lambda pid: set(range(cores)), raising=False)
     monkeypatch.setattr(os, 'cpu_count', lambda: 1000)
     if processes > 1:
@@ -296,7 +296,7 @@ def test_default_number_of_workers(monkeypatch, cores, processes, workers):
 
 
 def test_a_slow_iteration_is_reported_once():
-    """With a simulated clock: a first wait, then for each batch a step of 10 s and a wait."""
+    """A simulated clock counts a first wait, then a step of 10 s and a wait for each batch."""
     def shares(first, *waits):
         said, now = [], first
         counted = Waits(said.append)

@@ -1,4 +1,4 @@
-"""The losses against their formulas in NumPy. Soft targets are checked in test_mixup.py."""
+"""The losses, compared with their formulas in NumPy. test_mixup.py checks soft targets."""
 import numpy as np
 import paddle
 import pytest

@@ -143,7 +143,7 @@ def test_evaluation_of_fused_and_unfused_checkpoints(trained, fashion, tmp_path)
     assert counts == sizes and sizes[0] > sizes[1]
     assert '8 random images' in run('-m', 'tools.fuse', '-cfg', folder / 'config.yaml', '-pretrained',
                                     folder / 'latest.pdparams', '-no_data', '-data_path', 'nowhere').stdout
-    for extra in ([], ['-deploy']):  # fused weights build the fused model without the flag too
+    for extra in ([], ['-deploy']):  # fused weights build the fused model even without the flag
         target = tmp_path / f'fused-eval{len(extra)}'
         out = run(MAIN, '-eval', '-pretrained', fused, '-output', target, *extra, *options(fashion)).stdout
         row, = records(target)
@@ -276,7 +276,7 @@ def test_progress_bars_on_a_terminal(fashion, tmp_path):
 
 
 def test_output_without_a_reader(fashion, tmp_path):
-    """A run continues and writes to log.txt; a program without a log ends."""
+    """Without a reader, a run continues and writes to log.txt; a program without a log ends."""
     def without_reader(*args):
         reader, writer = os.pipe()
         os.close(reader)

@@ -1,4 +1,4 @@
-"""Mixup and CutMix against their definitions, on images whose pixel values identify the source image."""
+"""Mixup and CutMix, compared with their definitions on images whose pixel values identify the source image."""
 import numpy as np
 import paddle
 import paddle.nn.functional as F

@@ -145,7 +145,7 @@ def test_convert_a_block_and_a_layer_that_contains_blocks():
 
 
 def test_fused_network_differs_from_training_mode(config):
-    """It equals the unfused network in evaluation mode only."""
+    """It equals the unfused network only in evaluation mode."""
     model = build_mobileone(config)
     randomize(model)
     fused = model_convert(model)
@@ -170,7 +170,7 @@ def test_frozen_branches_fuse_into_frozen_layers(config):
 
 
 def test_frozen_backbone_trains_only_the_classifier(config):
-    """Its batch-norm statistics stay too, and its features are those of evaluation mode."""
+    """The backbone keeps its batch-norm statistics, too, and its features are those of evaluation mode."""
     model = build_mobileone(config)
     randomize(model)
     model.eval()
@@ -238,8 +238,8 @@ def test_entry_0_of_num_branches_has_no_effect(config, entry):
     ('CHANNELS', [4, 4, 4, 4, -4], 'CHANNELS'),
     ('EXPANSIONS', [0.1, 1.0, 1.0, 1.0, 1.0], 'EXPANSIONS'),
     ('TYPE', 'ResNet', 'ResNet'),
-    ('CHANNELS', [4, 2 ** 31, 4, 4, 4], 'below 2..31'),
-    ('NUM_CLASSES', 10 ** 21, 'below 2..31'),
+    ('CHANNELS', [4, 2 ** 31, 4, 4, 4], 'fewer than 2..31'),
+    ('NUM_CLASSES', 10 ** 21, 'fewer than 2..31'),
 ])
 def test_invalid_network_configs_are_rejected(config, key, value, message):
     config.MODEL[key] = value
@@ -318,7 +318,7 @@ def assert_steps_equal(first, second, atol=1e-12):
 @pytest.mark.parametrize('on_cpu', [True, False])
 @pytest.mark.parametrize('options', MERGED)
 def test_merged_branches_equal_separate_branches(monkeypatch, options, on_cpu):
-    """Outputs, gradients and statistics, in float64, with the CPU operators and with the GPU operators."""
+    """Compares outputs, gradients and statistics in float64, with CPU and with GPU operators."""
     model = MobileOne(**NARROW, **options)
     randomize(model)
     model.to(dtype='float64')
@@ -339,9 +339,9 @@ def test_merged_branches_equal_separate_branches(monkeypatch, options, on_cpu):
 
 
 def test_statistics_of_merged_branches(monkeypatch):
-    """Equal to those of separate branches, also after operations that give the norms new memory."""
+    """They equal those of separate branches, even after operations that give the norms new memory."""
     def trainings():
-        """Yield the result of a training step after each of several things that users do to a network."""
+        """Yield the result of a training step after each of several operations that users perform on a network."""
         paddle.seed(0)
         model, x = MobileOne(**NARROW, **MERGED[0]), images(32)
         initial = {name: tensor.numpy() for name, tensor in model.state_dict().items()}
@@ -372,7 +372,7 @@ def test_statistics_of_merged_branches(monkeypatch):
 
 
 def test_modified_branches_are_not_merged():
-    """Hooks run, norms in evaluation mode keep their statistics, and other kinds of layers are called."""
+    """Hooks run, norms in evaluation mode keep their statistics, and other kinds of layers run as usual."""
     model = MobileOne(**NARROW, **MERGED[0])
     model.train()
     block = model.stages[1][0]

@@ -1,4 +1,4 @@
-"""Schedules at their boundaries, parameter groups, the arithmetic of the optimizers, the EMA."""
+"""Schedules at their boundaries, parameter groups, optimizer arithmetic, EMA."""
 import copy
 import math
 
@@ -139,7 +139,7 @@ def test_adamw_arithmetic(config):
 @pytest.mark.parametrize('start', [0.0, 0.9])
 @pytest.mark.parametrize('name', ['SGD', 'AdamW'])
 def test_set_weight_decay(config, name, start):
-    """It overrides the decay that the optimizer was built with, and applies only to the weight."""
+    """It overrides the optimizer's initial decay, and affects only the weight."""
     config.TRAIN.OPTIMIZER.NAME, config.TRAIN.OPTIMIZER.MOMENTUM = name, 0.8
     config.TRAIN.WEIGHT_DECAY = start
     decays, expected = [0.5, 0.0, 0.3], []
@@ -190,7 +190,7 @@ def test_ema_leaves_a_frozen_backbone_unchanged(config):
 
 
 def test_ema_is_bitwise_that_of_each_tensor(config):
-    """In at most four launches, also after operations that give tensors new memory."""
+    """An update takes at most four launches, even after operations that give tensors new memory."""
     model = build_mobileone(config)
     ema = ModelEma(model)
 
@@ -218,7 +218,7 @@ def test_ema_is_bitwise_that_of_each_tensor(config):
 
 @pytest.mark.parametrize('name, kinds', [('SGD', 1), ('AdamW', 4)])
 def test_optimizer_state_loads_for_a_second_model(config, name, kinds):
-    """In the same process, where Paddle's parameter names are different for each model."""
+    """Both are in one process, where Paddle's parameter names differ for each model."""
     config.TRAIN.OPTIMIZER.NAME = name
     models = [build_mobileone(config) for _ in range(2)]
     models[1].set_state_dict(models[0].state_dict())

@@ -1,4 +1,4 @@
-"""Parity with the official implementation, against the numbers in tests/reference."""
+"""Parity with the official implementation, using the numbers in tests/reference."""
 import pathlib
 
 import numpy as np

@@ -62,7 +62,7 @@ def exported(trained, tmp_path_factory):
     assert len([line for line in out.splitlines() if line.endswith(('e-07', 'e-06'))]) == 2 * (2 + programs)
     assert set(os.listdir(output)) == {'model.onnx', 'inference.pdmodel', 'inference.pdiparams', 'inference.yml',
                                        *['inference.json'] * (programs - 1)}
-    assert not (ROOT / '__cache__').exists()  # the cache of PaddlePaddle's OpenVINO
+    assert not (ROOT / '__cache__').exists()  # the cache of OpenVINO in PaddlePaddle
     return output
 
 
@@ -91,7 +91,7 @@ def test_predictions_match_evaluation(engine, trained, exported):
     for other in (image, np.asarray(image.convert('RGB')), [image], paths[:1]):
         again, = predictor(other, 3)
         assert again.names == predictions[0].names
-        assert again.probabilities == pytest.approx(predictions[0].probabilities, abs=1e-6)  # batch of another size
+        assert again.probabilities == pytest.approx(predictions[0].probabilities, abs=1e-6)  # other batch size
 
 
 def test_invalid_images_and_arguments_are_refused(trained):

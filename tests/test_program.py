@@ -70,7 +70,7 @@ def test_some_modules_do_not_import_paddle():
 
 
 def test_a_stop_request_records_the_first_signal():
-    """Afterwards the handlers are restored, even after an exception, so a notebook can continue."""
+    """The handlers are restored afterward, even after an exception, so that a notebook can continue."""
     before = [signal.getsignal(number) for number in program.STOP_SIGNALS]
     with pytest.raises(SystemExit), program.StopRequest() as stop:
         assert [signal.getsignal(number) for number in program.STOP_SIGNALS] != before
@@ -110,7 +110,7 @@ program.run_program(lambda: sys.exit(int(sys.argv[1])))"""
 @pytest.mark.parametrize('when', ['paddle.vision', 'later'])
 @pytest.mark.parametrize('group', [False, True])
 def test_a_signal_during_startup(when, group):
-    """PaddlePaddle's stack trace is not shown, neither while it is imported nor in a process of a group."""
+    """PaddlePaddle's stack trace is not shown, whether during its import or in a process of a group."""
     code = """
 import os, signal, sys
 from runtime import program
@@ -175,7 +175,7 @@ def test_bad_numbers_in_the_environment(name, value):
 
 
 def ends(code):
-    """Run a program that executes `code` and ends like a user's mistake. Returns: its line on stderr."""
+    """Run a program that executes `code` and must fail as for a user's mistake. Returns: its line on stderr."""
     return fails('-c', f'import errno, os, resource, sys\nimport numpy as np\nfrom runtime import program\n'
                  f'def main():\n    {code}\nprogram.run_program(main)')
 
@@ -231,7 +231,7 @@ def test_programs_start_under_other_programs(start):
 
 @pytest.mark.parametrize('name, args', [('main_single_gpu', []), ('main_multi_gpu', ['-nproc', '2'])])
 def test_programs_start_in_a_notebook(fashion, tmp_path, name, args):
-    """There __main__ has neither file nor spec, and sys.argv and sys.stdout are the notebook's."""
+    """In a notebook, __main__ has neither file nor spec, and sys.argv and sys.stdout are the notebook's."""
     code = f"""
 import io, sys
 import __main__
@@ -277,7 +277,7 @@ sys.platform = 'win32'
 
 
 def test_without_linux(fashion, tmp_path):
-    """Without what other systems lack, a network can be built, saved, loaded, fused, evaluated and trained."""
+    """A network is built, saved, loaded, fused, evaluated and trained without what other systems lack."""
     def start(code, *args, status=0):
         return run('-c', WITHOUT_LINUX + code, '-data_path', fashion, *options(fashion)[4:], 'TRAIN.NUM_EPOCHS', '1',
                    *args, status=status, fork=False)
@@ -398,7 +398,7 @@ def test_a_gpu_build_without_a_gpu_trains_on_the_cpu(fashion, tmp_path, main):
 
 
 def test_device_cpu_computes_on_all_cores(monkeypatch):
-    """Also for a GPU build on a machine with a GPU."""
+    """Even in a GPU build on a machine with a GPU."""
     monkeypatch.setattr(program, '_check_versions', lambda: 'paddlepaddle-gpu')
     monkeypatch.setattr(program, '_has_driver', lambda: True)
     monkeypatch.setattr(program, '_import_paddle', lambda: None)
@@ -421,7 +421,7 @@ def test_device_cpu_does_not_use_gpus(fashion, tmp_path):
 
 @pytest.mark.parametrize('device, backend', [('gpu:1', None), ('cpu', 'gloo')])
 def test_processes_use_gloo_on_the_cpu(monkeypatch, device, backend):
-    """Also for a GPU build."""
+    """Even in a GPU build."""
     import paddle
     monkeypatch.setattr(paddle.device, 'get_device', lambda: device)
     monkeypatch.setattr(paddle.distributed, 'init_parallel_env', lambda: None)

@@ -1,4 +1,4 @@
-"""Int8 exports: rescaling keeps a network's outputs, and int8 its predictions even if its channels differ in scale."""
+"""Int8 exports: rescaling preserves outputs; int8 preserves predictions even if channels differ in scale."""
 import dataclasses
 import gzip
 import os
@@ -85,7 +85,7 @@ def float_file(model, spec, folder):
 
 @pytest.mark.parametrize('use_se', [False, True])
 def test_equalization_keeps_the_outputs(use_se):
-    """For narrow versions of S0 and S4."""
+    """Tests narrow versions of S0 and S4."""
     config = variant_config('s4' if use_se else 's0')
     config.MODEL.CHANNELS, config.MODEL.EXPANSIONS, config.DATA.IMAGE_SIZE = [8, 8, 16, 32, 32], [1.0] * 5, 64
     model, spec = build_mobileone(config), Spec.of_config(config, [])
@@ -245,7 +245,7 @@ def test_package_that_cannot_be_imported(trained, fashion, tmp_path):
 
 def test_int8_with_different_predictions_is_discarded(trained, fashion, tmp_path, monkeypatch):
     monkeypatch.setattr(export_model, 'prepare_runtime', lambda: None)  # not in the process of the tests
-    monkeypatch.setattr(export_model, 'LEAST_ANSWERS', 1.01)
+    monkeypatch.setattr(export_model, 'MIN_AGREEMENT', 1.01)
     monkeypatch.setattr(sys, 'argv', [*map(str, export_command(trained, tmp_path / 'x')[1:]), '-calibration',
                                       str(fashion / 'val'), '-num_images', '8'])
     with pytest.raises(UserError, match="onnxruntime keeps the network's top-1 prediction .* of 2 held-out images"):

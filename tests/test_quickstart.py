@@ -6,7 +6,7 @@ from test_predictor import trained  # noqa: F401  a fixture
 
 
 def test_cells_run(trained, fashion, tmp_path):  # noqa: F811
-    """In a copy of the top folder, with the folder of a run."""
+    """Runs in a copy of the top folder that contains the folder of a run."""
     for path in ROOT.iterdir():
         if path.name not in ('output', 'data', 'exported'):
             (tmp_path / path.name).symlink_to(path)

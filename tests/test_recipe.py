@@ -75,7 +75,7 @@ def test_stages():
 
 @pytest.fixture
 def curriculum(config, fashion, tmp_path):
-    """The config of a run of 4 epochs with 3 steps each, in which everything varies that can vary between epochs."""
+    """The config of a run of 4 epochs with 3 steps each, in which everything that can vary between epochs does."""
     config.DATA.DATA_PATH, config.DATA.BATCH_SIZE, config.DATA.NUM_WORKERS = str(fashion), 16, 0
     config.SAVE = str(tmp_path / 'run')
     config.TRAIN.NUM_EPOCHS, config.TRAIN.WARMUP_EPOCHS, config.VALIDATE_FREQ = 4, 1, 4
@@ -210,7 +210,7 @@ def test_each_option_changes_the_pixels_that_reach_the_network(config, fashion, 
 
 @pytest.mark.parametrize('path', CONFIGS, ids=lambda path: path.stem)
 def test_every_config_trains_two_steps_of_each_stage(path, fashion):
-    """With its own network, image sizes and options, but two images per batch."""
+    """Each config keeps its network, image sizes and options, but trains on two images per batch."""
     config = get_config(str(path))
     config.DATA.DATA_PATH, config.DATA.BATCH_SIZE, config.DATA.NUM_WORKERS = str(fashion), 2, 0
     config.MODEL.NUM_CLASSES = max(10, config.MODEL.NUM_CLASSES)
@@ -311,7 +311,7 @@ def test_tau_and_the_teacher_reach_the_loss(config, fashion, teacher):
 
 
 def test_teacher_and_student_get_the_same_inputs(config, fashion):
-    """Erased and mixed images, with the matching targets."""
+    """Both get the erased and mixed images, with the matching targets."""
     config.DATA.DATA_PATH, config.DATA.BATCH_SIZE, config.DATA.NUM_WORKERS = str(fashion), 16, 0
     config.TRAIN.RANDOM_ERASE_PROB = config.TRAIN.MIXUP_ALPHA = 1.0
     loader = build_loader(config, True)

@@ -65,7 +65,7 @@ def test_worst_images_are_the_most_confident_mistakes(outcome, monkeypatch):
     (40, {(0, 0): '1', (0, 1): '2', (1, 2): '1'}, ['5', '7', 'any other class']),
 ])
 def test_confusion_matrix(monkeypatch, num_classes, numbers, names):
-    """With many classes, it has those with the most frequent mistakes, and a column for all others.
+    """With many classes, it shows those with the most frequent mistakes, and a column for all others.
 
     numbers: {(row, column): count}.
     """
@@ -140,7 +140,7 @@ def trained(fashion, tmp_path_factory):
 
 @pytest.mark.parametrize('images', [35, 2])
 def test_report_is_the_same_for_any_number_of_processes(trained, fashion, tmp_path, images):
-    """With two images, the third process has no image."""
+    """With only two images, the third process has none."""
     lines = (fashion / 'val_list.txt').read_text().splitlines()[:images]
     data = with_lists(fashion, tmp_path / 'data', val=lines)
     files = []
@@ -176,7 +176,7 @@ def test_names_and_facts_of_a_report(trained, fashion, tmp_path):
     assert get_config(str(tmp_path / 'run/config.yaml')).REPORT == ''  # so that other runs can use the config
 
 
-def test_class_names_of_the_data_set_take_precedence(tmp_path):
+def test_class_names_of_the_dataset_take_precedence(tmp_path):
     for folder, names in (('data', 'a\nb'), ('run', 'c\nd')):
         (tmp_path / folder).mkdir()
         (tmp_path / folder / 'class_names.txt').write_text(names)

@@ -1,4 +1,4 @@
-"""What the README says is there and true, as far as a test can tell; who imports whom."""
+"""The README's claims, as far as a test can check them, and the imports between modules."""
 import ast
 import graphlib
 import inspect
@@ -51,7 +51,7 @@ def weights_s0(tmp_path):
 
 @pytest.mark.parametrize('snippet', ['seed', 'readme'])
 def test_python_snippets(snippet, weights_s0, tmp_path):
-    """The README's, and the one of the port's first README once `import paddle` is added."""
+    """Runs the snippet of README.md, and that of the port's first README once `import paddle` is added."""
     code = re.search(r'```python\n(.*?)```', README, re.S)[1]
     if snippet == 'seed':
         code = '''
@@ -75,7 +75,7 @@ model.set_state_dict(model_state_dict)
 
 
 def test_names_on_the_migration_page_exist():
-    """Functions and classes in the column "Now" with the names of their parameters, and config keys."""
+    """The column "Now" names functions, classes, their parameters and config keys."""
     cells = [row.split('|')[-2] for row in re.findall(r'^\| .*', MIGRATION.split('###')[1], re.M)]
     names = re.findall(r'`([a-z]+(?:\.\w+)+)(?:\((.*?)\))?`', ' '.join(cells))
     assert len(names) > 30
@@ -87,7 +87,7 @@ def test_names_on_the_migration_page_exist():
 
 
 def test_preprocessing_on_the_migration_page(tmp_path, monkeypatch):
-    """It equals the old one: PaddlePaddle's resize, crop and normalization."""
+    """It equals PaddlePaddle's resize, crop and normalization, as before the migration."""
     [code] = re.findall(r'```python\n(.*?)```', MIGRATION + DATA, re.S)
     (tmp_path / 'configs').symlink_to(ROOT / 'configs')
     Image.effect_noise((300, 260), 90).convert('RGB').save(tmp_path / 'photo.jpg')
@@ -110,7 +110,7 @@ def test_shell_scripts_parse(path):
 
 
 def test_environment_script_names_the_mistake(tmp_path):
-    """On a PATH with the shell's own tools and no Python."""
+    """The PATH has the shell's own tools and no Python."""
     for name in ('sh', 'dirname', 'cat'):
         (tmp_path / name).symlink_to(shutil.which(name))
     process = subprocess.run([tmp_path / 'sh', ROOT / 'tools/venv.sh', tmp_path / 'venv', 'paddlepaddle==3.3.1'],
@@ -120,7 +120,7 @@ def test_environment_script_names_the_mistake(tmp_path):
 
 
 def project_imports():
-    """{module: those of the project's modules that it imports, anywhere in it}, without the tests."""
+    """Return {module: the project's modules that it imports anywhere}, without the tests."""
     paths = [path for folder in ('', 'runtime/', 'deploy/', 'tools/', 'tools/*/')
              for path in ROOT.glob(f'{folder}*.py')]
     names = {'.'.join(path.relative_to(ROOT).with_suffix('').parts).replace('.__init__', ''): path for path in paths}

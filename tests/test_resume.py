@@ -20,12 +20,12 @@ OPTIMIZERS = {'SGD': [], 'AdamW': ['TRAIN.OPTIMIZER.NAME', 'AdamW', 'TRAIN.BASE_
 
 
 @pytest.fixture(scope='module', params=OPTIMIZERS)
-def whole(request, fashion, tmp_path_factory):
+def uninterrupted(request, fashion, tmp_path_factory):
     """A run of 4 epochs, and its options."""
-    folder = tmp_path_factory.mktemp('whole') / request.param
+    folder = tmp_path_factory.mktemp('uninterrupted') / request.param
     opts = options(fashion, *STATEFUL, *OPTIMIZERS[request.param])
     out = run(MAIN, '-output', folder, *opts).stdout
-    # two windows: one of two batches, and one of the remaining batch of 60 // 16
+    # two windows: two batches, then the last of the 60 // 16 batches
     assert '8 steps of 32 images' in out and '2 per epoch; learning rate up to ' in out
     assert [row['image_size'] for row in records(folder) if row['split'] == 'train'] == [24, 24, 32, 32]
     return folder, opts
@@ -37,8 +37,8 @@ def assert_same_runs(first, second):
         assert_same(*(checkpoint.load(str(folder / f'{name}.pdparams')) for folder in (first, second)))
 
 
-def test_a_killed_run_resumes_bitwise(whole, tmp_path):
-    folder, opts = whole
+def test_a_killed_run_resumes_bitwise(uninterrupted, tmp_path):
+    folder, opts = uninterrupted
     again = tmp_path / 'again'
     process = Program([MAIN, '-output', again, '-resume', 'auto', *opts])
     while not (again / 'epoch_2.pdparams').exists():
@@ -63,9 +63,9 @@ def copy_until(folder, epoch, target):
     shutil.copy(folder / 'log.jsonl', target)
 
 
-def test_killed_between_the_files_of_a_save(whole, tmp_path):
+def test_killed_between_the_files_of_a_save(uninterrupted, tmp_path):
     """best.pdparams is already from epoch 3, but latest.pdparams is not: the newer file is resumed."""
-    folder, opts = whole
+    folder, opts = uninterrupted
     copy_until(folder, 2, tmp_path / 'again')
     shutil.copy(folder / 'epoch_3.pdparams', tmp_path / 'again/best.pdparams')
     (tmp_path / 'again/latest.pdparams.partial').write_bytes(b'half')
@@ -76,8 +76,8 @@ def test_killed_between_the_files_of_a_save(whole, tmp_path):
     assert_same(*(checkpoint.load(str(path / 'latest.pdparams')) for path in (folder, tmp_path / 'again')))
 
 
-def test_a_truncated_checkpoint_is_skipped(whole, tmp_path):
-    folder, opts = whole
+def test_a_truncated_checkpoint_is_skipped(uninterrupted, tmp_path):
+    folder, opts = uninterrupted
     copy_until(folder, 2, tmp_path / 'again')
     shutil.copy(folder / 'epoch_1.pdparams', tmp_path / 'again/epoch_1.pdparams')
     shutil.copy(folder / 'epoch_1.pdparams', tmp_path / 'again/best.pdparams')
@@ -88,9 +88,9 @@ def test_a_truncated_checkpoint_is_skipped(whole, tmp_path):
     assert without_times(records(folder)) == without_times(records(tmp_path / 'again'))
 
 
-def test_resuming_a_named_checkpoint_in_its_own_folder(whole, tmp_path):
+def test_resuming_a_named_checkpoint_in_its_own_folder(uninterrupted, tmp_path):
     """Checkpoints that are further along are renamed; -output is not needed."""
-    folder, opts = whole
+    folder, opts = uninterrupted
     again = tmp_path / 'again'
     shutil.copytree(folder, again)
     out = run(MAIN, '-resume', again / 'epoch_2.pdparams', *opts).stdout
@@ -102,8 +102,8 @@ def test_resuming_a_named_checkpoint_in_its_own_folder(whole, tmp_path):
     assert (again / 'config.yaml').read_text().replace(str(again), str(folder)) == (folder / 'config.yaml').read_text()
 
 
-def test_a_finished_run_is_left_unchanged(whole, tmp_path):
-    folder, opts = whole
+def test_a_finished_run_is_left_unchanged(uninterrupted, tmp_path):
+    folder, opts = uninterrupted
     again = tmp_path / 'again'
     shutil.copytree(folder, again)
     out = run(MAIN, '-output', again, '-resume', 'auto', *opts).stdout
@@ -113,8 +113,8 @@ def test_a_finished_run_is_left_unchanged(whole, tmp_path):
             assert path.read_bytes() == (again / path.name).read_bytes(), path
 
 
-def test_a_config_of_an_earlier_version_does_not_block_a_resume(whole, tmp_path):
-    folder, opts = whole
+def test_a_config_of_an_earlier_version_does_not_block_a_resume(uninterrupted, tmp_path):
+    folder, opts = uninterrupted
     again = tmp_path / 'again'
     shutil.copytree(folder, again)
     text = (again / 'config.yaml').read_text()
@@ -125,9 +125,9 @@ def test_a_config_of_an_earlier_version_does_not_block_a_resume(whole, tmp_path)
     assert (again / 'config.yaml').read_text().replace(str(again), str(folder)) == text
 
 
-def test_fewer_steps_do_not_make_a_checkpoint_older(whole, tmp_path):
-    """Two epochs with small batches count more steps than four epochs of which the last two have larger batches."""
-    folder, opts = whole
+def test_fewer_steps_do_not_make_a_checkpoint_older(uninterrupted, tmp_path):
+    """Two epochs with small batches have more steps than four epochs whose last two use larger batches."""
+    folder, opts = uninterrupted
     again = tmp_path / 'again'
     again.mkdir()
     state = checkpoint.load(str(folder / 'epoch_2.pdparams'))
@@ -138,8 +138,8 @@ def test_fewer_steps_do_not_make_a_checkpoint_older(whole, tmp_path):
     assert (again / 'latest.pdparams').read_bytes() == before
 
 
-def test_a_failed_resume_leaves_the_folder_unchanged(whole, tmp_path):
-    folder, opts = whole
+def test_a_failed_resume_leaves_the_folder_unchanged(uninterrupted, tmp_path):
+    folder, opts = uninterrupted
     again = tmp_path / 'again'
     shutil.copytree(folder, again)
     assert 'does not fit' in fails(MAIN, '-resume', again / 'epoch_2.pdparams', *opts, 'MODEL.USE_SE', 'False')
@@ -148,9 +148,9 @@ def test_a_failed_resume_leaves_the_folder_unchanged(whole, tmp_path):
     assert len(list(again.iterdir())) == len(list(folder.iterdir()))
 
 
-def test_killed_in_the_last_save(whole, tmp_path):
+def test_killed_in_the_last_save(uninterrupted, tmp_path):
     """best.pdparams is from the last epoch, but epoch_4 and latest are missing: they are written from it."""
-    folder, opts = whole
+    folder, opts = uninterrupted
     again = tmp_path / 'again'
     shutil.copytree(folder, again)
     shutil.copy(folder / 'epoch_4.pdparams', again / 'best.pdparams')
@@ -161,8 +161,8 @@ def test_killed_in_the_last_save(whole, tmp_path):
         assert (again / f'{name}.pdparams').read_bytes() == (folder / f'{name}.pdparams').read_bytes()
 
 
-def test_checkpoints_that_cannot_be_resumed(whole, fashion, tmp_path):
-    folder, opts = whole
+def test_checkpoints_that_cannot_be_resumed(uninterrupted, fashion, tmp_path):
+    folder, opts = uninterrupted
     state = checkpoint.load(str(folder / 'epoch_2.pdparams'))
     ancestors = {**state, 'optimizer': {'conv2d_0.w_0_velocity_0': state['model']['fc.weight']}}
     for name in ('step', 'best', 'world_size'):
@@ -191,8 +191,8 @@ def test_checkpoints_that_cannot_be_resumed(whole, fashion, tmp_path):
     run(MAIN, '-output', tmp_path / 'tuned', '-pretrained', tmp_path / 'old.pdparams', *opts, 'TRAIN.NUM_EPOCHS', '1')
 
 
-def test_other_batches_and_no_ema_resume_and_log_it(whole, tmp_path):
-    folder, opts = whole
+def test_other_batches_and_no_ema_resume_and_log_it(uninterrupted, tmp_path):
+    folder, opts = uninterrupted
     out = run(MAIN, '-output', tmp_path / 'a', '-resume', folder / 'epoch_2.pdparams', *opts, 'TRAIN.ACCUM_ITER', '1',
               'TRAIN.MODEL_EMA', 'False').stdout
     assert 'steps: 4 in the checkpoint, 6 in this run; resuming after epoch 2, but the result will not be' in out

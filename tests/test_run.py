@@ -27,7 +27,7 @@ def loaders(config, fashion):
 
 
 def scripted(monkeypatch, accuracies, loss=1.0):
-    """Make evaluations return these accuracies, one after the other."""
+    """Make evaluations return these accuracies in turn."""
     results = iter(accuracies)
     monkeypatch.setattr(engine, 'evaluate', lambda networks, *args: {
         name: engine.Metrics(loss, next(results), 50.0, 35, 1.0) for name, _ in networks})
@@ -109,7 +109,7 @@ def test_error_of_a_bad_loss_names_the_last_checkpoint(config, fashion, tmp_path
 
 
 def test_waiting_for_images_is_reported_once_per_epoch(config, fashion, tmp_path, monkeypatch):
-    """Only in training: in evaluation, reading images normally takes most of the time."""
+    """Only training reports it: in evaluation, reading images normally takes most of the time."""
     monkeypatch.setattr(runtime.loader, 'SLOW_SECONDS', 0)
     monkeypatch.setattr(runtime.loader, 'SLOW_SHARE', 0)
     monkeypatch.setattr(runtime.loader, 'cores_per_process', lambda: 1)
@@ -163,7 +163,7 @@ def test_number_of_workers_may_change_on_resume(config, fashion, tmp_path, monke
 
 
 def test_fine_tuning_evaluates_its_start_once(config, fashion, tmp_path, monkeypatch):
-    """If the classifier is new or the backbone frozen, and not again when the run is resumed."""
+    """It does if the classifier is new or the backbone frozen, and not again when the run is resumed."""
     config.DATA.DATA_PATH, config.DATA.NUM_WORKERS, config.TRAIN.NUM_EPOCHS = str(fashion), 0, 1
     paths = {}
     for classes in (10, 12):
@@ -190,7 +190,7 @@ def test_fine_tuning_evaluates_its_start_once(config, fashion, tmp_path, monkeyp
 
 @pytest.mark.parametrize('done', [0, 1])
 def test_restarted_fine_tuning_records_its_start_once(config, fashion, tmp_path, monkeypatch, done):
-    """After a failure before the first checkpoint."""
+    """The run failed before its first checkpoint."""
     config.DATA.DATA_PATH, config.DATA.NUM_WORKERS, config.TRAIN.NUM_EPOCHS = str(fashion), 0, done + 1
     config.SAVE, config.MODEL.RESUME, config.TRAIN.LAST_EPOCH = str(tmp_path), 'auto', done
     config.TRAIN.FREEZE, config.MODEL.PRETRAINED = 'backbone', str(tmp_path / 'start/w.pdparams')
@@ -212,7 +212,7 @@ def test_restarted_fine_tuning_records_its_start_once(config, fashion, tmp_path,
 
 @pytest.mark.parametrize('evaluation', [False, True])
 def test_class_names_are_copied_to_the_run(config, tmp_path, evaluation):
-    """An evaluation does not replace existing ones."""
+    """An evaluation does not replace existing class names."""
     config.DATA.DATA_PATH, config.SAVE, config.EVAL = str(tmp_path), str(tmp_path / 'run'), evaluation
     (tmp_path / 'run').mkdir()
     for names in ('cat', 'dog'):

@@ -195,7 +195,7 @@ def test_precedence_of_files_flags_and_opts(tmp_path):
 def test_a_namespace_may_omit_flags():
     config = SETTINGS.defaults()
     config.freeze()
-    SETTINGS.merge_args(config, SimpleNamespace(size=0))  # a 0 counts
+    SETTINGS.merge_args(config, SimpleNamespace(size=0))  # a 0 counts as given
     assert config.DATA.SIZE == 0 and config.DATA.FOLDER == '/data' and not config.is_frozen()
 
 

@@ -103,7 +103,7 @@ def test_make_list_reports_what_it_leaves_out(tmp_path):
 
 
 def test_make_list_follows_links(tmp_path):
-    """Also to images outside the data set, or next to the class folders."""
+    """Links may lead outside the dataset, or to images next to the class folders."""
     for folder, target in (('train/a', '..'), ('train/b', '../../x'), ('val/a', '../../y'), ('val/b', '../../z')):
         write_images((tmp_path / folder / target).resolve(), 2)
         (tmp_path / folder).mkdir(parents=True)
@@ -254,7 +254,7 @@ def test_from_class_folders_to_a_fine_tuned_model(fashion, tmp_path):
     run('-m', 'tools.export_model', *evaluation, '-output', tmp_path / 'int8', '-precision', 'int8', '-calibration',
         photos / 'train_list.txt', '-num_images', '8')
     assert all((runs / name).exists() for name in ('curves.png', 'report/report.html', 'run-eval.json'))
-    # class names are passed along, even if NUM_CLASSES is still 0 in the config
+    # class names are passed on, even if NUM_CLASSES is still 0 in the config
     command = ['-m', 'tools.predict', next((photos / 'Bag').iterdir()), '-model']
     (tmp_path / 'exported').mkdir()
     narrow_file = tmp_path / 'narrow.yaml'
@@ -427,7 +427,7 @@ def test_ablations(fashion, tmp_path, call_main):
         (out / f'paper-0/{name}.pdparams').write_bytes(b'')
     process = run(*args, '-jobs', '1', status=2)  # in a separate process
     assert re.search(r'/paper-0: exited with status 2: .*error: .*paper-0', process.stderr)
-    assert len(process.stdout.splitlines()) <= 1  # at most one run that had started meanwhile; no others are started
+    assert len(process.stdout.splitlines()) <= 1  # at most one run that had already started; no others start
 
 
 def check_dataset(folder, *more, status):
@@ -476,7 +476,7 @@ def test_check_dataset_lists_every_bad_line(fashion, tmp_path):
 
 
 def test_check_dataset_finds_duplicate_images(tmp_path):
-    """By their pixels, in any file format. -unique removes them only from the train list."""
+    """Duplicates have the same pixels, in any file format. -unique removes them only from the train list."""
     write_images(tmp_path / 'x', 4)
     for number in (0, 2):
         Image.open(tmp_path / f'x/photo {number}.jpg').save(tmp_path / f'x/{number}.png')
@@ -589,7 +589,7 @@ def resize_dataset(folder, output, *more, status=0):
 
 
 def photos(folder):
-    """Write a data set of large and small images in several formats, with both lists. Returns: its image paths."""
+    """Write a dataset of large and small images in several formats, with both lists. Returns: its image paths."""
     (folder / 'a b').mkdir(parents=True)
     pixels = np.random.default_rng(0).integers(0, 256, (3, 4, 3), dtype='uint8')
     image, exif = Image.fromarray(pixels).resize((80, 60), Image.Resampling.BICUBIC), Image.Exif()
@@ -645,7 +645,7 @@ def test_resize_dataset_resumes_and_names_bad_images(tmp_path):
     lines = resize_dataset(source, output, *command, status=1)
     assert [line.split(' (')[0] for line in lines] == [
         f'{source}/a b/cut.jpg: cannot read the image',
-        '../outside.jpg: is outside -data_path, its copy would be outside -output; use a path inside',
+        '../outside.jpg: is outside -data_path, and its copy outside -output; use a path inside',
         f'{source}/a b/gone.jpg: cannot read the image', f'{source}/a b/exif.png: cannot read the EXIF data',
         f'{output}: 4 resized, 1 copied, 1 skipped, 4 bad', f'{output}/train_list.txt: 7 lines written',
         f'{output}/val_list.txt: 1 lines written']
@@ -699,7 +699,7 @@ runpy.run_module('tools.check_dataset', run_name='__main__', alter_sys=True)
 
 
 def workers_of(process, mark):
-    """Wait for the file `mark`, which one of the processes of a program makes, and return the ids of all of them."""
+    """Wait for a process of a program to create the file `mark`, and return the ids of all its processes."""
     deadline = time.monotonic() + 60
     while not mark.exists():
         assert process.poll() is None and time.monotonic() < deadline

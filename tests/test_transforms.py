@@ -1,4 +1,4 @@
-"""Image transforms against the same steps in Pillow, and normalization on the device."""
+"""Image transforms, compared with the same steps in Pillow, and normalization on the device."""
 import math
 
 import numpy as np
@@ -11,7 +11,7 @@ from transforms import EvalTransform, Normalize, TrainTransform, random_crop_box
 
 
 def photo(width, height, seed=0):
-    """Smooth color noise, so that filters and positions matter."""
+    """Return smooth color noise, so that filters and positions matter."""
     small = np.random.default_rng(seed).integers(0, 256, (9, 13, 3), dtype='uint8')
     return Image.fromarray(small).resize((width, height), Image.Resampling.BICUBIC)
 

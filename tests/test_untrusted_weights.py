@@ -55,7 +55,7 @@ def test_what_paddle_writes_is_read(config, tmp_path, protocol):
 
 
 class Call:
-    """Pickled so that reading it calls function(*arguments)."""
+    """An object whose unpickling calls function(*arguments)."""
 
     def __init__(self, function, *arguments):
         self.call = function, arguments
@@ -88,7 +88,7 @@ def array_pickle(shape, code='f4', content=b'', dtype_state=(3, '<', None, None,
 
 
 def shared(depth, count):
-    """Lists nested `depth` deep, each `count` times the same inner list, which Python reads in little memory."""
+    """Lists nested `depth` deep, each with the same inner list `count` times, for which Python needs little memory."""
     value = []
     for _ in range(depth):
         value = [value] * count
@@ -101,7 +101,7 @@ def text(value):
 
 # nested tuples: hashing them crashes Python
 DEEP = b')' + b'\x85' * 300_000
-# numbers with the same hash: a dictionary compares each with all earlier ones
+# numbers with the same hash: a dictionary compares each one with all earlier ones
 SAME_HASH = b''.join(b'\x8a\x0a' + ((2 ** 61 - 1) * k).to_bytes(10, 'little') + b'N' for k in range(1, 100_000))
 
 
@@ -206,7 +206,7 @@ def test_attacks_are_refused(tmp_path, monkeypatch, name):
 
 
 def test_the_attacks_are_real(tmp_path, monkeypatch):
-    """Python's own unpickler runs them."""
+    """Python's own unpickler executes them."""
     monkeypatch.chdir(tmp_path)
     for name in ('os.system', 'eval', 'exec in a checkpoint', 'nested', 'a path and a name'):
         pickle.loads(ATTACKS[name][0])
@@ -229,7 +229,7 @@ def test_all_programs_read_safely(fashion, tmp_path):
 
 
 def test_sha256_of_every_weight_file_is_logged(fashion, tmp_path):
-    """Of weights, resumed checkpoints and teachers."""
+    """Covers weights, resumed checkpoints and teachers."""
     def run_logs(name, *args):
         opts = options(fashion, 'TRAIN.NUM_EPOCHS', '2', *args[1:])
         return run('main_single_gpu.py', '-output', tmp_path / name, *opts, *args[0]).stdout
@@ -244,7 +244,7 @@ def test_sha256_of_every_weight_file_is_logged(fashion, tmp_path):
 
 
 def test_safetensors(config, fashion, tmp_path):
-    """Written and read without pickle; programs accept it wherever they accept .pdparams."""
+    """The format needs no pickle; programs accept it wherever they accept .pdparams."""
     path = str(tmp_path / 'w.safetensors')
     model = build_mobileone(config)
     checkpoint.save(model.state_dict(), path)

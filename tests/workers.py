@@ -56,7 +56,7 @@ def say(text):
 
 
 def build(folder, network, *options):
-    """Return (Training, loader, config) for the data set in a folder. network: makes the model; None for MobileOne."""
+    """Return (Training, loader, config) for the dataset in a folder. network: makes the model; None for MobileOne."""
     args = get_parser('').parse_args(['-data_path', folder, '-opts', *NARROW, 'MODEL.NUM_CLASSES', '10',
                                       'DATA.NUM_WORKERS', '0', *options])
     config = resolve_config(update_config(get_config(), args))
@@ -81,7 +81,7 @@ def train_plain(folder, target, *options):
 
 
 def count(folder, *options):
-    """Print the numbers of synchronizing calls before each step of an epoch, and the names of all of them."""
+    """Print the number of synchronizing calls before each step of an epoch, and the names of all these calls."""
     training, loader, config = build(folder, None, *options)
     train_epoch(training, loader, config)  # one-time initialization happens here
     calls = []
@@ -213,7 +213,7 @@ def save(data, output):
 
 
 def fail(folder, how):
-    """Fail on rank 1 while the others wait for it, or on all ranks together; or sleep until terminated."""
+    """Fail on rank 1 while the others wait for it, fail on all ranks together, or sleep until terminated."""
     reduce_over_ranks([0])  # if a rank ended while others still connect to it, they would wait for half a minute
     if how == 'end':
         signal.signal(signal.SIGTERM, lambda number, frame: os._exit(0))
@@ -260,7 +260,7 @@ class _GPUTracer:
 
 
 def amp(folder, level):
-    """Run the forward pass of training as on a GPU with AMP. Prints the numbers of depthwise and dense convolutions."""
+    """Run the forward pass of training as on a GPU with AMP. Prints the number of depthwise and dense convolutions."""
     training, loader, config = build(folder, None, 'AMP', 'True', 'AMP_LEVEL', level, 'AMP_DTYPE', 'bfloat16')
     auto_cast = sys.modules['paddle.amp.auto_cast']
     auto_cast._dygraph_tracer = _GPUTracer

@@ -3,8 +3,8 @@
   python -m tools.make_fashion_mnist -source /usr/share/datasets/fashion-mnist -output data/fashion_mnist
   python -m tools.ablations -data_path data/fashion_mnist -output output/ablations
 
-The first arm is configs/ablations.yaml; the others differ from it in one thing, the last in two. All arms share data,
-epochs and seeds. Each run uses one thread, and -jobs of them run at a time. After an interruption, run the same command
+The first arm is configs/ablations.yaml; the others change one thing, the last one two. All arms share data, epochs and
+seeds. Each run uses one thread, and -jobs of them run at a time. After an interruption, run the same command
 again: it finishes the missing runs and prints the table.
 """
 import concurrent.futures
@@ -27,7 +27,7 @@ BASE = get_config(os.path.join(ROOT, 'configs', 'ablations.yaml'))
 
 @dataclass
 class Arm:
-    """A recipe to compare. branches: k; end_decay: final weight decay as a share of the initial one."""
+    """A recipe to compare. branches: k; end_decay: final weight decay as a fraction of the initial one."""
     description: str
     branches: int = 4
     skip_and_scale: bool = True
@@ -57,7 +57,7 @@ def remove_skip_and_scale():
 
 
 def write_lists(source, target, train_images):
-    """Write lists with absolute paths: the first `train_images` of the training list and the whole val list.
+    """Write lists with absolute paths: the first `train_images` lines of the training list and the whole val list.
 
     The training list of Fashion-MNIST is in random order, so its first images are a random sample.
     Raises: UserError for missing lists, for too few images, and if `target` has lists of different images.
@@ -103,7 +103,7 @@ def run_arm(args):
 
 
 def start(arm, seed, args):
-    """Call `run_arm` in a separate process. Raises: UserError with its last line of output if it fails."""
+    """Call `run_arm` in a separate process. Raises: UserError with its last output line if it fails."""
     folder = os.path.join(args.output, f'{arm}-{seed}')
     process = subprocess.run(
         [sys.executable, '-m', 'tools.ablations', '-arm', arm, '-seed', str(seed), '-data_path',

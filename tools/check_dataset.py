@@ -1,4 +1,4 @@
-"""Check a data set: every line of train_list.txt and val_list.txt, and that every image can be read.
+"""Check a dataset: every line of train_list.txt and val_list.txt, and whether every image can be read.
 
   python -m tools.check_dataset -data_path /dataset/imagenet
   python -m tools.check_dataset -data_path photos -opts MODEL.NUM_CLASSES 2 -save photos_checked -unique
@@ -7,12 +7,12 @@ Images are read as in training, on all cores. The program prints
   - each bad line, with its number and the problem
   - each line whose image has the same pixels as an earlier one in its list or in the train list
   - a summary of each list, with its smallest and largest class
-  - classes that only one list has, and labels that seem to start at 1
+  - classes that occur in only one list, and labels that seem to start at 1
   - whether 16-bit images use fewer bits, which makes them dark (see DATA.BIT_DEPTH)
 
 -save writes lists without the bad lines and with absolute paths, so that training works with -data_path photos_checked.
-With -unique, the saved train list has each image once, and none that is also in the val list or has several labels. The
-exit status is 1 if any line is bad.
+With -unique, the saved train list contains each image once, and none that is also in the val list or has several
+labels. The exit status is 1 if any line is bad.
 """
 import collections
 import contextlib
@@ -45,7 +45,7 @@ class Checked:
     digests: list
 
     def __post_init__(self):
-        # {digest: index of the first line with that image}, in the order of the list
+        # {digest: index of the first line with that image}, in list order
         self.firsts = {}
         for index, digest in enumerate(self.digests):
             if digest:
@@ -59,8 +59,8 @@ class Checked:
 def check_line(line, config):
     """Read the image named by a line of a list.
 
-    Returns: (problem or '', label, digest of the pixels, result of `images.read_range`). Unknown values are None; so is
-    the range if DATA.BIT_DEPTH is set.
+    Returns: (problem or '', label, digest of the pixels, result of `images.read_range`). Unknown values are None, as
+    is the range if DATA.BIT_DEPTH is set.
     """
     from datasets import parse_line
     from images import read_image, read_range
@@ -79,7 +79,7 @@ def check_line(line, config):
 
 
 def check_lines(lines, config):
-    """Return the results of `check_line` for some lines."""
+    """Return the results of `check_line` for a list of lines."""
     return [check_line(line, config) for line in lines]
 
 
@@ -90,7 +90,7 @@ def _start_worker(parent):
 
 @contextlib.contextmanager
 def start_workers(count):
-    """Yield a pool of `count` processes. Leaving the block, normally or by an exception, terminates them at once.
+    """Yield a pool of `count` processes. They are terminated at once when the block ends, normally or by an exception.
 
     Raises: UserError if the system cannot fork, and if a process is killed.
     """
@@ -119,11 +119,11 @@ def start_workers(count):
 
 
 def map_parts(workers, function, items, *args):
-    """Iterate over the results of `function` for some items, in order, computed by a pool.
+    """Return an iterator over the results of `function` for a list of items, in order, computed by a pool.
 
     function(part of the items, *args) -> one result per item of that part.
     """
-    # several items per task save overhead, and several tasks per core keep all of them busy
+    # several items per task save overhead, and several tasks per core keep all cores busy
     size = min(32, 1 + len(items) // 100)
     rest = iter(items)
     # not map(), which cancels pending tasks on an interrupt; the executor of Python 3.11 then prints tracebacks
@@ -167,7 +167,7 @@ def print_copies(checked, others):
 
 
 def print_summary(checked, others):
-    """Print how many lines of a list are bad or repeat an image, and how many of its images the lists `others` have."""
+    """Print how many lines of a list are bad or repeat an image, and how many images it shares with `others`."""
     good = len(checked.good())
     summary = f'{checked.path}: {len(checked.lines)} lines, {len(checked.lines) - good} bad'
     if len(checked.firsts) < good:
@@ -179,7 +179,7 @@ def print_summary(checked, others):
 
 
 def choose_unique(train, others):
-    """Return the indices of a train list's lines with each image once.
+    """Return indices of lines of a train list that contain each image once.
 
     Images that are also in one of the lists `others`, or that have several labels, are left out.
     """
@@ -192,8 +192,8 @@ def choose_unique(train, others):
 def print_labels(lists, num_classes):
     """Describe the labels of the good lines of some `Checked`.
 
-    Print the smallest and the largest class of each list, the classes that only one list has, and whether the labels
-    seem to start at 1.
+    Print the smallest and the largest class of each list, the classes that occur in only one list, and whether the
+    labels seem to start at 1.
     """
     counts = {checked.path: collections.Counter(checked.labels[index] for index in checked.good()) for checked in lists}
     for path, count in counts.items():
@@ -213,7 +213,7 @@ def print_labels(lists, num_classes):
 
 
 def describe_ranges(ranges):
-    """Describe the 16-bit images that use fewer bits, in a line; '' if none do.
+    """Describe in one line the 16-bit images that use fewer bits; '' if none do.
 
     ranges: (smallest, largest pixel) of each 16-bit image.
     """
@@ -240,9 +240,9 @@ def save_list(path, good):
 
 
 def save_checked(lists, args):
-    """Write some `Checked` without their bad lines to the folder args.save.
+    """Write a list of `Checked` without their bad lines to the folder args.save.
 
-    args.unique: reduce the train list to the lines that `choose_unique` chooses.
+    args.unique: reduce the train list to `choose_unique`.
     """
     from datasets import parse_line
     for checked in lists:
@@ -258,7 +258,7 @@ def save_checked(lists, args):
 
 
 def find_lists(data_path):
-    """Return the names of the lists in a folder. Raises: UserError if there are none."""
+    """Return the names of the lists in a folder. Raises: UserError if it has none."""
     found = [name for name in LISTS if os.path.lexists(os.path.join(data_path, name))]
     if not found:
         raise UserError(f'{data_path}: contains neither {" nor ".join(LISTS)}; set -data_path to the folder of the '

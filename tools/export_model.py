@@ -32,11 +32,11 @@ from runtime.files import sync
 from runtime.program import prepare_runtime, remedy, run_program
 from utils import UserError, describe_error, setup_logger
 
-# largest allowed difference of an export: relative to the largest output, and absolute (too small to matter)
+# largest allowed difference of an export, relative to the largest output, and an absolute one that never matters
 TOLERANCE, NEGLIGIBLE = 3e-4, 1e-5
 RANDOM_IMAGES, VAL_IMAGES = 8, 16
-# smallest number of calibration images for int8, and smallest share of held-out images whose top-1 must not change
-LEAST_IMAGES, LEAST_ANSWERS = 8, 0.8
+# for int8: smallest number of calibration images, and smallest share of held-out images that must keep their top-1
+MIN_IMAGES, MIN_AGREEMENT = 8, 0.8
 
 
 def sample_images(config, needs_data):
@@ -45,7 +45,7 @@ def sample_images(config, needs_data):
     needs_data: whether a missing val list is an error.
     """
     data, rng = config.DATA, np.random.default_rng(config.SEED)
-    # distributed like the pixels of photographs: some networks are chaotic on other inputs
+    # distributed like the pixels of photographs, because some networks are chaotic on other inputs
     pixels = rng.normal(255 * np.array(data.IMAGENET_MEAN), 255 * np.array(data.IMAGENET_STD),
                         [RANDOM_IMAGES, data.IMAGE_SIZE, data.IMAGE_SIZE, 3])
     images = {'random images': pixels.clip(0, 255).astype('uint8')}
@@ -55,14 +55,14 @@ def sample_images(config, needs_data):
         chosen = np.unique(np.linspace(0, len(dataset) - 1, VAL_IMAGES).astype(int))
         images['val images'] = np.stack([dataset[int(index)][0] for index in chosen])
     else:
-        print(f'no val_list.txt in {data.DATA_PATH}: comparing on random images only; set -data_path to use a data set')
+        print(f'no val_list.txt in {data.DATA_PATH}: comparing on random images only; set -data_path to use a dataset')
     return images
 
 
 def write(model, spec, folder, formats):
-    """Write a fused network to a folder.
+    """Write a fused network to a folder in the given formats.
 
-    Returns: pairs of a file name and an installed engine that can load it.
+    Returns: [(file name, installed engine that can load it)].
     """
     written = []
     if formats != ['paddle']:
@@ -87,14 +87,14 @@ def write(model, spec, folder, formats):
 
 
 def load(path, engine):
-    """Return run(images) for an exported file."""
+    """Return run(input) -> outputs for an exported file."""
     if engine == 'inference':
         return load_program(path)
     return phone.LOADERS[engine](path) if engine in phone.LOADERS else LOADERS[engine](path, None, None)[1]
 
 
 def compare(path, engine, spec, images, expected):
-    """Print how far the outputs of an exported file are from the network's, for each kind of images.
+    """Print how far the outputs of an exported file are from the network's, for each kind of image.
 
     Raises: UserError if the difference is too large.
     """
@@ -113,7 +113,7 @@ def read_calibration(path, count, spec, num_classes):
     """Read up to `count` evenly spaced images of a list or folder, preprocessed as in evaluation.
 
     Subfolders and linked folders are searched too. Returns: uint8 [N, size, size, 3].
-    Raises: UserError for fewer than LEAST_IMAGES images, and for a list or an image that cannot be read.
+    Raises: UserError for fewer than MIN_IMAGES images, and for a list or an image that cannot be read.
     """
     from datasets import read_list
     if not os.path.exists(path):
@@ -122,8 +122,8 @@ def read_calibration(path, count, spec, num_classes):
         paths = [os.path.join(path, name) for name in find_images(path)[0]]
     else:
         paths = [os.path.join(os.path.dirname(path), name) for name in read_list(path, num_classes)[0]]
-    if len(paths) < LEAST_IMAGES:
-        raise UserError(f'-calibration {path}: {len(paths)} images, but int8 needs at least {LEAST_IMAGES}, '
+    if len(paths) < MIN_IMAGES:
+        raise UserError(f'-calibration {path}: {len(paths)} images, but int8 needs at least {MIN_IMAGES}, '
                         'preferably hundreds: add images like those the network will see')
     if not os.path.isdir(path) and not os.path.exists(paths[0]):
         raise UserError(f'-calibration {path}: its first image, {paths[0]}, does not exist; the paths of a list are '
@@ -148,9 +148,9 @@ def make_int8(model, spec, path, pixels, source):
     for engine in filter(find_spec, ONNX_ENGINES):
         share, decibels = compare_outputs(find_outputs(path, engine, spec, held_out), expected)
         print(f'{os.path.basename(path):20}{engine:14}{share:16.1%}{decibels:7.1f} dB')
-        if not share >= LEAST_ANSWERS:
+        if not share >= MIN_AGREEMENT:
             raise UserError(f"-precision int8: {engine} keeps the network's top-1 prediction for {share:.1%} of "
-                            f'{len(held_out)} held-out images of {source}, less than {LEAST_ANSWERS:.0%}; nothing was '
+                            f'{len(held_out)} held-out images of {source}, less than {MIN_AGREEMENT:.0%}; nothing was '
                             'exported: give more images like those the network was trained on, or use -precision '
                             'float32')
 
@@ -165,7 +165,7 @@ def parse_batch(text):
 
 
 def check_formats(formats, pixels, batch):
-    """Check that the formats can be written, verified, and combined with the other flags.
+    """Check that the formats can be written, verified and combined with the other flags.
 
     Raises: UserError for a missing package, and for flags that a format does not support.
     """
@@ -199,8 +199,8 @@ def check_int8(args):
         raise UserError(f'-precision int8 works only with -format onnx, not {" ".join(args.format)}: leave out the '
                         'other formats, or export them to another folder')
     args.num_images = 256 if args.num_images is None else args.num_images
-    if args.num_images < LEAST_IMAGES:
-        raise UserError(f'-num_images is {args.num_images}, but must be at least {LEAST_IMAGES}, preferably hundreds')
+    if args.num_images < MIN_IMAGES:
+        raise UserError(f'-num_images is {args.num_images}, but must be at least {MIN_IMAGES}, preferably hundreds')
     if not find_spec('onnxruntime'):
         raise UserError('-precision int8 needs onnxruntime: pip install -r requirements-deploy.txt')
 

@@ -26,7 +26,7 @@ def count_parameters(model):
 
 
 def latencies(models, size, batch, repeats=20):
-    """Return each model's median seconds per image of a forward pass, measured alternately on the current device."""
+    """Return each model's median forward time in seconds per image, measured alternately on the current device."""
     import paddle
     images = paddle.randn([batch, 3, size, size])
     seconds = [[] for _ in models]
@@ -55,9 +55,9 @@ def largest_difference(models, batches, normalize):
 
 
 def compare(models, loader, config):
-    """Print a table comparing an unfused and a fused network, and the largest difference of their logits.
+    """Print a table that compares an unfused and a fused network, and the largest difference between their logits.
 
-    loader: the val images; None: random images.
+    models: (unfused, fused). loader: the val images; None: random images.
     """
     import paddle
 
@@ -88,7 +88,7 @@ def compare(models, loader, config):
 
 
 def check_class_names(source, target):
-    """Check that no foreign class_names.txt lies next to the fused weights: predictions would use its names.
+    """Check that no other class_names.txt is next to the fused weights: predictions would use its names.
 
     Raises: UserError if `target` exists and is not a copy of `source`.
     """
@@ -101,7 +101,7 @@ def check_class_names(source, target):
 def main():
     parser = get_parser(__doc__, ['data_path', 'image_size', 'pretrained'])
     parser.add_argument('-save', metavar='FILE', help='write the fused weights to this .pdparams or .safetensors')
-    parser.add_argument('-no_data', action='store_true', help='compare on random images instead of a data set')
+    parser.add_argument('-no_data', action='store_true', help='compare on random images instead of a dataset')
     add_device_flag(parser)
     args = parser.parse_args()
     if not args.pretrained:  # not from the config, which may name the weights that a run started from

@@ -31,7 +31,7 @@ fi
 master=$MASTER
 host=
 if [ "$RANK" = 0 ]; then
-    # Paddle's launcher serves only at an address that this machine's host name resolves to; with a name in MASTER it
+    # Paddle's launcher serves only on an address that this machine's host name resolves to; with a name in MASTER, it
     # would wait for itself
     master=127.0.0.1:${MASTER##*:}
     case ${MASTER%:*} in *[!0-9.]*) ;; *) host=${MASTER%:*} ;; esac

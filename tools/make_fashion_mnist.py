@@ -3,7 +3,7 @@
   python -m tools.make_fashion_mnist -source demo -output data/fashion_mnist_demo
   python -m tools.make_fashion_mnist -source /usr/share/datasets/fashion-mnist -output data/fashion_mnist
 
--source must contain the four files of the data set (github.com/zalandoresearch/fashion-mnist, MIT license):
+-source must contain the four files of the dataset (github.com/zalandoresearch/fashion-mnist, MIT license):
 train-images-idx3-ubyte.gz, train-labels-idx1-ubyte.gz, t10k-images-idx3-ubyte.gz, t10k-labels-idx1-ubyte.gz.
 The folder `demo` of this repository has the first images of each; Debian's package dataset-fashion-mnist has them all.
 The t10k images become the val list. Running the command again rewrites the same files.

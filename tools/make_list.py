@@ -9,7 +9,7 @@ With a single folder of class folders, where a share of each class becomes the v
 Class folders are sorted by name, or as numbers with -numeric. Labels count from 0 in that order, and class_names.txt
 keeps the names. Images are the files in a class folder, its subfolders and linked folders whose extension belongs to a
 format that Pillow reads. Each image is listed once, in one of the lists, even if several links lead to it. Hidden files
-and folders, system folders, and the folders of runs and reports are left out; the program counts and names whatever it
+and folders, system folders, and the folders of runs and reports are left out, and the program reports whatever it
 leaves out. Paths are relative to -data_path, where the three files are written. The same images, share and seed give
 the same lists.
 """
@@ -81,7 +81,7 @@ def sort_names(root, names, numeric):
 
 
 def split_classes(classes, share, seed):
-    """Split the images of each class at random. The val share is rounded, but each list gets at least one image.
+    """Split the images of each class at random. The val count is rounded, but each list gets at least one image.
 
     Returns: (train classes, val classes), each as from `find_classes`. Raises: UserError for a class with one image.
     """
@@ -103,7 +103,7 @@ def to_list(classes):
     """
     lines = [f'{image} {label}\n' for label, images in enumerate(classes.values()) for image in images]
     for line in lines:
-        # Python represents bytes that are not UTF-8 by surrogates
+        # Python represents bytes that are not UTF-8 as surrogates
         if re.search('[\r\ud800-\udfff]|\n.', line):
             raise UserError(f'{line!r}: a file name with a line break, or not in UTF-8, cannot be listed; rename it')
     return ''.join(lines)
@@ -114,7 +114,7 @@ def main():
     parser.add_argument('-data_path', metavar='DIR', required=True, help='folder to write the lists to')
     parser.add_argument('-train', metavar='DIR', required=True, help='folder of class folders, relative to -data_path')
     val = parser.add_mutually_exclusive_group(required=True)
-    val.add_argument('-val', metavar='DIR', help='the same for the validation images')
+    val.add_argument('-val', metavar='DIR', help='the same for validation images')
     val.add_argument('-val_share', metavar='X', type=float, help='share of each class to use for validation, e.g. 0.2')
     parser.add_argument('-numeric', action='store_true', help='sort class folders as numbers: 2 comes before 10')
     parser.add_argument('-seed', metavar='N', type=int, default=0, help='seed of the random split (default: 0)')

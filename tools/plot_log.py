@@ -26,7 +26,7 @@ PANELS = {
     'weight decay': ('weight_decay', [('train', 'raw')]),
     'training image size (pixels)': ('image_size', [('train', 'raw')]),
 }
-# most keys whose values are shown in the legend
+# largest number of keys whose values are shown in the legend
 FEW = 4
 FIELDS = {'epoch', 'split', 'weights', *(field for field, _ in PANELS.values())}
 
@@ -60,8 +60,8 @@ def read_log(folder):
 def label_runs(folders):
     """Return a label per run, and a table of the keys in which the runs' configs differ.
 
-    With up to FEW keys, the labels are their values, with the folder added to a label that is not unique, and the table
-    is ''. With more, the labels are the folders.
+    With up to FEW keys, the labels are their values, plus the folder where a label is not unique, and the table is ''.
+    With more, the labels are the folders.
     """
     configs = [dict(leaves(get_config(os.path.join(folder, 'config.yaml')))) for folder in folders]
     keys = [key for key, value in configs[0].items()

@@ -34,7 +34,7 @@ def find_images(names):
         if os.path.isdir(name):
             found = [os.path.join(name, file) for file in sorted(os.listdir(name)) if is_image(file)]
             if not found:
-                raise UserError(f'{name}: no images in this folder (subfolders are not searched: name them too)')
+                raise UserError(f'{name}: no images in this folder (subfolders are not searched: name them)')
             paths += found
         else:
             # an existing file whose name looks like a pattern is not expanded
@@ -44,7 +44,7 @@ def find_images(names):
 
 
 def predict(predictor, paths, top):
-    """Yield pairs of a path and its Prediction, or the UserError for a file that cannot be read."""
+    """Yield (path, Prediction), or (path, UserError) for a file that cannot be read."""
     for path in paths:
         try:
             yield path, predictor(path, top)[0]

@@ -1,13 +1,13 @@
-"""Write a smaller copy of a data set, for machines whose cores cannot read large images as fast as they train.
+"""Write a smaller copy of a dataset, for machines whose cores cannot read large images as fast as they train.
 
   python -m tools.resize_dataset -data_path /dataset/imagenet -output /dataset/imagenet_400 -shorter 400
 
 Images are resized with Pillow's bicubic filter, so that their shorter side is -shorter pixels. Images that are already
 that small are copied unchanged. The copy has the same relative paths, train_list.txt, val_list.txt and class_names.txt.
-JPEG images stay JPEG. All others become lossless PNG, without a change of the file name. The EXIF orientation is kept,
+JPEG images stay JPEG. All others become lossless PNG, under unchanged file names. The EXIF orientation is kept,
 and pixels with more than 8 bits are reduced to 8 according to DATA.BIT_DEPTH. Files that already exist in -output are
-skipped: after an interruption, run the same command again. Bad images are named and left out of the lists, and the exit
-status is then 1.
+skipped: after an interruption, run the same command again. Bad images are reported and left out of the lists, and the
+exit status is then 1.
 """
 import collections
 import functools
@@ -43,14 +43,14 @@ def resize(image, shorter):
 
 
 def copy_image(name, data, args):
-    """Write an image of a list to args.output, resized if it is larger than args.shorter. data: the config's DATA.
+    """Write one image of a list to args.output, resized if it is larger than args.shorter. data: the config's DATA.
 
     Returns: ('resized', 'copied', 'skipped' or 'bad', and the problem or '').
     Raises: UserError, OSError if the image cannot be written.
     """
     source, target = os.path.join(data.DATA_PATH, name), os.path.join(args.output, name)
     if os.path.isabs(name) or '..' in name.split('/'):
-        return 'bad', f'{one_line(name)}: is outside -data_path, its copy would be outside -output; use a path inside'
+        return 'bad', f'{one_line(name)}: is outside -data_path, and its copy outside -output; use a path inside'
     if os.path.exists(target):
         return 'skipped', ''
     try:
@@ -71,7 +71,7 @@ def copy_image(name, data, args):
 
 
 def copy_images(names, data, args):
-    """Return the results of `copy_image` for some names."""
+    """Return the results of `copy_image` for a list of names."""
     return [copy_image(name, data, args) for name in names]
 
 

@@ -1,4 +1,4 @@
-"""Show what a training run will do in each epoch, without needing any data.
+"""Show what a training run will do in each epoch. Needs no data.
 
   python -m tools.show_recipe -cfg configs/mobileone_s2.yaml
   python -m tools.show_recipe -cfg configs/mobileone_s2.yaml -plot recipe.png -json recipe.json
@@ -39,7 +39,7 @@ def get_recipe(config, num_images, world_size):
 
 
 def describe(config, num_images, world_size):
-    """Return lines that describe what is the same in all epochs."""
+    """Return lines that describe what does not change between epochs."""
     data, train = config.DATA, config.TRAIN
     options, distillation = train.OPTIMIZER, train.DISTILLATION
     if options.NAME.lower() == 'sgd':

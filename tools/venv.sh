@@ -5,7 +5,7 @@
 #   sh tools/venv.sh .venv paddlepaddle==3.3.1
 #
 # Uses the first of $PYTHON, python3, python3.12 ... python3.9 that is Python 3.9 to 3.12. An environment that is
-# already complete is left as it is.
+# already complete is left unchanged.
 set -eu
 fail() {
     echo "venv.sh: error: $1" >&2

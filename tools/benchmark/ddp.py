@@ -4,7 +4,7 @@
   python -m tools.benchmark ddp -cfg configs/mobileone_s0.yaml -data_path /dataset/imagenet -amp -nproc 1 2 4 8
 
 A run has two epochs of -steps steps; only the second one counts. Runs with different numbers of processes alternate,
--repeats times. The table shows medians and ranges of images per second, and the efficiency: images per second per
+-repeats times each. The table shows medians and ranges of images per second, and the efficiency: images per second per
 process, relative to the first number of processes. On a CPU each process uses one core: it computes with one thread and
 reads its images itself.
 """
@@ -37,7 +37,7 @@ def write_run(folder, config, images, count, steps):
 
 
 def images_per_second(config, images, count, steps):
-    """Return the images per second of a run of `count` processes in its second epoch.
+    """Return the images per second in the second epoch of a run with `count` processes.
 
     Raises: UserError with the last line of its output if it fails.
     """
@@ -84,7 +84,7 @@ def main():
           f'on {"GPUs" if gpus else "the CPU, one thread per process"}')
     print('processes  images/s                    efficiency')
     for count in counts:
-        # ratios within a turn, so that a slow moment of the machine affects both sides
+        # ratios within a turn, so that a slow moment of the machine affects both numbers
         ratios = [speed / count / (first / counts[0]) for speed, first in zip(speeds[count], speeds[counts[0]])]
         low, high = min(speeds[count]), max(speeds[count])
         print(f'{count:9}  {statistics.median(speeds[count]):8.1f} ({low:.1f} to {high:.1f})'.ljust(39) +

@@ -38,7 +38,7 @@ from tools.benchmark.latency_worker import INT8
 from tools.benchmark.turns import compare, describe_cpu, find_versions, measure, with_range
 from utils import UserError
 
-# engine -> the packages that it needs, for Paddle with an optional major version
+# engine -> the packages it needs, for Paddle with an optional major version
 ENGINES = {
     'paddle': ('paddle',), 'paddle-unfused': ('paddle',), 'inference-openvino': ('paddle 3',),
     'inference-pdmodel': ('paddle',), 'inference-plain': ('paddle 2',), 'inference-json': ('paddle 3',),
@@ -52,7 +52,7 @@ ACCURACY = {'mobileone_s0': 71.14, 'mobileone_s1': 75.65, 'mobileone_s2': 77.22,
 
 
 def missing(engine):
-    """Return the packages that an engine needs and that are not installed."""
+    """Return the packages that an engine needs but that are not installed."""
     import paddle
     major = '2' if paddle.__version__.startswith('2.') else '3'
     return [need for need in ENGINES[engine]

@@ -8,7 +8,7 @@ import numpy as np
 from config import get_config
 from deploy.predictor import LOADERS, load_program
 from runtime.program import prepare_runtime, run_program
-from tools.benchmark.turns import answer_turns
+from tools.benchmark.turns import serve_turns
 from utils import UserError
 
 # engine -> its program, and the engine inside Paddle Inference that runs it
@@ -24,7 +24,7 @@ INT8 = 'int8.onnx'
 def load(engine, folder, config, threads, precision):
     """Return run(images) of an engine: float32 [N, 3, H, W] -> float32 [N, classes].
 
-    folder: written by `latency.export`. Raises: UserError if the engine needs unfused weights and there are none.
+    folder: written by `latency.export`. Raises: UserError if the engine needs unfused weights and the folder has none.
     """
     if engine == 'timm':
         return load_timm(config.MODEL.NAME, config.MODEL.NUM_CLASSES, threads)
@@ -82,4 +82,4 @@ def start(row, folder):
 
 
 if __name__ == '__main__':
-    run_program(lambda: answer_turns(start))
+    run_program(lambda: serve_turns(start))

@@ -20,7 +20,7 @@ Rows for each number of data workers:
 The torchvision rows have no augmentations. Each row has its own process. Rows with the same number of workers take
 turns of -batches batches, with pauses in between. The first turn does not count, nor do the first 1 + 2 x workers
 batches of each turn. The table shows medians over the turns, the range of the time per batch, and the ratio of times,
-turn by turn, to torchvision v2 or, without it, to the first row with as many workers.
+turn by turn, to torchvision v2 or, without it, to the first row with the same number of workers.
 """
 import importlib.util
 import json
@@ -41,7 +41,7 @@ PHOTOGRAPHS = {
     'skimage': ('data/astronaut.png', 'data/coffee.png', 'data/motorcycle_left.png', 'data/rocket.jpg'),
     'sklearn': ('datasets/images/china.jpg', 'datasets/images/flower.jpg'),
 }
-# width and height of an average image of ImageNet
+# width and height of an average ImageNet image
 SIZE = 500, 375
 
 

@@ -8,7 +8,7 @@ import time
 from config import get_config, resolve_config, with_values
 from images import read_image
 from runtime.program import prepare_runtime, run_program
-from tools.benchmark.turns import answer_turns
+from tools.benchmark.turns import serve_turns
 
 # images kept in memory when reading is not measured
 IN_MEMORY = 16
@@ -31,7 +31,7 @@ def transform(loader):
 
 
 class Ready:
-    """A dataset that keeps a few items of another one in memory, so that reading takes no time."""
+    """A dataset that keeps a few items of another dataset in memory, so that reading takes no time."""
 
     def __init__(self, dataset):
         self.items = [dataset[index] for index in range(min(IN_MEMORY, len(dataset)))]
@@ -130,7 +130,7 @@ def start_torchvision(row, config):
     loader = torch.utils.data.DataLoader(dataset, row['batch'], shuffle=True, num_workers=row['workers'])
 
     def start_epoch():
-        yield from loader  # the workers end with this generator
+        yield from loader  # the workers exit with this generator
     return start_epoch
 
 
@@ -162,4 +162,4 @@ def start(row, folder):
 
 
 if __name__ == '__main__':
-    run_program(lambda: answer_turns(start))
+    run_program(lambda: serve_turns(start))

@@ -10,7 +10,7 @@ from typing import Callable, Optional
 
 from config import get_config, resolve_config, with_values
 from runtime.program import prepare_runtime, run_program, use_device
-from tools.benchmark.turns import answer_turns
+from tools.benchmark.turns import serve_turns
 from utils import UserError
 
 # size of ImageNet's training set, for the schedules of a run on synthetic images
@@ -19,7 +19,7 @@ IMAGENET = 1281167
 
 @dataclass
 class Trainer:
-    """What a turn runs: step(window) for each window of windows(), an endless generator of lists of batches."""
+    """What a turn runs: step(window) for each window from windows(), an endless generator of lists of batches."""
     windows: Callable
     step: Callable
     # paddle.device.cuda or torch.cuda, whose functions have the same names; None on a CPU
@@ -37,7 +37,7 @@ def turn(trainer, steps):
     """Measure some steps. The host waits for the device only before the first and after the last one.
 
     Returns: {milliseconds: per step, images_per_second, waiting: share of the time that the host waited for images,
-    workers: of the loader, launches: operators per step, memory: peak in bytes, of tensors on a GPU, of the growth of
+    workers: of the loader, launches: operators per step, memory: peak in bytes, of tensors on a GPU or of the growth of
     the process on a CPU}
     """
     wait, loader = trainer.cuda.synchronize if trainer.cuda else lambda: None, trainer.loader
@@ -182,4 +182,4 @@ def start(row, folder):
 
 
 if __name__ == '__main__':
-    run_program(lambda: answer_turns(start))
+    run_program(lambda: serve_turns(start))

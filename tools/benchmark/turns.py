@@ -1,7 +1,7 @@
 """Run the rows of a benchmark in turns, each row in its own process, with a pause before each turn.
 
-Taking turns spreads slow moments of the machine over all rows. `measure` runs the processes; the worker modules, which
-are their programs, call `answer_turns`.
+Taking turns spreads slow moments of the machine over all rows. `measure` starts the processes; the worker modules that
+they run call `serve_turns`.
 """
 import contextlib
 import importlib.metadata
@@ -75,19 +75,19 @@ class Worker:
         raise UserError(last.partition(': error: ')[2] or f'its process ended with status {status} {last}'.strip())
 
 
-def answer_turns(load):
+def serve_turns(load):
     """Serve a Worker: for each line on stdin, the length of a turn, run the turn and print its measurement in JSON.
 
     load(row, folder) -> turn; turn(length) -> a value that JSON can represent.
     """
     row, folder, parent = json.loads(sys.argv[1])
     end_with_parent(parent)
-    answers = os.fdopen(os.dup(1), 'w', buffering=1)
-    os.dup2(2, 1)  # keep the output of engines apart from the measurements
+    results = os.fdopen(os.dup(1), 'w', buffering=1)
+    os.dup2(2, 1)  # keep the output of engines separate from the measurements
     try:
         turn = load(row, folder)
         for line in sys.stdin:
-            print(json.dumps(turn(json.loads(line))), file=answers)
+            print(json.dumps(turn(json.loads(line))), file=results)
     except UserError:
         raise
     except Exception as error:  # engines raise their own types
@@ -97,20 +97,20 @@ def answer_turns(load):
 def measure(module, rows, folder, turns, length):
     """Run `turns` turns of this length for each row, after one turn to warm up.
 
-    Adds to each row 'turns', the list of measurements, or 'error', the reason why there are none.
+    Adds to each row 'turns', the list of measurements, or 'error', the reason why it has none.
     """
-    answers = [[] for _ in rows]
+    results = [[] for _ in rows]
     with contextlib.ExitStack() as stack:
         workers = [stack.enter_context(Worker(module, row, folder)) for row in rows]
         for _ in range(1 + turns):
-            for row, worker, measured in zip(rows, workers, answers):
+            for row, worker, measured in zip(rows, workers, results):
                 if 'error' not in row:
                     time.sleep(PAUSE)
                     try:
                         measured.append(worker.turn(length))
                     except UserError as error:
                         row['error'] = str(error)
-    for row, measured in zip(rows, answers):
+    for row, measured in zip(rows, results):
         if 'error' not in row:
             row['turns'] = measured[1:]  # without the warm-up
 

@@ -5,7 +5,7 @@ prints it. YAML files and flags are parsed in runtime/settings.py. Nothing here 
 """
 import copy
 
-from runtime.settings import Key, Settings, leaves, refusal
+from runtime.settings import Key, Settings, invalid, leaves
 from utils import UserError
 
 KEYS = {
@@ -320,9 +320,9 @@ def stage_widths(num_blocks, num_branches, channels, strides, expansions):
     for name, values in lists.items():
         counted = values[1:] if name == 'NUM_BRANCHES' else values  # the stem's entry has no effect
         if len(values) != 5 or min(counted) <= 0:
-            raise refusal(f'MODEL.{name}', list(values), 'must be five numbers above 0, for the stem and 4 stages')
+            raise invalid(f'MODEL.{name}', list(values), 'must be five numbers above 0, for the stem and 4 stages')
     if num_blocks[0] != 1:
-        raise refusal('MODEL.NUM_BLOCKS', list(num_blocks), 'the stem (entry 0) is one block: set it to 1')
+        raise invalid('MODEL.NUM_BLOCKS', list(num_blocks), 'the stem (entry 0) is one block: set it to 1')
     widths = [int(c * e) for c, e in zip(channels, expansions)]
     if min(widths) < 1:
         raise UserError(f'MODEL.CHANNELS {list(channels)} times MODEL.EXPANSIONS {list(expansions)} gives stage widths '
@@ -334,34 +334,34 @@ def _check_combinations(config):
     data, model, train = config.DATA, config.MODEL, config.TRAIN
     stage_widths(model.NUM_BLOCKS, model.NUM_BRANCHES, model.CHANNELS, model.STRIDES, model.EXPANSIONS)
     if data.IMAGE_CHANNELS != 3:
-        raise refusal('DATA.IMAGE_CHANNELS', data.IMAGE_CHANNELS, 'images are read as RGB: a run needs 3')
+        raise invalid('DATA.IMAGE_CHANNELS', data.IMAGE_CHANNELS, 'images are read as RGB: a run needs 3')
     _check_order('DATA.CROP_SCALE', data.CROP_SCALE)
     if config.EVAL:
         if not model.PRETRAINED:
             raise UserError("EVAL is True, but MODEL.PRETRAINED is '', so random weights would be evaluated: give "
                             'weights with -pretrained')
         if model.RESUME:
-            raise refusal('MODEL.RESUME', model.RESUME, 'EVAL takes its weights from -pretrained: drop -resume')
+            raise invalid('MODEL.RESUME', model.RESUME, 'EVAL takes its weights from -pretrained: drop -resume')
         return
     if config.REPORT:
-        raise refusal('REPORT', config.REPORT, 'only an evaluation writes a report: add -eval or drop -report')
+        raise invalid('REPORT', config.REPORT, 'only an evaluation writes a report: add -eval or drop -report')
     if model.DEPLOY:
-        raise refusal('MODEL.DEPLOY', True, 'a fused network cannot be trained: add -eval or drop -deploy')
+        raise invalid('MODEL.DEPLOY', True, 'a fused network cannot be trained: add -eval or drop -deploy')
     if train.LAST_EPOCH >= train.NUM_EPOCHS:
-        raise refusal('TRAIN.LAST_EPOCH', train.LAST_EPOCH,
+        raise invalid('TRAIN.LAST_EPOCH', train.LAST_EPOCH,
                       f'must be below TRAIN.NUM_EPOCHS, {train.NUM_EPOCHS}: nothing is left to train')
     if -1 < train.END_WEIGHT_DECAY < 0:
-        raise refusal('TRAIN.END_WEIGHT_DECAY', train.END_WEIGHT_DECAY,
+        raise invalid('TRAIN.END_WEIGHT_DECAY', train.END_WEIGHT_DECAY,
                       'must be at least 0, or -1 for a constant decay')
     _check_stages(train)
     if train.AUTO_AUGMENT and train.RAND_AUGMENT:
         raise UserError('TRAIN.AUTO_AUGMENT and TRAIN.RAND_AUGMENT are both True: choose one')
     distillation = train.DISTILLATION
     if distillation.TYPE.lower() != 'none' and not (distillation.TEACHER_CFG and distillation.TEACHER_WEIGHTS):
-        raise refusal('TRAIN.DISTILLATION.TYPE', distillation.TYPE,
+        raise invalid('TRAIN.DISTILLATION.TYPE', distillation.TYPE,
                       'there is no teacher: set TEACHER_CFG and TEACHER_WEIGHTS')
     if train.FREEZE.lower() != 'none' and not model.PRETRAINED and model.RESUME in ('', 'auto'):
-        raise refusal('TRAIN.FREEZE', train.FREEZE, 'there are no weights to keep: give them with -pretrained')
+        raise invalid('TRAIN.FREEZE', train.FREEZE, 'there are no weights to keep: give them with -pretrained')
     if model.RESUME == 'auto' and not config.SAVE:
         raise UserError("MODEL.RESUME is 'auto', which takes the newest checkpoint of a folder: name the folder with "
                         '-output')
@@ -370,9 +370,9 @@ def _check_combinations(config):
         raise UserError('TRAIN.OPTIMIZER.NESTEROV is True, but TRAIN.OPTIMIZER.MOMENTUM is 0.0: raise the momentum')
 
 
-def _check_order(name, shares):
-    if shares[0] > shares[1]:
-        raise refusal(name, shares, 'the smaller value comes first: swap them')
+def _check_order(name, values):
+    if values[0] > values[1]:
+        raise invalid(name, values, 'the smaller value comes first: swap them')
 
 
 def _check_stages(train):
@@ -381,8 +381,8 @@ def _check_stages(train):
         name = f'TRAIN.CURRICULUM[{number}]'
         before = train.CURRICULUM[number - 1]['EPOCH'] if number else 0
         if number == 0 and stage['EPOCH'] != 1:
-            raise refusal(name, stage, 'the first stage starts at EPOCH 1')
+            raise invalid(name, stage, 'the first stage starts at EPOCH 1')
         if stage['EPOCH'] <= before:
-            raise refusal(name, stage, f'the previous stage starts at EPOCH {before}: sort the stages')
+            raise invalid(name, stage, f'the previous stage starts at EPOCH {before}: sort the stages')
         if stage['AUTO_AUGMENT_STRENGTH'] > 0 and not train.AUTO_AUGMENT:
-            raise refusal(name, stage, 'TRAIN.AUTO_AUGMENT is False: turn it on, or set the strength to 0.0')
+            raise invalid(name, stage, 'TRAIN.AUTO_AUGMENT is False: turn it on, or set the strength to 0.0')

@@ -345,7 +345,7 @@ def restore_folder(run, resumed):
     if config.MODEL.PRETRAINED:
         LOG.info(f'{config.MODEL.PRETRAINED} is not used: the run resumes from {path}')
     if config.MODEL.RESUME != 'auto':  # 'auto' takes the newest, so none is further along
-        folder.put_aside(config.SAVE, checkpoint.position(state))
+        folder.set_aside(config.SAVE, checkpoint.position(state))
     parent, name = os.path.split(os.path.realpath(path))
     if parent == os.path.realpath(config.SAVE) and name != checkpoint.LATEST:
         # the run may have ended before all files of a save were written

@@ -1,5 +1,5 @@
 #!/bin/sh
-# Train on all visible GPUs of one or more machines. Run again, it resumes from the newest checkpoint.
+# Train on all visible GPUs of one or more machines. Running it again resumes from the newest checkpoint.
 #
 #   sh run_train_multi.sh
 #   CFG=configs/mobileone_s1.yaml DATA_PATH=/dataset/imagenet GPUS=0,1,2,3 sh run_train_multi.sh -opts SEED 1

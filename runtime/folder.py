@@ -105,7 +105,7 @@ def find_checkpoint(folder, resume):
     return found
 
 
-def put_aside(folder, last):
+def set_aside(folder, last):
     """Append .past to the names of checkpoints that are further along than `last`, a `checkpoint.position`."""
     past = [path for path, state in checkpoint.find_all(folder) if checkpoint.position(state) > last]
     for path in past:

@@ -19,7 +19,7 @@ from runtime.files import check_regular
 from utils import UserError, one_line, program_name
 
 
-def refusal(name, value, why):
+def invalid(name, value, why):
     """Return the UserError for a key with an invalid value. why: continues after "but", with the remedy."""
     return UserError(f'{name} is {one_line(repr(value))}, but {why}')
 
@@ -73,13 +73,13 @@ class Key:
             return value
         example = self.default if self.default != [] else [self.entry.default]
         described = f'a list of {type(example[0]).__name__}' if kind is list else kind.__name__
-        raise refusal(name, value, f'must be {described}, like {example!r}')
+        raise invalid(name, value, f'must be {described}, like {example!r}')
 
     def check(self, value, name):
         """Raise a UserError for a value of the right type that is not valid. name: the key's name."""
         if isinstance(value, list):
             if self.length not in (None, len(value)):
-                raise refusal(name, value, f'must have {self.length} entries')
+                raise invalid(name, value, f'must have {self.length} entries')
             for index, item in enumerate(value):
                 self.entry.check(item, f'{name}[{index}]')
         elif isinstance(value, dict):
@@ -87,10 +87,10 @@ class Key:
                 key.check(value[field], f'{name}.{field}')
         elif isinstance(value, str):
             if self.choices and value.lower() not in map(str.lower, self.choices):
-                raise refusal(name, value, f'must be one of {", ".join(self.choices)}')
+                raise invalid(name, value, f'must be one of {", ".join(self.choices)}')
         elif not self.low <= value <= self.high:
             bounds = f'at least {self.low}' if self.high == math.inf else f'between {self.low} and {self.high}'
-            raise refusal(name, value, f'must be {bounds}')
+            raise invalid(name, value, f'must be {bounds}')
 
 
 def _literal(text):
@@ -144,10 +144,10 @@ class Settings:
         """
         if name in self.unsupported:
             if value not in (False, 'False', 'false'):
-                raise refusal(f'{source}: {name}', value, 'is not supported: remove it')
+                raise invalid(f'{source}: {name}', value, 'is not supported: remove it')
             return
         if name == 'BASE':
-            raise refusal(f'{source}: BASE', value, 'takes effect only at the top of a YAML file')
+            raise invalid(f'{source}: BASE', value, 'takes effect only at the top of a YAML file')
         if name not in self.keys:
             name = one_line(name)
             raise UserError(f'{source}: unknown key {name}; the nearest known key is {self._nearest(name)}')
@@ -183,7 +183,7 @@ class Settings:
         base = tree.pop('BASE', None) or []
         base = [base] if isinstance(base, str) else base
         if not isinstance(base, list) or not all(map(_is_text, base)):
-            raise refusal(f'{source}: BASE', base, 'must be a list of file names')
+            raise invalid(f'{source}: BASE', base, 'must be a list of file names')
         for name in filter(None, base):
             self.merge_file(config, os.path.join(os.path.dirname(path), name), (*parents, os.path.realpath(path)))
         self._merge_tree(config, tree, source)
@@ -196,7 +196,7 @@ class Settings:
             elif isinstance(value, dict):
                 self._merge_tree(config, value, source, f'{name}.')
             elif value is not None:  # a section without keys
-                raise refusal(f'{source}: {name}', value, 'is a section: write its keys below it')
+                raise invalid(f'{source}: {name}', value, 'is a section: write its keys below it')
 
     def merge_args(self, config, args):
         """Merge arguments parsed by `parser` into a config, -cfg first and -opts last. args may lack any of the flags.

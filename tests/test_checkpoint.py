@@ -11,7 +11,7 @@ import pytest
 from conftest import fails, options
 
 from runtime import checkpoint
-from runtime.folder import put_aside
+from runtime.folder import set_aside
 from utils import UserError
 
 
@@ -84,13 +84,13 @@ def test_newest_and_past_checkpoints(tmp_path, caplog):
         write_checkpoint(tmp_path / f'part-{steps}.pdparams', 2, progress={**PROGRESS, 'steps': steps})
     assert os.path.basename(checkpoint.find_newest(str(tmp_path))[0]) == 'part-3.pdparams'
     for position, name in (((2, 2), 'part-3'), ((2, 0), 'part-2')):
-        put_aside(str(tmp_path), position)
+        set_aside(str(tmp_path), position)
         assert not (tmp_path / f'{name}.pdparams').exists() and (tmp_path / f'{name}.pdparams.past').exists()
     write_checkpoint(path, 2)
     os.truncate(path, 100)
     assert os.path.basename(checkpoint.find_newest(str(tmp_path))[0]) != 'latest.pdparams'
     (tmp_path / 'best.pdparams.past').touch()
-    put_aside(str(tmp_path), (1, 0))
+    set_aside(str(tmp_path), (1, 0))
     for old, new in (('best', 'best.pdparams.past-2'), ('epoch_2 copy', 'epoch_2 copy.pdparams.past'),
                      ('epoch_2', 'epoch_2.pdparams.past')):
         assert not (tmp_path / f'{old}.pdparams').exists() and (tmp_path / new).exists()

@@ -62,8 +62,9 @@ KEYS = {
     # labels are 0 to NUM_CLASSES - 1; 0: in evaluation and export, take the number from the weights; in training, from
     # the data: the lines of DATA_PATH's class_names.txt or, without one, the largest label in its lists + 1
     'MODEL.NUM_CLASSES': Key(1000, low=0),
-    # the next five lists have one entry for the stem, a dense 3x3 layer, and one for each of the four stages.
-    # Blocks per stage, each a depthwise 3x3 layer and a pointwise 1x1 layer
+    # the next five lists have one entry for the stem and one for each of the four stages
+
+    # blocks, each a depthwise 3x3 and a pointwise 1x1 layer; the stem is a single dense 3x3 layer
     'MODEL.NUM_BLOCKS': Key([1, 2, 8, 10, 1], low=1),
     # base widths; a stage has int(CHANNELS * EXPANSIONS) channels
     'MODEL.CHANNELS': Key([64, 64, 128, 256, 512], low=1),
@@ -80,8 +81,8 @@ KEYS = {
     # training on several GPUs: compute batch-norm statistics over the batches of all GPUs instead of each GPU's own
     'MODEL.SYNC_BN': Key(False),
 
-    # TRAIN: these defaults and configs/mobileone_s*.yaml are the paper's recipe. "not confirmed" marks
-    # values that no available source confirms
+    # TRAIN: these defaults and configs/mobileone_s*.yaml are the paper's recipe. "not confirmed" marks values that no
+    # available source confirms
 
     # epochs of the whole run, counted from 1
     'TRAIN.NUM_EPOCHS': Key(300, low=1),
@@ -167,8 +168,8 @@ KEYS = {
     'TRAIN.OPTIMIZER.MOMENTUM': Key(0.9, low=0, high=0.9999),
     # SGD: Nesterov momentum (not confirmed)
     'TRAIN.OPTIMIZER.NESTEROV': Key(False),
-    # AdamW: added to the square root of the second moment; above 0, because a weight without a gradient would divide by
-    # it
+    # AdamW: added to the square root of the second moment in the divisor; above 0, because weights without a gradient
+    # have a second moment of 0
     'TRAIN.OPTIMIZER.EPS': Key(1e-8, low=1e-20),
     # AdamW: decay rates of the first and second moment
     'TRAIN.OPTIMIZER.BETAS': Key([0.9, 0.999], low=0, high=0.999999, length=2),

@@ -261,7 +261,10 @@ class Predictions:
 
 
 def time_left(seconds, steps_done, steps_left, evaluation_seconds=0.0):
-    """Estimate the time left as a timedelta. seconds: for steps_done steps; evaluation_seconds: for what is left."""
+    """Estimate the time left in a run, as a timedelta.
+
+    seconds: time that steps_done steps took; evaluation_seconds: expected time of the remaining evaluations.
+    """
     left = seconds / steps_done * steps_left + evaluation_seconds
     return datetime.timedelta(seconds=round(min(left, 1e10)))  # a timedelta overflows at about 1e14 seconds
 

@@ -285,7 +285,7 @@ PNG = encoded(Image.fromarray(COLORS), 'PNG')
 @pytest.mark.parametrize('content, message', [
     (None, r'No such file or directory\); fix the file, or leave it out'),
     (b'', 'not an image in a format that Pillow reads'),
-    (b'%!PS-Adobe-3.0 EPSF-3.0\n%%BoundingBox: 0 0 9 9\n%%EndComments\nshowpage\n', 'EPS file is a program'),
+    (b'%!PS-Adobe-3.0 EPSF-3.0\n%%BoundingBox: 0 0 9 9\n%%EndComments\nshowpage\n', 'an EPS file is a program'),
     (b'not an image', 'not an image in a format that Pillow reads'),
     (JPEG[:len(JPEG) // 2], 'image file is truncated'),
     (JPEG[:300], ''),

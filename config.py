@@ -168,8 +168,8 @@ KEYS = {
     'TRAIN.OPTIMIZER.MOMENTUM': Key(0.9, low=0, high=0.9999),
     # SGD: Nesterov momentum (not confirmed)
     'TRAIN.OPTIMIZER.NESTEROV': Key(False),
-    # AdamW: added to the square root of the second moment in the divisor; above 0, because weights without a gradient
-    # have a second moment of 0
+    # AdamW: added to the square root of the second moment before dividing by it; above 0, because the second moment of
+    # a weight without a gradient is 0
     'TRAIN.OPTIMIZER.EPS': Key(1e-8, low=1e-20),
     # AdamW: decay rates of the first and second moment
     'TRAIN.OPTIMIZER.BETAS': Key([0.9, 0.999], low=0, high=0.999999, length=2),

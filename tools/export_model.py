@@ -32,7 +32,7 @@ from runtime.files import sync
 from runtime.program import prepare_runtime, remedy, run_program
 from utils import UserError, describe_error, setup_logger
 
-# largest allowed difference of an export, relative to the largest output, and an absolute one that never matters
+# largest allowed difference of an export: relative to the largest output, and absolute; the larger of the two applies
 TOLERANCE, NEGLIGIBLE = 3e-4, 1e-5
 RANDOM_IMAGES, VAL_IMAGES = 8, 16
 # for int8: smallest number of calibration images, and smallest share of held-out images that must keep their top-1

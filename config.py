@@ -221,8 +221,10 @@ FLAGS = {
                                 'images) and images.csv to this folder; needs matplotlib'),
 }
 
-# keys of older YAML files whose features are not supported: False is ignored, anything else is an error
-UNSUPPORTED = ('TRAIN.MODEL_EMA_FORCE_CPU', 'TRAIN.MULTI_SCALE_SAMPLER_DDP', 'TRAIN.RANDOM_ERASE_SPLIT')
+# keys of older YAML files whose features are not supported, with the values that are ignored; others are an error.
+# MODEL_EMA_FORCE_CPU kept the EMA in the CPU's memory, which changes no result
+UNSUPPORTED = {'TRAIN.MODEL_EMA_FORCE_CPU': ('true', 'false'), 'TRAIN.MULTI_SCALE_SAMPLER_DDP': ('false',),
+               'TRAIN.RANDOM_ERASE_SPLIT': ('false',)}
 
 # keys that do not affect the final weights of a run (SAVE_FREQ_STEPS affects only the batch-norm statistics of several
 # processes, because a save averages them)

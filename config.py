@@ -207,8 +207,8 @@ FLAGS = {
     'output': ('SAVE', 'DIR', 'folder of the run (default: output/<MODEL.NAME>-<time>)'),
     'batch_size': ('DATA.BATCH_SIZE', 'N', 'images per batch and device (also sets -batch_size_eval)'),
     'batch_size_eval': ('DATA.BATCH_SIZE_EVAL', 'N', 'images per batch and device in evaluation'),
-    'image_size': ('DATA.IMAGE_SIZE', 'N', 'side of the square input image in pixels; TRAIN.CURRICULUM, if set (S2 to '
-                                           'S4), overrides it in training'),
+    'image_size': ('DATA.IMAGE_SIZE', 'N', 'side length of the square input image in pixels; TRAIN.CURRICULUM, if '
+                                           'set (S2 to S4), overrides it in training'),
     'pretrained': ('MODEL.PRETRAINED', 'FILE', 'weights to start from or to evaluate: a released .pdparams, a '
                                                '.safetensors, or a training checkpoint'),
     'resume': ('MODEL.RESUME', 'FILE', 'checkpoint to resume; auto: the newest one in -output, if any'),

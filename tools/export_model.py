@@ -8,7 +8,7 @@
 -pretrained is a weight file, fused or not, or a training checkpoint (its EMA weights, if it has any). tools.predict
 reads the -output folder, which contains
 
-  model.onnx         for ONNX Runtime, OpenVINO and others
+  model.onnx         for ONNX Runtime, OpenVINO, and others
   inference.pdmodel  for Paddle Inference; on PaddlePaddle 3 also inference.json
   inference.yml      the preprocessing and the class names
 

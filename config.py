@@ -208,8 +208,8 @@ FLAGS = {
     'output': ('SAVE', 'DIR', 'folder of the run (default: output/<MODEL.NAME>-<time>)'),
     'batch_size': ('DATA.BATCH_SIZE', 'N', 'images per batch and device (also sets -batch_size_eval)'),
     'batch_size_eval': ('DATA.BATCH_SIZE_EVAL', 'N', 'images per batch and device in evaluation'),
-    'image_size': ('DATA.IMAGE_SIZE', 'N', 'side of the square input image in pixels; TRAIN.CURRICULUM, if set (S2 to '
-                                           'S4), overrides it in training'),
+    'image_size': ('DATA.IMAGE_SIZE', 'N', 'side length of the square input image in pixels; TRAIN.CURRICULUM, if '
+                                           'set (S2 to S4), overrides it in training'),
     'pretrained': ('MODEL.PRETRAINED', 'FILE', 'weights to start from or to evaluate: a released .pdparams, a '
                                                '.safetensors, or a training checkpoint'),
     'resume': ('MODEL.RESUME', 'FILE', 'checkpoint to resume; auto: the newest one in -output, if any'),
@@ -222,8 +222,10 @@ FLAGS = {
                                 'images) and images.csv to this folder; needs matplotlib'),
 }
 
-# keys of older YAML files whose features are not supported: False is ignored, anything else is an error
-UNSUPPORTED = ('TRAIN.MODEL_EMA_FORCE_CPU', 'TRAIN.MULTI_SCALE_SAMPLER_DDP', 'TRAIN.RANDOM_ERASE_SPLIT')
+# keys of older YAML files whose features are not supported, with the values that are ignored; others are an error.
+# MODEL_EMA_FORCE_CPU kept the EMA in the CPU's memory, which changes no result
+UNSUPPORTED = {'TRAIN.MODEL_EMA_FORCE_CPU': ('true', 'false'), 'TRAIN.MULTI_SCALE_SAMPLER_DDP': ('false',),
+               'TRAIN.RANDOM_ERASE_SPLIT': ('false',)}
 
 # keys that do not affect the final weights of a run (SAVE_FREQ_STEPS only affects batch-norm statistics, and only with
 # several processes, because a save averages them)

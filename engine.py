@@ -102,7 +102,10 @@ class EpochPart:
         return cls(epoch, 0, paddle.zeros([3], dtype='float64'), 0, 0.0)
 
     def state(self, schedule):
-        """Return the part as plain numbers and an array [ranks, 4], for a checkpoint. Waits for the other ranks."""
+        """Return plain numbers and an array of every rank's sums and n, [ranks, 4], for a checkpoint.
+
+        Waits for the other ranks.
+        """
         sums = np.zeros([world_size(), 4])
         sums[rank()] = [*self.sums.tolist(), self.n]
         return {'steps': self.steps, 'seconds': self.seconds, 'sums': reduce_over_ranks(sums),
@@ -296,7 +299,8 @@ AGREEMENT_SECONDS = 5.0
 def agree(part, start, should_stop):
     """Return (Metrics so far over all ranks, whether any rank should stop), the same on all ranks.
 
-    start: `time.perf_counter()` at the epoch's start. Waits for the device, then for the other ranks, in one reduction.
+    start: `time.perf_counter()` at the epoch's first step, as if the run had never been interrupted. Waits for the
+    device, then for the other ranks, in one reduction.
     """
     sums = part.sums.tolist()
     own = [*sums, part.n, time.perf_counter() - start, should_stop]

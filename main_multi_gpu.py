@@ -5,7 +5,8 @@
   python main_multi_gpu.py -nproc 2 -cfg configs/mobileone_s0.yaml          # no GPU: two processes on the CPU
   python -m paddle.distributed.launch main_multi_gpu.py -cfg configs/mobileone_s0.yaml
 
-run_train_multi.sh and run_eval_multi.sh run it, on one or more machines. Writes the same files as main_single_gpu.py.
+run_train_multi.sh and run_eval_multi.sh start this program, also on several machines. It writes the same files as
+main_single_gpu.py.
 """
 import os
 import sys
@@ -27,7 +28,7 @@ from utils import UserError
 def main():
     parser = get_parser(__doc__)
     parser.add_argument('-nproc', metavar='N', type=int, help='processes to start on this machine, unless a launcher '
-                        'already did (default: one per visible GPU, or one without GPUs)')
+                        'already did (default: one per visible GPU, or one if there are none)')
     add_device_flag(parser)
     args = parser.parse_args()
     config = update_config(get_config(), args)

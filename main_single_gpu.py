@@ -3,7 +3,7 @@
   python main_single_gpu.py -cfg configs/mobileone_s0.yaml -data_path /dataset/imagenet
   python main_single_gpu.py -cfg configs/mobileone_s0.yaml -data_path /dataset/imagenet -eval -pretrained s0.pdparams
 
-Writes config.yaml, run.json, log.txt, log.jsonl, latest.pdparams, best.pdparams and epoch_N.pdparams to the run's
+Writes config.yaml, run.json, log.txt, log.jsonl, latest.pdparams, best.pdparams, and epoch_N.pdparams to the run's
 folder (-output).
 """
 from config import get_config, get_parser, update_config

@@ -78,7 +78,7 @@ class MobileOneBlock(nn.Layer):
         self.merged = {}
         self.act = nn.ReLU()
         dw_channels = in_channels if use_pw else out_channels
-        # layer name -> shape of its convolution
+        # layer name -> arguments of its convolution
         self.convs = {'dw_3x3': dict(in_channels=in_channels, out_channels=dw_channels, kernel_size=3, stride=stride,
                                      groups=in_channels if use_pw else 1)}
         if use_pw:
@@ -123,6 +123,7 @@ class MobileOneBlock(nn.Layer):
         if groups > 1 and _is_on_cpu(x):
             groups, kernel = _widen_groups(groups, kernel, x.shape[-1] / stride)
         y = F.conv2d(x, kernel, stride=stride, padding=size // 2, groups=groups)
+        # updates merged.mean and merged.variance in place; `merged_branches` returns them to the norms
         y = F.batch_norm(y, merged.mean, merged.variance, merged.weight, merged.bias, True, merged.norm._momentum,
                          merged.norm._epsilon)
         y = _sum_neighbors(y, kernel.shape[0] // conv['out_channels'])

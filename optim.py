@@ -138,8 +138,10 @@ def optimizer_state(optimizer, model):
     """Return the state of a model's optimizer as {name: tensor}; empty before the first step."""
     state = optimizer.state_dict()
     # between a resume and the first step the state holds the loaded arrays (3.3.1) or is empty (2.6.2)
-    return {ours: state[paddles] if isinstance(state[paddles], paddle.Tensor) else paddle.to_tensor(state[paddles])
-            for ours, paddles, _ in _states(optimizer, model)} if state else {}
+    if not state:
+        return {}
+    return {ours: state[theirs] if isinstance(state[theirs], paddle.Tensor) else paddle.to_tensor(state[theirs])
+            for ours, theirs, _ in _states(optimizer, model)}
 
 
 def load_optimizer_state(optimizer, model, state, path):
@@ -153,7 +155,7 @@ def load_optimizer_state(optimizer, model, state, path):
     if problems:
         raise UserError(f'{path}: its optimizer state does not match: {first_few(problems)}; resume with the '
                         'TRAIN.OPTIMIZER, TRAIN.FREEZE and network of that run')
-    optimizer.set_state_dict({paddles: state[ours] for ours, paddles, _ in states})
+    optimizer.set_state_dict({theirs: state[ours] for ours, theirs, _ in states})
 
 
 class ModelEma:
@@ -167,8 +169,9 @@ class ModelEma:
         self.network.eval()
         for parameter in self.network.parameters():
             parameter.stop_gradient = True
-        # collect the tensors once, not at each step: loading and training change them in place. Skip frozen layers,
-        # because averaging equal values may change their last bit
+        # collect the tensors once, not at each step: loading and training change them in place. Leave frozen layers
+        # out, because averaging equal values may change their last bit. A layer's batch-norm statistics, which are
+        # parameters too, are averaged if any other parameter of the layer trains
         own = model.state_dict()
         training = {id(tensor) for layer in model.sublayers(include_self=True)
                     if any(not tensor.stop_gradient for tensor in layer.parameters(include_sublayers=False))

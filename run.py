@@ -104,8 +104,8 @@ class Run:
     training: engine.Training
     # number of finished epochs
     done: int = 0
-    # whether to evaluate the initial weights as a baseline
-    is_fine_tuning: bool = False
+    # whether to evaluate the initial weights as a baseline, for a new classifier or a frozen backbone
+    evaluates_start: bool = False
     # the finished part of the next epoch
     part: Optional[engine.EpochPart] = None
     # optimizer state of the resumed checkpoint: PaddlePaddle 2.6.2 does not return it before the first step
@@ -120,10 +120,10 @@ class Run:
     def train(self, train_loader, val_loader):
         """Train, evaluate and save the remaining epochs. A stop request ends the program."""
         config = self.config
-        if self.is_fine_tuning:
+        if self.evaluates_start:
             metrics = self.evaluate([('raw', self.training.model)], val_loader)['raw']
             write_record(config, None, self.done, 'val', 'raw', metrics)
-        stage = get_stage(config, 1)  # the stage of train_loader
+        stage = get_stage(config, 1)  # train_loader is that of epoch 1, also after a resume
         for epoch in range(self.done + 1, config.TRAIN.NUM_EPOCHS + 1):
             if stage != get_stage(config, epoch):
                 stage = get_stage(config, epoch)
@@ -338,7 +338,7 @@ def restore_folder(run, resumed):
     save_config(config)
     if not config.MODEL.RESUME:
         return
-    folder.RunLog(config.SAVE).drop_after(run.done - run.is_fine_tuning)  # fine-tuning logs its baseline again
+    folder.RunLog(config.SAVE).drop_after(run.done - run.evaluates_start)  # fine-tuning logs its baseline again
     if not resumed:
         return
     path, state = resumed

@@ -11,7 +11,7 @@
 #   OUTPUT      folder for the log (output/eval-NAME, with the name of the config); an existing log is appended to
 #   BATCH_SIZE  images per GPU and step (256)
 #   GPUS        GPUs to use, e.g. 0,1,2,3 (all visible ones)
-#   NNODES, MASTER, RANK  number of machines, address:port or name:port of the first one, number of this one from 0
+#   NNODES, MASTER, RANK  number of machines, address:port or name:port of the first one, and number of this one, from 0
 #   PYTHON      Python interpreter (python)
 # Without a GPU, one process runs on the CPU; PADDLE_NPROC_PER_NODE=2 starts two.
 set -eu

@@ -1,5 +1,5 @@
 #!/bin/sh
-# Train on all visible GPUs of one or more machines. Running it again resumes from the newest checkpoint.
+# Train on all visible GPUs of one or more machines. Run it again to resume from the newest checkpoint.
 #
 #   sh run_train_multi.sh
 #   CFG=configs/mobileone_s1.yaml DATA_PATH=/dataset/imagenet GPUS=0,1,2,3 sh run_train_multi.sh -opts SEED 1
@@ -12,7 +12,7 @@
 #   BATCH_SIZE  images per GPU and step (the config's 32: the paper's total of 256 with 8 GPUs)
 #   PRETRAINED  weights to start from (random ones)
 #   GPUS        GPUs to use, e.g. 0,1,2,3 (all visible ones)
-#   NNODES, MASTER, RANK  number of machines, address:port or name:port of the first one, number of this one from 0
+#   NNODES, MASTER, RANK  number of machines, address:port or name:port of the first one, and number of this one, from 0
 #   PYTHON      Python interpreter (python)
 # Without a GPU, one process runs on the CPU; PADDLE_NPROC_PER_NODE=2 starts two.
 set -eu

@@ -121,10 +121,11 @@ class Settings:
 
     keys: {dotted name: Key}; includes BASE, a list of YAML files that are merged before the one that names them
     flags: {flag: (name of its key, placeholder or None, help)}; a boolean flag takes no argument and has no placeholder
-    unsupported: keys of older YAML files whose feature does not exist: False is ignored, anything else is an error
+    unsupported: {key of older YAML files whose feature does not exist: values, in lower case, that are ignored}; any
+        other value is an error
     """
 
-    def __init__(self, keys, flags, unsupported=()):
+    def __init__(self, keys, flags, unsupported):
         self.keys = keys
         self.flags = flags
         self.unsupported = unsupported
@@ -143,7 +144,7 @@ class Settings:
         Raises: UserError for an unknown key or a value of the wrong type.
         """
         if name in self.unsupported:
-            if value not in (False, 'False', 'false'):
+            if str(value).lower() not in self.unsupported[name]:
                 raise invalid(f'{source}: {name}', value, 'is not supported: remove it')
             return
         if name == 'BASE':

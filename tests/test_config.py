@@ -119,9 +119,20 @@ MODEL:
 SAVE: null
 '''))
     assert config == with_values(get_config(), {'TRAIN.LINEAR_SCALED_LR': 0})
-    for key in ('MULTI_SCALE_SAMPLER_DDP', 'MODEL_EMA_FORCE_CPU', 'RANDOM_ERASE_SPLIT'):
+    for key in ('MULTI_SCALE_SAMPLER_DDP', 'RANDOM_ERASE_SPLIT'):
         with pytest.raises(UserError, match=f'x.yaml: TRAIN.{key} is True, but is not supported: remove it'):
             get_config(write(tmp_path / 'x.yaml', f'TRAIN:\n  {key}: True\n'))
+
+
+def test_values_of_paddlevits_configs(tmp_path):
+    """Its five YAML files all keep the EMA on the CPU and train at 256 pixels."""
+    config = get_config(write(tmp_path / 'x.yaml', '''
+DATA: {IMAGE_SIZE: 256, CROP_PCT: 0.875}
+TRAIN: {WARMUP_EPOCHS: 30, WARMUP_START_LR: 0.0002, END_LR: 0.0002, MODEL_EMA: True, MODEL_EMA_FORCE_CPU: True}
+'''))
+    resolve_config(config)
+    assert config == with_values(get_config(), {'DATA.IMAGE_SIZE': 256, 'TRAIN.WARMUP_EPOCHS': 30,
+                                                'TRAIN.WARMUP_START_LR': 0.0002, 'TRAIN.END_LR': 0.0002})
 
 
 @pytest.mark.parametrize('text, message', [

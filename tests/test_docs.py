@@ -20,6 +20,7 @@ from conftest import NARROW, ROOT, run, with_lists, write_images
 from PIL import Image
 
 from config import get_config
+from deploy import phone
 from mobileone import build_mobileone
 from runtime import checkpoint
 
@@ -161,7 +162,8 @@ def run_python(code, clone):
 @pytest.mark.parametrize('page', PAGES, ids=lambda page: page.name)
 def test_commands_and_python_snippets(page, clone):
     for language, code in snippets(page):
-        if not matches(ELSEWHERE, code):
+        is_missing = '-format ncnn' in code and not phone.find_converter('ncnn')  # as in test_phone.py
+        if not matches(ELSEWHERE, code) and not is_missing:
             status, output = (run_python if language == 'python' else run_command)(code, clone)
             assert status == 0, f'{code}\n{output}'
 
@@ -178,7 +180,7 @@ for layer, inputs in ((MobileOneDet, {'image': images}), (MobileOneSeg, images))
     backbone = layer(pretrained='mobileone_s4.pdparams')
     backbone.eval()
     maps, expected = model_convert(backbone)(inputs), backbone.network.forward_features(images)[-len(backbone(inputs)):]
-    assert all(float((a - b).abs().max()) < 1e-5 for a, b in zip(maps, expected))
+    assert all(float((a - b).abs().max() / b.abs().max()) < 1e-4 for a, b in zip(maps, expected))
     print([map.shape[1] for map in maps])
 backbone = MobileOneDet(pretrained='mobileone_s4.pdparams')
 print([spec['channels'] for spec in backbone.out_shape], [spec['stride'] for spec in backbone.out_shape])

@@ -305,7 +305,7 @@ def test_missing_packages(exported, monkeypatch):
     with pytest.raises(UserError, match='the engine onnxruntime is not installed'):
         Predictor(exported / 'model.onnx')
     with pytest.raises(UserError, match='-format onnx needs onnxruntime: pip install -r requirements-deploy.txt'):
-        export_model.check_formats(['onnx'], None, None)
+        export_model.check_formats(['onnx', 'paddle'], None, None)
     missing.add('onnx')
     export_model.check_formats(['paddle'], None, None)
 

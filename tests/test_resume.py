@@ -118,9 +118,9 @@ def test_a_config_of_an_earlier_version_does_not_block_a_resume(uninterrupted, t
     again = tmp_path / 'again'
     shutil.copytree(folder, again)
     text = (again / 'config.yaml').read_text()
-    (again / 'config.yaml').write_text(text.replace('  SMOOTHING:', '  MODEL_EMA_FORCE_CPU: true\n  SMOOTHING:'))
+    (again / 'config.yaml').write_text(text.replace('  SMOOTHING:', '  RANDOM_ERASE_SPLIT: true\n  SMOOTHING:'))
     out = run(MAIN, '-output', again, '-resume', 'auto', *opts).stdout
-    assert (f'cannot compare the saved config with this run: {again}/config.yaml: TRAIN.MODEL_EMA_FORCE_CPU is True, '
+    assert (f'cannot compare the saved config with this run: {again}/config.yaml: TRAIN.RANDOM_ERASE_SPLIT is True, '
             'but is not supported: remove it') in out and 'all 4 epochs are done' in out
     assert (again / 'config.yaml').read_text().replace(str(again), str(folder)) == text
 

@@ -226,7 +226,7 @@ def test_stop_during_the_first_evaluation_of_fine_tuning(config, loaders, tmp_pa
     monkeypatch.setattr(LOG, 'propagate', True)
     caplog.set_level('INFO', LOG.name)
     config.SAVE = str(tmp_path)
-    run = Run(config, build_training(config, build_mobileone(config), loaders[0]), is_fine_tuning=True)
+    run = Run(config, build_training(config, build_mobileone(config), loaders[0]), evaluates_start=True)
     run.stop.name = 'SIGTERM'
     with pytest.raises(SystemExit):
         run.train(*loaders)

@@ -27,7 +27,7 @@ FLAGS = {
     'size': ('DATA.SIZE', 'N', 'size of an image'),
     'eval': ('EVAL', None, 'evaluate'),
 }
-SETTINGS = Settings(KEYS, FLAGS, unsupported=('TRAIN.OLD',))
+SETTINGS = Settings(KEYS, FLAGS, unsupported={'TRAIN.OLD': ('false',)})
 
 
 def read(path):

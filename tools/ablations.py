@@ -3,9 +3,9 @@
   python -m tools.make_fashion_mnist -source /usr/share/datasets/fashion-mnist -output data/fashion_mnist
   python -m tools.ablations -data_path data/fashion_mnist -output output/ablations
 
-The first arm is configs/ablations.yaml; the others change one thing, the last one two. All arms share data, epochs and
-seeds. Each run uses one thread, and -jobs of them run at a time. After an interruption, run the same command
-again: it finishes the missing runs and prints the table.
+The first arm is configs/ablations.yaml; the others differ from it in one setting, the last in two. All arms share data,
+epochs, and seeds. Each run uses one thread, and -jobs of them run at a time. After an interruption, run the same
+command again: it finishes the missing runs and prints the table.
 """
 import concurrent.futures
 import os

@@ -270,7 +270,7 @@ def main():
     parser = get_parser(__doc__, ['data_path'])
     parser.add_argument('-save', metavar='DIR', help='write the lists, without bad lines, to this folder')
     parser.add_argument('-unique', action='store_true', help='with -save: drop images from the train list that are '
-                        'repeated, also in the val list, or have several labels')
+                        'duplicates, are also in the val list, or have several labels')
     args = parser.parse_args()
     config = resolve_config(update_config(get_config(), args))
     data_path = config.DATA.DATA_PATH

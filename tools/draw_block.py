@@ -1,4 +1,4 @@
-"""Draw mobileone.png: a MobileOne block in training and fused.
+"""Draw mobileone.png: a MobileOne block during training and after fusion.
 
   python -m tools.draw_block -save mobileone.png
 

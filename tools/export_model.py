@@ -8,7 +8,7 @@
 -pretrained is a weight file, fused or not, or a training checkpoint (its EMA weights, if it has any). tools.predict
 reads the -output folder, which contains
 
-  model.onnx         for ONNX Runtime, OpenVINO and others
+  model.onnx         for ONNX Runtime, OpenVINO, and others
   inference.pdmodel  for Paddle Inference; on PaddlePaddle 3 also inference.json
   inference.yml      the preprocessing and the class names
 
@@ -172,8 +172,9 @@ def check_formats(formats, pixels, batch):
     missing = [] if find_spec('onnx') else ['onnx']
     missing += [] if 'onnx' not in formats or any(map(find_spec, ONNX_ENGINES)) else ['onnxruntime']
     if formats != ['paddle'] and missing:
-        raise UserError(f'-format {formats[-1]} needs {" and ".join(missing)}: pip install -r requirements-deploy.txt, '
-                        'or choose -format paddle')
+        name = next(name for name in formats if name != 'paddle')
+        raise UserError(f'-format {name} needs {" and ".join(missing)}: pip install -r requirements-deploy.txt, or '
+                        'choose -format paddle')
     for name in phone.FORMATS:
         if name in formats and not phone.find_converter(name):
             raise UserError(f'-format {name} needs its converter: {phone.FORMATS[name][1]}')

@@ -3,7 +3,7 @@
   python -m tools.fuse -cfg configs/demo.yaml -pretrained output/demo/best.pdparams -save output/demo/fused.pdparams
 
 -pretrained is an unfused weight file or a training checkpoint (its EMA weights, if it has any). Both networks are run
-on the val list of DATA.DATA_PATH or -data_path; the table compares their accuracy, parameters and latency on this
+on the val list of DATA.DATA_PATH or -data_path; the table compares their accuracy, parameters, and latency on this
 machine, and the last line reports the largest difference between their logits. With -no_data, random images replace the
 val list, and no accuracy is shown. The saved file works with `-eval -pretrained`.
 """

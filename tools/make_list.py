@@ -1,4 +1,4 @@
-"""Write train_list.txt, val_list.txt and class_names.txt for a folder of images sorted into class folders.
+"""Write train_list.txt, val_list.txt, and class_names.txt for a folder of images sorted into class folders.
 
 With a train folder and a val folder that contain the same class folders:
   python -m tools.make_list -data_path photos -train train -val val
@@ -7,10 +7,10 @@ With a single folder of class folders, where a share of each class becomes the v
   python -m tools.make_list -data_path photos -train . -val_share 0.2
 
 Class folders are sorted by name, or as numbers with -numeric. Labels count from 0 in that order, and class_names.txt
-keeps the names. Images are the files in a class folder, its subfolders and linked folders whose extension belongs to a
-format that Pillow reads. Each image is listed once, in one of the lists, even if several links lead to it. Hidden files
-and folders, system folders, and the folders of runs and reports are left out, and the program reports whatever it
-leaves out. Paths are relative to -data_path, where the three files are written. The same images, share and seed give
+keeps the names. Images are the files below a class folder, also through links, with the extension of a format that
+Pillow reads. Each image is listed once, in one of the lists, even if several links lead to it. Hidden files and
+folders, system folders, and the folders of runs and reports are left out; the program counts and names whatever it
+leaves out. Paths are relative to -data_path, where the three files are written. The same images, share, and seed give
 the same lists.
 """
 import os

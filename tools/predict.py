@@ -4,7 +4,7 @@
   python -m tools.predict photos/ 'more/*.png' -model mobileone_s0.pdparams -cfg configs/mobileone_s0.yaml -json
 
 -model is a folder written by tools.export_model, an .onnx file from it, or weights with their config: -cfg, or the
-config.yaml next to them. IMAGE is a file, a folder or a glob pattern. A file that cannot be read is reported and
+config.yaml next to them. IMAGE is a file, a folder, or a glob pattern. A file that cannot be read is reported and
 skipped, and the exit status is then 1. See docs/deployment.md for details.
 """
 import glob
@@ -84,11 +84,11 @@ def plot(results, spec, path):
 
 def main():
     parser = ArgumentParser(description=__doc__)
-    parser.add_argument('images', metavar='IMAGE', nargs='+', help='files, folders or glob patterns')
-    parser.add_argument('-model', metavar='PATH', required=True, help='exported folder, .onnx file or weights')
+    parser.add_argument('images', metavar='IMAGE', nargs='+', help='files, folders, or glob patterns')
+    parser.add_argument('-model', metavar='PATH', required=True, help='exported folder, .onnx file, or weights')
     parser.add_argument('-cfg', metavar='FILE', help='config of the weights (default: config.yaml next to them)')
     parser.add_argument('-top', metavar='N', type=int, default=5, help='number of classes per image (default: 5)')
-    parser.add_argument('-json', action='store_true', help='print one JSON object per image and line')
+    parser.add_argument('-json', action='store_true', help='print one line of JSON per image')
     parser.add_argument('-engine', default='auto', choices=['auto', *ENGINES],
                         help='inference engine (default: the fastest installed one that can run the model)')
     add_device_flag(parser)

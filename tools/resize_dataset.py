@@ -1,13 +1,13 @@
-"""Write a smaller copy of a dataset, for machines whose cores cannot read large images as fast as they train.
+"""Write a smaller copy of a dataset, for machines whose cores cannot read large images as fast as the GPU trains.
 
   python -m tools.resize_dataset -data_path /dataset/imagenet -output /dataset/imagenet_400 -shorter 400
 
 Images are resized with Pillow's bicubic filter, so that their shorter side is -shorter pixels. Images that are already
-that small are copied unchanged. The copy has the same relative paths, train_list.txt, val_list.txt and class_names.txt.
-JPEG images stay JPEG. All others become lossless PNG, under unchanged file names. The EXIF orientation is kept,
-and pixels with more than 8 bits are reduced to 8 according to DATA.BIT_DEPTH. Files that already exist in -output are
-skipped: after an interruption, run the same command again. Bad images are reported and left out of the lists, and the
-exit status is then 1.
+that small are copied unchanged. The copy has the same relative paths, train_list.txt, val_list.txt, and
+class_names.txt. JPEG images stay JPEG. All others become lossless PNG, without changing the file name. The EXIF
+orientation is kept, and pixels with more than 8 bits are reduced to 8 according to DATA.BIT_DEPTH. Files that already
+exist in -output are skipped: after an interruption, run the same command again. Bad images are named and left out of
+the lists, and the exit status is then 1.
 """
 import collections
 import functools
@@ -80,7 +80,7 @@ def parse_args():
     parser = get_parser(__doc__, ['data_path'])
     parser.add_argument('-output', metavar='DIR', required=True, help='folder for the copy')
     parser.add_argument('-shorter', metavar='N', type=int, default=400,
-                        help='largest shorter side of an image, in pixels (default: 400)')
+                        help='maximum length of the shorter side, in pixels (default: 400)')
     parser.add_argument('-quality', metavar='N', type=int, default=90,
                         help='JPEG quality of resized images, 1 to 100 (default: 90)')
     parser.add_argument('-workers', metavar='N', type=int, default=usable_cores(),

@@ -3,12 +3,12 @@
   python -m tools.benchmark latency -cfg configs/mobileone_s0.yaml
   python -m tools.benchmark latency -cfg configs/mobileone_s*.yaml -threads 1 2 -batch 1 8 -plot latency.png
 
-A latency is the time of a call, from a NumPy array of images to an array of logits. A turn measures the median of the
+A latency is the time of one call, from a NumPy array of images to an array of logits. A turn measures the median of the
 calls in -seconds seconds; the table shows the median and the range of -turns turns. The ratio to the fastest float32
 row is the median of the ratios turn by turn. Each engine has its own process, because in a shared process the waiting
 threads of one engine slow down the next. The processes take turns, with pauses in between. Engines that support
-bfloat16 are also measured in bfloat16 if the CPU has it. int8 is that of tools.export_model, calibrated on random
-images, which does not affect its speed. Engines:
+bfloat16 are also measured in bfloat16 if the CPU has it. The int8 network is made by tools.export_model and calibrated
+on random images, which does not affect its speed. Engines:
 
   paddle              PaddlePaddle; paddle-unfused: with all training branches
   inference-openvino  Paddle Inference with the OpenVINO in PaddlePaddle 3, inference.pdmodel

@@ -12,7 +12,7 @@ scikit-learn, cropped to 500 x 375 pixels and saved as JPEG with quality 92. Row
 
 Rows for each number of data workers:
 
-  training            the loader of training, end to end
+  training            the training loader, end to end
   hand-over           the same with images in the workers' memory: only collate and hand over batches
   torchvision Pillow  PyTorch's loader, with torchvision's crop, resize and flip on Pillow images
   torchvision v2      the same on uint8 tensors, with torchvision's decoder
@@ -20,7 +20,7 @@ Rows for each number of data workers:
 The torchvision rows have no augmentations. Each row has its own process. Rows with the same number of workers take
 turns of -batches batches, with pauses in between. The first turn does not count, nor do the first 1 + 2 x workers
 batches of each turn. The table shows medians over the turns, the range of the time per batch, and the ratio of times,
-turn by turn, to torchvision v2 or, without it, to the first row with the same number of workers.
+turn by turn, to torchvision v2 or, without it, to the first row with that number of workers.
 """
 import importlib.util
 import json

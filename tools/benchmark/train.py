@@ -4,9 +4,9 @@
   python -m tools.benchmark train -cfg configs/mobileone_s0.yaml -batch_size 32 128 -precision float32 O1 O2 -json
   python -m tools.benchmark train -cfg configs/mobileone_s0.yaml -data_path /dataset/imagenet -num_workers 4 8 16
 
-A step is the same as in a run, with the config's EMA, loss, mixup and optimizer, on images of DATA.IMAGE_SIZE: batches
+A step is the same as in a run, with the config's EMA, loss, mixup, and optimizer, on images of DATA.IMAGE_SIZE: batches
 from data workers with -data_path, otherwise one synthetic batch in memory. timm's network trains on a synthetic batch,
-with timm's optimizer, label smoothing and EMA, and with autocast in place of O1. Each row has its own process. Rows
+with timm's optimizer, label smoothing, and EMA, and with autocast in place of O1. Each row has its own process. Rows
 with the same batch size take turns of -steps steps, with pauses in between. The first turn does not count, nor do the
 first 1 + 2 x workers steps of each turn. The table shows medians over the turns and
 
@@ -14,7 +14,7 @@ first 1 + 2 x workers steps of each turn. The table shows medians over the turns
   launches  operators that a step launches, counted by PaddlePaddle's profiler
   MiB       peak memory: of tensors on a GPU, growth of the process on a CPU
   waiting   share of the time that the host waits for images; - with a synthetic batch
-  ratio     of times, turn by turn, to timm's first row with the batch size or, without timm, to the first row
+  ratio     of times, turn by turn, to timm's first row with that batch size or, without timm, to the first row
 """
 import importlib.util
 import itertools

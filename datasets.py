@@ -314,7 +314,8 @@ def get_augmentations(train, strength):
 def get_dataset(config, is_train=True, epoch=1):
     """Return the training set of a config for an epoch, or its validation set (DATA.*, MODEL.NUM_CLASSES, SEED).
 
-    Raises: UserError for an unknown DATA.DATASET or DATA.INTERPOLATION, and as `read_list` and `find_backend`.
+    Raises: UserError for an unknown DATA.DATASET or DATA.INTERPOLATION, and as `read_list`, `find_backend`, and,
+    with MODEL.NUM_CLASSES 0, `count_classes`.
     """
     data = config.DATA
     options = {'exif_transpose': data.EXIF_TRANSPOSE, 'bit_depth': data.BIT_DEPTH}
@@ -353,7 +354,7 @@ def get_dataloader(config, dataset, is_train=True, rank=0, world_size=1):
     """Return the `Loader` for this rank's share of a dataset. In evaluation, DATA.BATCH_SIZE_EVAL 0 means BATCH_SIZE.
 
     Before each training epoch, call `loader.batch_sampler.set_epoch(epoch)` with epochs counted from 1.
-    Raises: UserError for a rank that is not below world_size.
+    Raises: UserError for a rank that is not below world_size, and for fewer training images than processes.
     """
     data = config.DATA
     if not 0 <= rank < world_size:  # PaddleViT's port had a flag, use_dist_sampler, where rank is here

@@ -9,7 +9,8 @@ from utils import UserError
 class LabelSmoothingCrossEntropyLoss(nn.Layer):
     """Cross entropy with targets (1 - smoothing) * one-hot + smoothing / C (arXiv 1512.00567, section 7).
 
-    logits: float [N, C]; labels: int64 [N]. Half-precision logits are cast to float32.
+    logits: float [N, C]; labels: int64 or int32 [N]. Half-precision logits are cast to float32.
+    Raises: UserError for a smoothing outside [0, 1], and for other targets.
     """
 
     def __init__(self, smoothing=0.1):
@@ -31,6 +32,7 @@ class SoftTargetCrossEntropyLoss(nn.Layer):
     """Cross entropy with class distributions as targets, such as those that mixup returns.
 
     logits: float [N, C]; targets: float [N, C], each row sums to 1. Half-precision logits are cast to float32.
+    Raises: UserError for targets of another type or shape.
     """
 
     def forward(self, logits, targets):

@@ -37,7 +37,8 @@ class Mixup:
     def __call__(self, images, labels, rng=None):
         """Float images [N, C, H, W], int64 labels [N] -> mixed images, soft targets float32 [N, num_classes].
 
-        The inputs are not modified. rng: NumPy generator for all random choices.
+        The inputs are not modified. Labels are below num_classes. rng: NumPy generator for all random
+        choices; None: a new one, not seeded.
         """
         n, _, height, width = images.shape
         shares, boxes = self.draw(n, height, width, rng or np.random.default_rng())

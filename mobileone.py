@@ -146,7 +146,8 @@ class MobileOneBlock(nn.Layer):
     def equivalent_kernel_bias(self, name):
         """Return the convolution equal to layer `name` in evaluation: kernel [O, I / groups, K, K], bias [O], float64.
 
-        Each branch folds into a convolution, and the sum of convolutions has the summed kernels and biases.
+        Only for an unfused block. Each branch folds into a convolution, and the sum of convolutions has the summed
+        kernels and biases.
         Raises: UserError for a branch that contains other layers, such as those that quantization inserts.
         """
         conv, branches = self.convs[name], self._branches(name)
@@ -157,7 +158,10 @@ class MobileOneBlock(nn.Layer):
 
     @paddle.no_grad()
     def switch_to_deploy(self):
-        """Replace the branches with their equivalent convolutions, in place. A fused block stays as it is."""
+        """Replace the branches with their equivalent convolutions, in place. A fused block stays as it is.
+
+        Raises: UserError as `equivalent_kernel_bias`.
+        """
         if self.deploy:
             return
         for name, conv in self.convs.items():

@@ -91,7 +91,8 @@ def describe_groups(model):
 def build_optimizer(config, model):
     """Build SGD with momentum or AdamW (TRAIN.OPTIMIZER), with weight decay only on the first of `parameter_groups`.
 
-    The learning rate is set before each step, with `optimizer.set_lr`.
+    config: resolved, so that its TRAIN.OPTIMIZER.NAME is one of the two. The learning rate is set before each step, with
+    `optimizer.set_lr`.
     """
     options = config.TRAIN.OPTIMIZER
     decayed, rest = parameter_groups(model)
@@ -159,7 +160,7 @@ def load_optimizer_state(optimizer, model, state, path):
 
 
 class ModelEma:
-    """Exponential moving average of a model's whole state, batch-norm statistics included.
+    """Exponential moving average of a model's state, batch-norm statistics included, except of frozen layers.
 
     network: a copy of the model, in evaluation mode, whose tensors are the average. Create it after loading weights.
     """

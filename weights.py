@@ -17,8 +17,8 @@ def load_model(config, path, raw=False):
     With MODEL.DEPLOY, unfused weights are fused after loading. MODEL.NUM_CLASSES 0 takes the number from the weights.
     Nothing in the file is executed.
     raw: as in `load_weights`.
-    Returns: (model, whether the weights are a checkpoint's EMA).
-    Raises: UserError for a file that cannot be read or tensors that do not fit.
+    Returns: (model, in training mode unless it was fused here; whether the weights are a checkpoint's EMA).
+    Raises: UserError for a file that cannot be read, tensors that do not fit, or a config that describes no network.
     """
     config = with_classes_of(config, path)
     weights, is_ema = load_weights(path, raw)

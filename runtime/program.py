@@ -52,6 +52,8 @@ def _import_paddle():
             warnings.simplefilter('ignore')
             import paddle
     except ImportError as error:
+        if isinstance(error.__cause__, KeyboardInterrupt):  # from the initialization of a C++ module
+            raise error.__cause__ from None
         raise UserError(f'PaddlePaddle cannot be imported ({error}); if libgomp.so.1 is missing, install it (on '
                         'Debian: apt install libgomp1), otherwise reinstall PaddlePaddle') from None
     if 'PADDLE_TRAINER_ID' in os.environ:

@@ -279,6 +279,7 @@ def test_unused_classes_are_reported(config, fashion):
     assert describe_dataset(get_dataset(config), 12) == f'{line}: 2 of MODEL.NUM_CLASSES 12 unused'
     assert describe_dataset(get_dataset(config), 1000) == (
         f'{line}: 990 of MODEL.NUM_CLASSES 1000 unused; set MODEL.NUM_CLASSES 0 to take it from the data')
+    assert describe_dataset(get_dataset(config), 1000, False) == f'{line}: 990 of MODEL.NUM_CLASSES 1000 unused'
 
 
 def test_labels_that_start_at_1_are_reported(config, tmp_path):

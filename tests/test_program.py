@@ -229,6 +229,17 @@ def test_programs_start_under_other_programs(start):
     assert f'usage: {name} [-h]' in out or (start, sys.version_info < (3, 11)) == ('debugger of a module', True)
 
 
+@pytest.mark.parametrize('cause, message, status', [
+    ('KeyboardInterrupt()', 'interrupted', 130),
+    ('None', 'PaddlePaddle cannot be imported (initialization failed); if libgomp.so.1 is missing, ', 2),
+])
+def test_imports_that_fail(cause, message, status, tmp_path):
+    """With a stand-in for Paddle, whose C++ module reports Ctrl-C as an ImportError."""
+    (tmp_path / 'paddle.py').write_text(f'raise ImportError("initialization failed") from {cause}')
+    process = run('main_single_gpu.py', status=status, env={'PYTHONPATH': str(tmp_path)}, fork=False)
+    assert process.stderr.startswith(f'main_single_gpu.py: error: {message}') and process.stderr.count('\n') == 1
+
+
 @pytest.mark.parametrize('name, args', [('main_single_gpu', []), ('main_multi_gpu', ['-nproc', '2'])])
 def test_programs_start_in_a_notebook(fashion, tmp_path, name, args):
     """In a notebook, __main__ has neither file nor spec, and sys.argv and sys.stdout are the notebook's."""

@@ -86,14 +86,14 @@ def test_make_list_reports_what_it_leaves_out(tmp_path):
     out = run('-m', 'tools.make_list', '-data_path', tmp_path, '-train', 'photos', '-val', 'val').stdout.splitlines()
     folder = f'{tmp_path}/photos: left out'
     assert sorted(out[:7]) == [
-        f'{folder} 1, folders already searched: dog/more',
-        f'{folder} 1, images already listed under another path: dog/link.jpg',
-        f'{folder} 1, images outside the class folders: photo.jpg',
-        f'{folder} 1, links to a parent folder: dog/all',
-        f'{folder} 2, .heic files, which Pillow cannot read: cat/IMG_1.heic; cat/IMG_2.HEIC',
-        f'{folder} 2, folders of runs or reports: output/run; report',
-        f'{folder} 2, hidden or system files and folders: .Trash-0; cat/.ipynb_checkpoints']
-    assert out[7] == f'{tmp_path}/val: left out 1, images already listed under another path: cat/seen.jpg'
+        f'{folder} 1 (folders already searched): dog/more',
+        f'{folder} 1 (images already listed under another path): dog/link.jpg',
+        f'{folder} 1 (images outside the class folders): photo.jpg',
+        f'{folder} 1 (links to a parent folder): dog/all',
+        f'{folder} 2 (.heic files, which Pillow cannot read): cat/IMG_1.heic; cat/IMG_2.HEIC',
+        f'{folder} 2 (folders of runs or reports): output/run; report',
+        f'{folder} 2 (hidden or system files and folders): .Trash-0; cat/.ipynb_checkpoints']
+    assert out[7] == f'{tmp_path}/val: left out 1 (images already listed under another path): cat/seen.jpg'
     assert read(tmp_path / 'class_names.txt') == ['bird', 'cat', 'dog']
     assert read(tmp_path / 'train_list.txt') == [f'photos/{name} {label}' for label, names in enumerate([
         ['bird/photo 0.jpg', 'bird/photo 1.jpg'], ['cat/photo 0.jpg', 'cat/photo 1.jpg', 'cat/x.ppm'],
@@ -501,8 +501,8 @@ def test_check_dataset_finds_duplicate_images(tmp_path):
 
 
 @pytest.mark.parametrize('train, val, num_classes, lines', [
-    ([0, 0, 0, 1, 2, 2], [0, 1, 2, 2], 3, ['train_list.txt: 3 classes; the smallest is 1 with 1 images, the largest is '
-                                           '0 with 3', 'val_list.txt: 3 classes; the smallest is ']),
+    ([0, 0, 0, 1, 2, 2], [0, 1, 2, 2], 3, ['train_list.txt: 3 classes; the smallest is label 1 with 1 images, the '
+                                           'largest is label 0 with 3', 'val_list.txt: 3 classes; the smallest is ']),
     ([0, 7, 7, 9], [0], 1000, ['train_list.txt: 3 classes', 'val_list.txt: no images for 2 classes of '
                                'train_list.txt: 7; 9']),
     ([0], [0, 3], 4, ['val_list.txt: 2 classes', 'train_list.txt: no images for 1 classes of val_list.txt: 3']),

@@ -200,8 +200,8 @@ def print_labels(lists, num_classes):
         if len(count) > 1:
             ranked = count.most_common()
             (largest, most), (smallest, least) = ranked[0], ranked[-1]
-            print(f'{path}: {len(count)} classes; the smallest is {smallest} with {least} images, the largest is '
-                  f'{largest} with {most}')
+            print(f'{path}: {len(count)} classes; the smallest is label {smallest} with {least} images, the largest is '
+                  f'label {largest} with {most}')
     for path, other in itertools.permutations(counts, 2):
         missing = [str(label) for label in sorted(counts[other].keys() - counts[path].keys())]
         if missing:

@@ -40,7 +40,7 @@ def find_classes(data_path, folder, numeric, listed):
     if loose:
         left_out['images outside the class folders'] = loose
     for reason, paths in left_out.items():
-        print(f'{root}: left out {len(paths)}, {reason}: {one_line(first_few(paths))}')
+        print(f'{root}: left out {len(paths)} ({reason}): {one_line(first_few(paths))}')
     names = set(os.listdir(root)) - {path for paths in left_out.values() for path in paths}
     classes = {name: [] for name in names if os.path.isdir(os.path.join(root, name))}
     prefix = os.path.relpath(root, data_path).replace(os.sep, '/')

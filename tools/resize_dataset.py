@@ -6,8 +6,8 @@ Images are resized with Pillow's bicubic filter, so that their shorter side is -
 that small are copied unchanged. The copy has the same relative paths, train_list.txt, val_list.txt, and
 class_names.txt. JPEG images stay JPEG. All others become lossless PNG, without changing the file name. The EXIF
 orientation is kept, and pixels with more than 8 bits are reduced to 8 according to DATA.BIT_DEPTH. Files that already
-exist in -output are skipped: after an interruption, run the same command again. Bad images are named and left out of
-the lists, and the exit status is then 1.
+exist in -output are skipped, even if they were made with another -shorter: after an interruption, run the same command
+again. Bad images are named and left out of the lists, and the exit status is then 1.
 """
 import collections
 import functools

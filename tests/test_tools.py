@@ -729,6 +729,26 @@ def test_check_dataset_ends_together_with_its_workers(tmp_path, victim, number, 
         time.sleep(0.05)
 
 
+def test_a_worker_that_loses_sigterm_is_killed(tmp_path):
+    """It would wait forever for the lock that another worker held when it was terminated."""
+    task = f"""
+import signal, time
+signal.signal(signal.SIGTERM, signal.SIG_IGN)
+open('{tmp_path}/started', 'w').close()
+time.sleep(1)
+"""
+    program = f"""
+import os, time
+from tools.check_dataset import start_workers
+with start_workers(3) as workers:
+    workers.submit(exec, {task!r})
+    while not os.path.exists('{tmp_path}/started'):
+        time.sleep(0.05)
+"""
+    process = forked.Program(['-c', program], start_new_session=True)
+    assert process.wait(20) == 0
+
+
 def test_check_dataset_shows_a_progress_bar_on_a_terminal(tmp_path):
     write_images(tmp_path / 'x', 1)
     (tmp_path / 'val_list.txt').write_text('x/photo 0.jpg 0\n' * 50)

@@ -90,7 +90,7 @@ def _start_worker(parent):
 
 @contextlib.contextmanager
 def start_workers(count):
-    """Yield a pool of `count` processes. They are terminated at once when the block ends, normally or by an exception.
+    """Yield a pool of `count` processes. They are killed at once when the block ends, normally or by an exception.
 
     Raises: UserError if the system cannot fork, and if a process is killed.
     """
@@ -103,7 +103,7 @@ def start_workers(count):
     workers = ProcessPoolExecutor(count, context, _start_worker, (parent,))
 
     def interrupt(number, frame):
-        # Ctrl-C in a terminal reaches the workers too, even while they start; they are terminated below
+        # Ctrl-C in a terminal reaches the workers too, even while they start; they are killed below
         if os.getpid() == parent:
             raise KeyboardInterrupt
     signal.signal(signal.SIGINT, interrupt)
@@ -113,8 +113,9 @@ def start_workers(count):
         raise UserError('a process that reads images was killed, perhaps for lack of memory: run again with fewer '
                         'cores (taskset) or more memory') from None
     finally:
+        # a process that is still starting may lose SIGTERM: the inherited handler may raise where Python ignores it
         for process in multiprocessing.active_children():
-            process.terminate()
+            process.kill()
         workers.shutdown()
 
 

@@ -1,5 +1,5 @@
 #!/bin/sh
-# Create the test environment and run the tests on all cores; about seven minutes on two:
+# Create the test environment and run the tests on all cores; about eight minutes on two:
 #
 #   sh run_tests.sh [pytest arguments]
 #   PADDLE=paddlepaddle==2.6.2 sh run_tests.sh

@@ -90,7 +90,11 @@ def matches(patterns, command):
 def original(fashion, tmp_path_factory):
     """A copy of the repository with the files that the pages' commands read."""
     folder = tmp_path_factory.mktemp('docs') / 'clone'
-    shutil.copytree(ROOT, folder, ignore=shutil.ignore_patterns('.*', '__pycache__', 'output', 'data', 'tests', 'log'))
+    for name in ('configs', 'demo', 'deploy', 'runtime', 'tools'):
+        shutil.copytree(ROOT / name, folder / name, ignore=shutil.ignore_patterns('__pycache__'))
+    for path in ROOT.iterdir():
+        if path.suffix in ('.py', '.sh', '.txt'):
+            shutil.copy(path, folder)
     narrow = [[key, yaml.safe_load(value)] for key, value in zip(NARROW[::2], NARROW[1::2])]
     for path in (folder / 'configs').glob('*.yaml'):
         config = yaml.safe_load(path.read_text())

@@ -109,6 +109,7 @@ def original(fashion, tmp_path_factory):
         path.write_bytes(gzip.compress(header + content[4 + 4 * dims:][:size]))
     (folder / 'data').mkdir()
     with_lists(fashion, folder / 'data/imagenet')
+    paddle.seed(0)
     for variant in range(5):
         path = folder / f'mobileone_s{variant}.pdparams'
         network = build_mobileone(get_config(str(folder / f'configs/mobileone_s{variant}.yaml')))
